@@ -1,0 +1,38 @@
+"""Shared test set-up: the Triton interpreter where there is no GPU, NaN-poisoned empty tensors, real data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+# Read by Triton when a kernel is decorated, so it has to be set before any kernel module is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+
+from xtg_kernels import dispatch  # noqa: E402
+
+SHARED_DATA = Path(os.environ.get("XTG_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+CPU_BACKENDS = ["reference"] + (["cpp"] if dispatch.extension() is not None else [])
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty() -> Iterator[None]:
+    """torch.empty and friends come filled with NaN (integers: their maximum), so that an unwritten output shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Folder of real cells that do not belong to the repository; skips, saying so, where it is missing."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real cells not found in {SHARED_DATA}; set XTG_SHARED_DATA")
+    return SHARED_DATA

@@ -1,0 +1,17 @@
+"""xtg_kernels: ops for ragged transformers over the expressed genes of single cells, on CPUs and GPUs."""
+
+from xtg_kernels.dispatch import current_backend, use_backend
+from xtg_kernels.ops.expression_embedding import distinct_index, expression_embedding
+from xtg_kernels.ops.ragged_attention import ragged_attention
+from xtg_kernels.ragged import RaggedBatch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RaggedBatch",
+    "current_backend",
+    "distinct_index",
+    "expression_embedding",
+    "ragged_attention",
+    "use_backend",
+]

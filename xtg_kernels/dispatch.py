@@ -1,0 +1,220 @@
+"""Backends: which implementation of an op runs, why the others do not, and how an op enters torch.library.
+
+Every op has three overloads in namespace xtg: ``default`` (C++ on CPU tensors, Triton on GPU tensors; the reference on
+CPU where the extension was not built), ``reference`` (any device, any dtype) and ``triton`` (GPU tensors, or CPU tensors
+under TRITON_INTERPRET=1). The public functions check their arguments and choose the overload.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+BACKENDS = ("auto", "reference", "cpp", "triton")
+
+
+def _checked_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_backend = _checked_backend(os.environ.get("XTG_BACKEND", "auto"), "environment variable XTG_BACKEND")
+
+
+def _load_extension() -> tuple[ModuleType | None, ImportError | None]:
+    # Absent (XTG_BUILD_CPP=0) and broken are two things: the first falls back, the second must be heard at first use.
+    if importlib.util.find_spec("xtg_kernels._C") is None:
+        return None, None
+    try:
+        return importlib.import_module("xtg_kernels._C"), None
+    except ImportError as error:
+        return None, error
+
+
+_extension, _extension_error = _load_extension()
+_triton_installed = importlib.util.find_spec("triton") is not None
+_interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+_fragment = torch.library.Library("xtg", "FRAGMENT")
+
+
+def extension() -> ModuleType | None:
+    """The compiled module, or None where it was not built (XTG_BUILD_CPP=0).
+
+    Raises:
+        ImportError: the loader's own error, where the file is there and does not load.
+    """
+    if _extension_error is not None:
+        raise _extension_error
+    return _extension
+
+
+def current_backend() -> str:
+    """The backend asked for: ``auto`` unless XTG_BACKEND or ``use_backend`` says otherwise."""
+    return _backend
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs ops called inside the block on one backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
+
+    The choice is process-wide, made when an op is called; its backward runs where its forward ran.
+
+    Raises:
+        ValueError: an unknown name. An op that the backend cannot take raises ValueError with all reasons when called.
+    """
+    global _backend
+    previous, _backend = _backend, _checked_backend(name, "use_backend")
+    try:
+        yield
+    finally:
+        _backend = previous
+
+
+def cpp_reasons(tensors: dict[str, Tensor]) -> list[str]:
+    """Reasons common to all ops why C++ cannot take these tensors."""
+    reasons = []
+    if _extension_error is not None:
+        reasons.append(f"the C++ extension failed to load: {_extension_error}")
+    elif _extension is None:
+        reasons.append("the C++ extension was not built (XTG_BUILD_CPP=0, or no compiler)")
+    for name, tensor in tensors.items():
+        if tensor.device.type != "cpu":
+            reasons.append(f"{name} is on {tensor.device}, C++ kernels take CPU tensors")
+    return reasons
+
+
+def triton_reasons(tensors: dict[str, Tensor]) -> list[str]:
+    """Reasons common to all ops why Triton cannot take these tensors."""
+    reasons = []
+    if not _triton_installed:
+        reasons.append("triton is not installed")
+    if not _interpreting:
+        for name, tensor in tensors.items():
+            if tensor.device.type != "cuda":
+                reasons.append(f"{name} is on {tensor.device}, Triton kernels take GPU tensors (or TRITON_INTERPRET=1)")
+    return reasons
+
+
+def choose_overload(op: str, reasons: Callable[[str], list[str]]) -> Any:
+    """The overload of ``torch.ops.xtg.<op>`` that runs now.
+
+    Args:
+        op: name of the op.
+        reasons: backend name -> reasons why that backend declines these arguments (empty: it takes them).
+
+    Raises:
+        ValueError: a backend was asked for by name and declines; the message shows every reason.
+        ImportError: the extension is present and failed to load (the loader's own error).
+    """
+    packet = getattr(torch.ops.xtg, op)
+    if _backend == "auto":
+        if _extension_error is not None:
+            raise _extension_error
+        for name in ("cpp", "triton"):
+            if not reasons(name):
+                # The interpreter is for tests: on CPU tensors it runs only when asked for by name.
+                return packet.default
+            if name == "cpp" and not torch.cuda.is_available():
+                break
+        return packet.reference
+    declined = reasons(_backend)
+    if declined:
+        raise ValueError(f"{op}: backend {_backend!r} declines: " + "; ".join(declined))
+    return {"reference": packet.reference, "cpp": packet.default, "triton": packet.triton}[_backend]
+
+
+OVERLOADS = ("default", "reference", "triton")
+
+
+def _lazy(target: str) -> Callable[..., Any]:
+    """A function that imports ``module:function`` when first called: importing xtg_kernels never imports Triton."""
+    module, function = target.split(":")
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args)
+
+    return call
+
+
+def register_op(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    triton: str | None,
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+) -> None:
+    """Enters one op into torch.library: its overloads, kernels, fake kernel and FLOP formula.
+
+    Args:
+        name: op name in namespace xtg.
+        schema: arguments and returns, as in csrc/ops.cpp (used where the extension is not built; a test compares them).
+        reference: the kernel in plain PyTorch.
+        triton: ``module:function`` of the Triton kernel, or None where plain PyTorch serves on the GPU too.
+        fake: shapes and dtypes of the outputs.
+        flops: formula for torch.utils.flop_counter, called with the raw arguments and ``out_val``.
+    """
+    if _extension is None:
+        _fragment.define(name + schema)
+        _fragment.impl(name, reference, "CPU")
+    triton_kernel = reference if triton is None else _lazy(triton)
+    _fragment.impl(name, triton_kernel, "CUDA")
+    for overload, kernel in (("reference", reference), ("triton", triton_kernel)):
+        _fragment.define(f"{name}.{overload}{schema}")
+        _fragment.impl(f"{name}.{overload}", kernel, "CompositeExplicitAutograd")
+    for qualname in overload_names(name):
+        torch.library.register_fake(qualname, fake, lib=_fragment)
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.xtg, name), get_raw=True)(flops)
+
+
+def overload_names(name: str) -> list[str]:
+    """Qualified names of an op's overloads, as torch.library takes them."""
+    return [f"xtg::{name}" if overload == "default" else f"xtg::{name}.{overload}" for overload in OVERLOADS]
+
+
+def register_autograd(
+    name: str, setup_context: Callable[..., None], backward: Callable[[Any], Callable[..., Any]]
+) -> None:
+    """Autograd of an op: ``backward(op)`` makes the backward that calls the backward op ``op`` of the same overload."""
+    for overload, qualname in zip(OVERLOADS, overload_names(name), strict=True):
+        backward_op = getattr(getattr(torch.ops.xtg, name + "_backward"), overload)
+        torch.library.register_autograd(
+            qualname, backward(backward_op), setup_context=setup_context, lib=_fragment
+        )
+
+
+def register_autocast(name: str, dtype: torch.dtype | None) -> None:
+    """Autocast rule of an op: floating tensors (float64 excepted) go to ``dtype``, None meaning autocast's own dtype."""
+    for overload, qualname in zip(OVERLOADS, overload_names(name), strict=True):
+        op = getattr(getattr(torch.ops.xtg, name), overload)
+        for device_type in ("cpu", "cuda"):
+            key = "AutocastCPU" if device_type == "cpu" else "AutocastCUDA"
+            _fragment.impl(qualname.removeprefix("xtg::"), _autocast_kernel(op, device_type, dtype), key)
+
+
+def _autocast_kernel(op: Any, device_type: str, dtype: torch.dtype | None) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        target = torch.get_autocast_dtype(device_type) if dtype is None else dtype
+
+        def cast(x: Any) -> Any:
+            if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
+                return x.to(target)
+            return x
+
+        args = tuple(cast(x) for x in args)
+        with torch.autocast(device_type, enabled=False):
+            return op(*args)
+
+    return kernel
