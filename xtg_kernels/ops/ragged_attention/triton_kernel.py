@@ -1,0 +1,633 @@
+"""Triton backend of ragged_attention: softmax attention inside each segment, forward and backward.
+
+The algorithm is the one of FlashAttention-2 (Dao 2023, arXiv 2307.08691): a program owns one query block of one head
+and walks over the key blocks of its segment with an online softmax; the backward walks twice, once per query block
+(delta, grad_q) and once per key block (grad_k, grad_v), so that every element has one owner and one summation order.
+
+Blocks are counted from the first row of their segment, so a segment's result does not depend on its neighbours.
+Scores live in base 2 (the scale carries log2 e, and exp2 is what the hardware has); softmax_lse is a natural log.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2_E = math.log2(math.e)
+_CONFIGS = json.loads(Path(__file__).with_name("configs.json").read_text())
+
+
+@triton.jit
+def _locate_block(segment_of_block, segment_bounds, batch_size, BLOCK: tl.constexpr):
+    """This program's segment: its first row, its length, the first row of this program's block and the number of rows
+    that take part in attention (none in the last segment, which is the slack past cu_seqlens[-1])."""
+    slot = tl.program_id(0)
+    segment = tl.load(segment_of_block + slot)
+    start = tl.load(segment_bounds + segment)
+    length = tl.load(segment_bounds + segment + 1) - start
+    block_start = (slot - (start // BLOCK + segment)) * BLOCK
+    num_rows = tl.where(segment == batch_size, 0, length)
+    return start.to(tl.int64), length, block_start, num_rows
+
+
+@triton.jit
+def _tile_mask(block_start, num_rows, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_BLOCK: tl.constexpr):
+    rows = block_start + tl.arange(0, BLOCK)
+    return (rows < num_rows)[:, None] & (tl.arange(0, HEAD_BLOCK) < HEAD_DIM)[None, :]
+
+
+@triton.jit
+def _tile_pointers(segment_pointer, block_start, row_stride, BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr):
+    # The block's own offset is 64-bit; offsets inside a tile fit in 32 bits.
+    block_pointer = segment_pointer + block_start.to(tl.int64) * row_stride
+    return block_pointer + tl.arange(0, BLOCK)[:, None] * row_stride + tl.arange(0, HEAD_BLOCK)[None, :]
+
+
+@triton.jit
+def _load_tile(
+    segment_pointer,
+    block_start,
+    num_rows,
+    row_stride,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    IS_TAIL: tl.constexpr,
+):
+    """(BLOCK, HEAD_BLOCK) rows of one head, zero past head_dim and (in a tail block) past num_rows."""
+    pointers = _tile_pointers(segment_pointer, block_start, row_stride, BLOCK, HEAD_BLOCK)
+    if IS_TAIL:
+        tile = tl.load(pointers, mask=_tile_mask(block_start, num_rows, BLOCK, HEAD_DIM, HEAD_BLOCK), other=0.0)
+    elif HEAD_DIM < HEAD_BLOCK:
+        tile = tl.load(pointers, mask=(tl.arange(0, HEAD_BLOCK) < HEAD_DIM)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def _store_tile(
+    segment_pointer,
+    block_start,
+    num_rows,
+    row_stride,
+    tile,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+):
+    pointers = _tile_pointers(segment_pointer, block_start, row_stride, BLOCK, HEAD_BLOCK)
+    mask = _tile_mask(block_start, num_rows, BLOCK, HEAD_DIM, HEAD_BLOCK)
+    tl.store(pointers, tile.to(segment_pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _attend_key_block(
+    query,
+    row_max,
+    row_sum,
+    acc,
+    k,
+    v,
+    key_start,
+    num_keys,
+    k_row_stride,
+    v_row_stride,
+    scale_log2,
+    BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    IS_TAIL: tl.constexpr,
+):
+    """One online-softmax step: fold one key block into (row_max, row_sum, acc)."""
+    key = _load_tile(k, key_start, num_keys, k_row_stride, BLOCK_K, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+    if IS_TAIL:
+        scores = tl.where((key_start + tl.arange(0, BLOCK_K) < num_keys)[None, :], scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    probs = tl.exp2(scores - new_max[:, None])
+    correction = tl.exp2(row_max - new_max)
+    row_sum = row_sum * correction + tl.sum(probs, 1)
+    value = _load_tile(v, key_start, num_keys, v_row_stride, BLOCK_K, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
+    acc = tl.dot(probs.to(value.dtype), value, acc * correction[:, None], input_precision="ieee")
+    return new_max, row_sum, acc
+
+
+@triton.jit(do_not_specialize=["batch_size", "total_nnz"])
+def _forward_kernel(
+    q,
+    k,
+    v,
+    out,
+    softmax_lse,
+    segment_of_block,
+    segment_bounds,
+    batch_size,
+    total_nnz,
+    scale_log2,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    out_row_stride,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    start, length, query_start, num_keys = _locate_block(segment_of_block, segment_bounds, batch_size, BLOCK_Q)
+    if query_start >= length:
+        return
+    head = tl.program_id(1).to(tl.int64)
+    q += start * q_row_stride + head * q_head_stride
+    k += start * k_row_stride + head * k_head_stride
+    v += start * v_row_stride + head * v_head_stride
+    out += start * out_row_stride + head * HEAD_DIM
+    softmax_lse += head * total_nnz + start
+
+    query = _load_tile(q, query_start, length, q_row_stride, BLOCK_Q, HEAD_DIM, HEAD_BLOCK, True)
+    row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, HEAD_BLOCK), tl.float32)
+    for key_block in range(0, num_keys // BLOCK_K):
+        key_start = key_block * BLOCK_K
+        row_max, row_sum, acc = _attend_key_block(
+            query,
+            row_max,
+            row_sum,
+            acc,
+            k,
+            v,
+            key_start,
+            num_keys,
+            k_row_stride,
+            v_row_stride,
+            scale_log2,
+            BLOCK_K,
+            HEAD_DIM,
+            HEAD_BLOCK,
+            False,
+        )
+    if num_keys % BLOCK_K != 0:
+        key_start = num_keys // BLOCK_K * BLOCK_K
+        row_max, row_sum, acc = _attend_key_block(
+            query,
+            row_max,
+            row_sum,
+            acc,
+            k,
+            v,
+            key_start,
+            num_keys,
+            k_row_stride,
+            v_row_stride,
+            scale_log2,
+            BLOCK_K,
+            HEAD_DIM,
+            HEAD_BLOCK,
+            True,
+        )
+
+    # row_sum is 0 in slack rows only: they have no keys, and get out = 0 and softmax_lse = 0.
+    has_keys = row_sum != 0.0
+    row_sum = tl.where(has_keys, row_sum, 1.0)
+    lse = tl.where(has_keys, (row_max + tl.log2(row_sum)) * 0.6931471805599453, 0.0)
+    rows = query_start + tl.arange(0, BLOCK_Q)
+    tl.store(softmax_lse + rows, lse, mask=rows < length)
+    _store_tile(out, query_start, length, out_row_stride, acc / row_sum[:, None], BLOCK_Q, HEAD_DIM, HEAD_BLOCK)
+
+
+@triton.jit
+def _grad_query_step(
+    query,
+    grad_output,
+    lse_log2,
+    delta,
+    acc,
+    k,
+    v,
+    key_start,
+    num_keys,
+    k_row_stride,
+    v_row_stride,
+    scale_log2,
+    BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    IS_TAIL: tl.constexpr,
+):
+    """Add one key block's share of grad_q (still without the softmax scale) to acc."""
+    key = _load_tile(k, key_start, num_keys, k_row_stride, BLOCK_K, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
+    value = _load_tile(v, key_start, num_keys, v_row_stride, BLOCK_K, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+    probs = tl.exp2(scores - lse_log2[:, None])
+    if IS_TAIL:
+        probs = tl.where((key_start + tl.arange(0, BLOCK_K) < num_keys)[None, :], probs, 0.0)
+    grad_probs = tl.dot(grad_output, tl.trans(value), input_precision="ieee")
+    grad_scores = probs * (grad_probs - delta[:, None])
+    return tl.dot(grad_scores.to(key.dtype), key, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["batch_size", "total_nnz"])
+def _grad_query_kernel(
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    out,
+    softmax_lse,
+    delta,
+    grad_q,
+    segment_of_block,
+    segment_bounds,
+    batch_size,
+    total_nnz,
+    softmax_scale,
+    scale_log2,
+    grad_out_row_stride,
+    grad_out_head_stride,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    out_row_stride,
+    HAS_GRAD_LSE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    start, length, query_start, num_keys = _locate_block(segment_of_block, segment_bounds, batch_size, BLOCK_Q)
+    if query_start >= length:
+        return
+    head = tl.program_id(1).to(tl.int64)
+    grad_out += start * grad_out_row_stride + head * grad_out_head_stride
+    q += start * q_row_stride + head * q_head_stride
+    k += start * k_row_stride + head * k_head_stride
+    v += start * v_row_stride + head * v_head_stride
+    out += start * out_row_stride + head * HEAD_DIM
+    grad_q += start * out_row_stride + head * HEAD_DIM
+    row_offset = head * total_nnz + start
+
+    rows = query_start + tl.arange(0, BLOCK_Q)
+    grad_output = _load_tile(
+        grad_out, query_start, length, grad_out_row_stride, BLOCK_Q, HEAD_DIM, HEAD_BLOCK, True
+    )
+    output = _load_tile(out, query_start, length, out_row_stride, BLOCK_Q, HEAD_DIM, HEAD_BLOCK, True)
+    delta_rows = tl.sum(grad_output.to(tl.float32) * output.to(tl.float32), 1)
+    if HAS_GRAD_LSE:
+        delta_rows -= tl.load(grad_lse + row_offset + rows, mask=rows < length, other=0.0)
+    tl.store(delta + row_offset + rows, delta_rows, mask=rows < length)
+
+    query = _load_tile(q, query_start, length, q_row_stride, BLOCK_Q, HEAD_DIM, HEAD_BLOCK, True)
+    lse_log2 = tl.load(softmax_lse + row_offset + rows, mask=rows < length, other=0.0) * 1.4426950408889634
+    acc = tl.zeros((BLOCK_Q, HEAD_BLOCK), tl.float32)
+    for key_block in range(0, num_keys // BLOCK_K):
+        key_start = key_block * BLOCK_K
+        acc = _grad_query_step(
+            query,
+            grad_output,
+            lse_log2,
+            delta_rows,
+            acc,
+            k,
+            v,
+            key_start,
+            num_keys,
+            k_row_stride,
+            v_row_stride,
+            scale_log2,
+            BLOCK_K,
+            HEAD_DIM,
+            HEAD_BLOCK,
+            False,
+        )
+    if num_keys % BLOCK_K != 0:
+        key_start = num_keys // BLOCK_K * BLOCK_K
+        acc = _grad_query_step(
+            query,
+            grad_output,
+            lse_log2,
+            delta_rows,
+            acc,
+            k,
+            v,
+            key_start,
+            num_keys,
+            k_row_stride,
+            v_row_stride,
+            scale_log2,
+            BLOCK_K,
+            HEAD_DIM,
+            HEAD_BLOCK,
+            True,
+        )
+    _store_tile(grad_q, query_start, length, out_row_stride, acc * softmax_scale, BLOCK_Q, HEAD_DIM, HEAD_BLOCK)
+
+
+@triton.jit
+def _grad_key_value_step(
+    key,
+    value,
+    grad_key,
+    grad_value,
+    grad_out,
+    q,
+    softmax_lse,
+    delta,
+    query_start,
+    num_queries,
+    grad_out_row_stride,
+    q_row_stride,
+    scale_log2,
+    BLOCK_Q: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    IS_TAIL: tl.constexpr,
+):
+    """Add one query block's share to grad_key (still without the softmax scale) and grad_value. Scores are held
+    transposed, (key, query), so that probs and grad_scores are left operands of the two products that follow.
+    Query rows past the segment load as zero (query, grad_out, lse, delta): probs 1, but nothing is added."""
+    rows = query_start + tl.arange(0, BLOCK_Q)
+    query = _load_tile(q, query_start, num_queries, q_row_stride, BLOCK_Q, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
+    grad_output = _load_tile(
+        grad_out, query_start, num_queries, grad_out_row_stride, BLOCK_Q, HEAD_DIM, HEAD_BLOCK, IS_TAIL
+    )
+    lse_log2 = tl.load(softmax_lse + rows, mask=rows < num_queries, other=0.0) * 1.4426950408889634
+    delta_rows = tl.load(delta + rows, mask=rows < num_queries, other=0.0)
+    scores = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
+    probs = tl.exp2(scores - lse_log2[None, :])
+    grad_value = tl.dot(probs.to(grad_output.dtype), grad_output, grad_value, input_precision="ieee")
+    grad_probs = tl.dot(value, tl.trans(grad_output), input_precision="ieee")
+    grad_scores = probs * (grad_probs - delta_rows[None, :])
+    grad_key = tl.dot(grad_scores.to(query.dtype), query, grad_key, input_precision="ieee")
+    return grad_key, grad_value
+
+
+@triton.jit(do_not_specialize=["batch_size", "total_nnz"])
+def _grad_key_value_kernel(
+    grad_out,
+    q,
+    k,
+    v,
+    softmax_lse,
+    delta,
+    grad_k,
+    grad_v,
+    segment_of_block,
+    segment_bounds,
+    batch_size,
+    total_nnz,
+    softmax_scale,
+    scale_log2,
+    grad_out_row_stride,
+    grad_out_head_stride,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    grad_row_stride,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    start, length, key_start, num_queries = _locate_block(segment_of_block, segment_bounds, batch_size, BLOCK_K)
+    if key_start >= length:
+        return
+    head = tl.program_id(1).to(tl.int64)
+    grad_out += start * grad_out_row_stride + head * grad_out_head_stride
+    q += start * q_row_stride + head * q_head_stride
+    k += start * k_row_stride + head * k_head_stride
+    v += start * v_row_stride + head * v_head_stride
+    grad_k += start * grad_row_stride + head * HEAD_DIM
+    grad_v += start * grad_row_stride + head * HEAD_DIM
+    softmax_lse += head * total_nnz + start
+    delta += head * total_nnz + start
+
+    key = _load_tile(k, key_start, length, k_row_stride, BLOCK_K, HEAD_DIM, HEAD_BLOCK, True)
+    value = _load_tile(v, key_start, length, v_row_stride, BLOCK_K, HEAD_DIM, HEAD_BLOCK, True)
+    grad_key = tl.zeros((BLOCK_K, HEAD_BLOCK), tl.float32)
+    grad_value = tl.zeros((BLOCK_K, HEAD_BLOCK), tl.float32)
+    for query_block in range(0, num_queries // BLOCK_Q):
+        query_start = query_block * BLOCK_Q
+        grad_key, grad_value = _grad_key_value_step(
+            key,
+            value,
+            grad_key,
+            grad_value,
+            grad_out,
+            q,
+            softmax_lse,
+            delta,
+            query_start,
+            num_queries,
+            grad_out_row_stride,
+            q_row_stride,
+            scale_log2,
+            BLOCK_Q,
+            HEAD_DIM,
+            HEAD_BLOCK,
+            False,
+        )
+    if num_queries % BLOCK_Q != 0:
+        query_start = num_queries // BLOCK_Q * BLOCK_Q
+        grad_key, grad_value = _grad_key_value_step(
+            key,
+            value,
+            grad_key,
+            grad_value,
+            grad_out,
+            q,
+            softmax_lse,
+            delta,
+            query_start,
+            num_queries,
+            grad_out_row_stride,
+            q_row_stride,
+            scale_log2,
+            BLOCK_Q,
+            HEAD_DIM,
+            HEAD_BLOCK,
+            True,
+        )
+    _store_tile(grad_k, key_start, length, grad_row_stride, grad_key * softmax_scale, BLOCK_K, HEAD_DIM, HEAD_BLOCK)
+    _store_tile(grad_v, key_start, length, grad_row_stride, grad_value, BLOCK_K, HEAD_DIM, HEAD_BLOCK)
+
+
+def _work_list(cu_seqlens: Tensor, total_nnz: int, block: int) -> tuple[Tensor, Tensor, int]:
+    """Flat work list over (segment, block), made on the device without a synchronisation.
+
+    Slots first_slot(i) = cu_seqlens[i] // block + i up to first_slot(i + 1) belong to segment i. That is at least
+    ceil(length / block) slots and never more than two too many, so the number of slots, total_nnz // block + batch + 1,
+    is known on the host although the lengths are not. Slack rows past cu_seqlens[-1] are one more segment.
+
+    Returns:
+        segment_of_block (num_slots,) int32, segment_bounds (batch + 2,) int32, num_slots.
+    """
+    batch_size = cu_seqlens.numel() - 1
+    num_slots = total_nnz // block + batch_size + 1
+    segment_bounds = torch.cat([cu_seqlens, cu_seqlens.new_full((1,), total_nnz)])
+    first_slot = segment_bounds // block + torch.arange(batch_size + 2, dtype=torch.int32, device=cu_seqlens.device)
+    slots = torch.arange(num_slots, dtype=torch.int32, device=cu_seqlens.device)
+    segment_of_block = torch.searchsorted(first_slot, slots, right=True, out_int32=True) - 1
+    return segment_of_block, segment_bounds, num_slots
+
+
+def _launch_config(kernel: str, dtype: torch.dtype, head_block: int) -> dict[str, int]:
+    """Tile sizes, num_warps and num_stages of one kernel for one precision and padded head_dim."""
+    precision = "float32" if dtype == torch.float32 else "half"
+    config: dict[str, int] = _CONFIGS[kernel][precision][str(head_block)]
+    return config
+
+
+def _rows_and_heads(tensor: Tensor) -> tuple[int, int]:
+    return tensor.stride(0), tensor.stride(1)
+
+
+def _last_dim_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention inside each segment.
+
+    Args:
+        q, k, v: (total_nnz, num_heads, head_dim), float32 / bfloat16 / float16; may be strided views.
+        cu_seqlens: (batch + 1,) int32 on the same device; rows past cu_seqlens[-1] are slack.
+        max_seqlen: longest segment; not needed by this backend, whose grid follows total_nnz.
+        softmax_scale: factor on q k^T.
+
+    Returns:
+        out (total_nnz, num_heads, head_dim) in q's dtype and softmax_lse (num_heads, total_nnz) float32 (natural log);
+        both zero in slack rows.
+    """
+    total_nnz, num_heads, head_dim = q.shape
+    q, k, v = (_last_dim_contiguous(tensor) for tensor in (q, k, v))
+    out = torch.empty((total_nnz, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    softmax_lse = torch.empty((num_heads, total_nnz), dtype=torch.float32, device=q.device)
+    if total_nnz == 0 or num_heads == 0:
+        return out, softmax_lse
+    head_block = max(16, triton.next_power_of_2(head_dim))
+    config = _launch_config("forward", q.dtype, head_block)
+    segment_of_block, segment_bounds, num_slots = _work_list(cu_seqlens, total_nnz, config["BLOCK_Q"])
+    with torch.cuda.device_of(q):
+        _forward_kernel[(num_slots, num_heads)](
+            q,
+            k,
+            v,
+            out,
+            softmax_lse,
+            segment_of_block,
+            segment_bounds,
+            cu_seqlens.numel() - 1,
+            total_nnz,
+            softmax_scale * _LOG2_E,
+            *_rows_and_heads(q),
+            *_rows_and_heads(k),
+            *_rows_and_heads(v),
+            out.stride(0),
+            HEAD_DIM=head_dim,
+            HEAD_BLOCK=head_block,
+            **config,
+        )
+    return out, softmax_lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `forward`; probs are recomputed from softmax_lse.
+
+    Args:
+        grad_out: (total_nnz, num_heads, head_dim), gradient of out.
+        grad_lse: (num_heads, total_nnz) float32, gradient of softmax_lse, or None for zero.
+        q, k, v, cu_seqlens, max_seqlen, softmax_scale: as given to `forward`.
+        out, softmax_lse: as returned by `forward`.
+
+    Returns:
+        grad_q, grad_k, grad_v, contiguous, in q's dtype; zero in slack rows.
+    """
+    total_nnz, num_heads, head_dim = q.shape
+    q, k, v, grad_out = (_last_dim_contiguous(tensor) for tensor in (q, k, v, grad_out))
+    out, softmax_lse = out.contiguous(), softmax_lse.contiguous()
+    grad_q, grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    if total_nnz == 0 or num_heads == 0:
+        return grad_q, grad_k, grad_v
+    head_block = max(16, triton.next_power_of_2(head_dim))
+    delta = torch.empty_like(softmax_lse)
+    batch_size = cu_seqlens.numel() - 1
+    scalars = (batch_size, total_nnz, softmax_scale, softmax_scale * _LOG2_E)
+    strides = (
+        *_rows_and_heads(grad_out),
+        *_rows_and_heads(q),
+        *_rows_and_heads(k),
+        *_rows_and_heads(v),
+        out.stride(0),
+    )
+    with torch.cuda.device_of(q):
+        config = _launch_config("grad_query", q.dtype, head_block)
+        segment_of_block, segment_bounds, num_slots = _work_list(cu_seqlens, total_nnz, config["BLOCK_Q"])
+        _grad_query_kernel[(num_slots, num_heads)](
+            grad_out,
+            softmax_lse if grad_lse is None else grad_lse.contiguous(),
+            q,
+            k,
+            v,
+            out,
+            softmax_lse,
+            delta,
+            grad_q,
+            segment_of_block,
+            segment_bounds,
+            *scalars,
+            *strides,
+            HAS_GRAD_LSE=grad_lse is not None,
+            HEAD_DIM=head_dim,
+            HEAD_BLOCK=head_block,
+            **config,
+        )
+        config = _launch_config("grad_key_value", q.dtype, head_block)
+        segment_of_block, segment_bounds, num_slots = _work_list(cu_seqlens, total_nnz, config["BLOCK_K"])
+        _grad_key_value_kernel[(num_slots, num_heads)](
+            grad_out,
+            q,
+            k,
+            v,
+            softmax_lse,
+            delta,
+            grad_k,
+            grad_v,
+            segment_of_block,
+            segment_bounds,
+            *scalars,
+            *strides,
+            HEAD_DIM=head_dim,
+            HEAD_BLOCK=head_block,
+            **config,
+        )
+    return grad_q, grad_k, grad_v
