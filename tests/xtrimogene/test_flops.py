@@ -1,0 +1,138 @@
+"""Tests of xtrimogene.flops: the closed forms equal what FlopCounterMode counts, to the last unit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.conftest import CPU_BACKENDS
+from xtg_kernels import RaggedBatch, distinct_index, use_backend
+from xtrimogene.config import XTrimoGeneConfig
+from xtrimogene.embedding import ExpressionEmbedding
+from xtrimogene.encoder import RaggedTransformerEncoder
+from xtrimogene.flops import FlopCount, dense_flops, encoder_backward_flops, encoder_flops, padded_flops
+
+LENGTHS = [7, 0, 1, 64, 33]
+CONFIG = XTrimoGeneConfig.preset(
+    "3m", num_genes=80, dim=24, num_heads=3, num_layers=2, num_bins=10, ffn_mult=3, dropout=0.0
+)
+
+
+def _model_and_batch(with_distinct: bool) -> tuple[ExpressionEmbedding, RaggedTransformerEncoder, RaggedBatch]:
+    torch.manual_seed(0)
+    embedding = ExpressionEmbedding(CONFIG.num_genes, CONFIG.dim, num_bins=CONFIG.num_bins)
+    encoder = RaggedTransformerEncoder(
+        CONFIG.dim, CONFIG.num_heads, CONFIG.num_layers, ffn_dim=CONFIG.ffn_dim, dropout=CONFIG.dropout
+    )
+    values = torch.randint(1, 6, (sum(LENGTHS),)).float().log1p()
+    cu_seqlens = torch.tensor([0, *np.cumsum(LENGTHS)], dtype=torch.int32)
+    distinct = distinct_index(values, cu_seqlens)
+    batch = RaggedBatch(
+        values,
+        torch.arange(sum(LENGTHS), dtype=torch.int32) % CONFIG.num_genes,
+        cu_seqlens,
+        max(LENGTHS),
+        distinct if with_distinct else None,
+    )
+    return embedding, encoder, batch
+
+
+def _distinct_counts(batch: RaggedBatch) -> list[int]:
+    return [len(cell.unique()) for cell in batch.values.split(LENGTHS)]
+
+
+def _counted(counter: FlopCounterMode, suffix: str = "") -> FlopCount:
+    parts = {"expression_embedding": 0, "ragged_attention": 0, "linear": 0}
+    for op, flops in counter.get_flop_counts()["Global"].items():
+        name = str(op).removesuffix(".default").removesuffix(".reference")
+        assert name in ("aten.addmm", "aten.mm", f"xtg.expression_embedding{suffix}", f"xtg.ragged_attention{suffix}")
+        part = "linear" if name.startswith("aten") else name.removeprefix("xtg.").removesuffix(suffix or "\0")
+        parts[part] += flops
+    return FlopCount(parts["expression_embedding"], parts["linear"], parts["ragged_attention"])
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("with_distinct", [True, False])
+def test_forward_and_backward_equal_the_counter(backend: str, with_distinct: bool) -> None:
+    embedding, encoder, batch = _model_and_batch(with_distinct)
+    distinct = _distinct_counts(batch)
+    with use_backend(backend):
+        with FlopCounterMode(display=False) as forward:
+            encoded = encoder(embedding(batch), batch.cu_seqlens, batch.max_seqlen)
+        with FlopCounterMode(display=False) as backward:
+            encoded.sum().backward()
+    expected = encoder_flops(CONFIG, LENGTHS, distinct)
+    assert _counted(forward) == expected
+    assert forward.get_total_flops() == expected.total
+    expected_backward = encoder_backward_flops(CONFIG, LENGTHS, distinct)
+    assert _counted(backward, "_backward") == expected_backward
+    assert backward.get_total_flops() == expected_backward.total
+
+
+def test_the_formulas_written_out() -> None:
+    tokens, squares = 105, 7**2 + 1 + 64**2 + 33**2
+    assert encoder_flops(CONFIG, LENGTHS) == FlopCount(
+        embedding=2 * (10 + 100 + 240) * tokens, linear=2 * 20 * 24**2 * tokens, attention=2 * 4 * 24 * squares
+    )
+    config = XTrimoGeneConfig.preset("100m", num_genes=19264)
+    dense = dense_flops(config, 1)
+    assert dense.total == 12 * (24 * 19264 * 768**2 + 4 * 19264**2 * 768)
+    assert dense.total == pytest.approx(17.0e12, rel=0.01)  # the figure for a 100M encoder over 19,264 genes
+
+
+def test_padded_counts_every_position_of_each_batch() -> None:
+    assert padded_flops(CONFIG, LENGTHS, batch_size=2) == encoder_flops(CONFIG, [7, 7, 64, 64, 33])
+    assert padded_flops(CONFIG, LENGTHS, batch_size=5) == encoder_flops(CONFIG, [64] * 5)
+    assert padded_flops(CONFIG, [], batch_size=5).total == 0
+
+
+def _dense_encoder(x: Tensor, config: XTrimoGeneConfig) -> Tensor:
+    """Matrix products of a dense post-norm encoder: spelled out, since SDPA on CPU is counted as 0 FLOPs."""
+    dim, heads = config.dim, config.num_heads
+    for _ in range(config.num_layers):
+        qkv = torch.mm(x, torch.randn(dim, 3 * dim)).view(len(x), 3, heads, dim // heads)
+        q, k, v = qkv.permute(1, 2, 0, 3)
+        mixed = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).transpose(0, 1).reshape(len(x), dim)
+        x = x + torch.mm(mixed, torch.randn(dim, dim))
+        hidden = torch.mm(x, torch.randn(dim, config.ffn_dim)).relu()
+        x = x + torch.mm(hidden, torch.randn(config.ffn_dim, dim))
+    return x
+
+
+def test_dense_equals_the_counter_on_explicit_products() -> None:
+    with FlopCounterMode(display=False) as counter:
+        _dense_encoder(torch.randn(CONFIG.num_genes, CONFIG.dim), CONFIG)
+    assert counter.get_total_flops() == dense_flops(CONFIG, 1).total
+    assert dense_flops(CONFIG, 7).total == 7 * dense_flops(CONFIG, 1).total
+    # A cell that expresses every gene costs the dense encoder, and nothing less.
+    assert encoder_flops(CONFIG, [CONFIG.num_genes]).attention == dense_flops(CONFIG, 1).attention
+    assert encoder_flops(CONFIG, [CONFIG.num_genes]).linear == dense_flops(CONFIG, 1).linear
+
+
+def test_large_counts_do_not_overflow() -> None:
+    config = XTrimoGeneConfig.preset("100m", num_genes=19264)
+    cells = np.full(100_000, 19264, dtype=np.int32)
+    assert encoder_flops(config, cells).attention == 100_000 * 12 * 4 * 768 * 19264**2
+
+
+@pytest.mark.parametrize(
+    ("lengths", "distinct", "message"),
+    [
+        ([3, -1], None, "lengths: expected a list of integers >= 0"),
+        ([3.5], None, "lengths: expected a list of integers >= 0"),
+        ([[3]], None, "lengths: expected a list of integers >= 0"),
+        ([3, 4], [3], "distinct: expected one count for each of 2 cells, got 1"),
+        ([3, 4], [3, 5], r"distinct: expected at most the length of each cell, got 5 of 4 \(cell 1\)"),
+    ],
+)
+def test_bad_counts_are_refused(lengths: list[int], distinct: list[int] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        encoder_flops(CONFIG, lengths, distinct)
+
+
+def test_bad_batch_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        padded_flops(CONFIG, LENGTHS, batch_size=0)

@@ -1,0 +1,159 @@
+"""XTrimoGeneConfig: the sizes of one model, its named presets, and its YAML, dict and JSON forms."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# The 3m shape agrees with a public re-implementation, 100m is the released scFoundation shape. The paper's row for
+# 10 M parameters could not be found: ours keeps the paper's two encoder layers for each decoder layer.
+_PRESET_KEYS = ("num_layers", "dim", "num_heads", "decoder_layers", "decoder_dim", "decoder_heads")
+_PRESET_SIZES = {
+    "3m": (4, 128, 2, 2, 128, 2),
+    "10m": (8, 256, 8, 4, 192, 6),
+    "100m": (12, 768, 12, 6, 512, 8),
+}
+PRESETS = {name: dict(zip(_PRESET_KEYS, sizes, strict=True)) for name, sizes in _PRESET_SIZES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class XTrimoGeneConfig:
+    """Sizes and constants of an xTrimoGene model (Gong et al., NeurIPS 2023, arXiv 2311.15156).
+
+    num_genes       genes of the vocabulary, G; the gene table has one row more, for padding
+    dim             encoder width, d
+    num_layers      encoder layers
+    num_heads       attention heads of the encoder; head width is dim / num_heads
+    decoder_dim, decoder_layers, decoder_heads
+                    sizes of the pre-training decoder; the encoder and its embeddings do not read them
+    num_bins        bins of the value embedding, b
+    alpha           constant of the value embedding, s = alpha h + W2 h + b2; not learned
+    ffn_mult        width of the feed-forward layer as a multiple of dim
+    dropout         probability, in training only, on the residual branches and inside the feed-forward layer
+    layer_norm_eps  epsilon of every LayerNorm
+    target_sum      counts of a cell are scaled to this total before log1p
+
+    Raises ValueError, naming the key, the expected and the given value, for a value that no model can have.
+    """
+
+    num_genes: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    decoder_dim: int
+    decoder_layers: int
+    decoder_heads: int
+    num_bins: int = 100
+    alpha: float = 1.0
+    ffn_mult: int = 4
+    dropout: float = 0.1
+    layer_norm_eps: float = 1e-5
+    target_sum: float = 1e4
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            # bool is an int to Python, and `num_layers: yes` in YAML is a bool.
+            if field.type == "int":
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                    raise ValueError(f"config {field.name}: expected an integer >= 1, got {value!r}")
+            else:
+                if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                    raise ValueError(f"config {field.name}: expected a finite number, got {value!r}")
+                # An integer written in YAML must compare equal to, and be saved like, the float it stands for.
+                object.__setattr__(self, field.name, float(value))
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"config dropout: expected 0 <= dropout < 1, got {self.dropout!r}")
+        for name in ("layer_norm_eps", "target_sum"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"config {name}: expected a number > 0, got {getattr(self, name)!r}")
+        for width, heads in (("dim", "num_heads"), ("decoder_dim", "decoder_heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise ValueError(
+                    f"config {width}: expected a multiple of {heads} = {getattr(self, heads)}, "
+                    f"got {getattr(self, width)}"
+                )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one encoder attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the encoder's feed-forward layer."""
+        return self.ffn_mult * self.dim
+
+    @classmethod
+    def preset(cls, name: str, *, num_genes: int, **overrides: Any) -> XTrimoGeneConfig:
+        """The preset "3m", "10m" or "100m" for a vocabulary of num_genes genes; overrides replace single keys."""
+        if name not in PRESETS:
+            raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+        return cls.from_dict({**PRESETS[name], "num_genes": num_genes, **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All keys and values, in the order of the class."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> XTrimoGeneConfig:
+        """Inverse of to_dict. Raises ValueError for an unknown, missing or bad key, and names it."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"config: expected keys and values, got {type(values).__name__}")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in fields:
+                near = difflib.get_close_matches(str(key), fields, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
+                raise ValueError(f"config {key}: unknown key, got {values[key]!r}; {hint}")
+        required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise ValueError(f"config {', '.join(missing)}: expected a value, got none; give it or start from a preset")
+        return cls(**values)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the keys and values as a YAML file."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> XTrimoGeneConfig:
+        """Read a YAML file. Its key `preset`, if any, names a preset that the other keys complete or change."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: expected a YAML file of keys and values: {error}") from error
+        try:
+            if isinstance(values, dict):
+                # PyYAML follows YAML 1.1, where a number such as 1e-5 (no dot) is a string.
+                values = {key: _number_if_numeric(value) for key, value in values.items()}
+                if "preset" in values:
+                    return cls.preset(str(values.pop("preset")), **{"num_genes": None, **values})
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> XTrimoGeneConfig:
+        """Read a checkpoint's config.json."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _number_if_numeric(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,110 @@
+"""RaggedTransformerEncoder: torch.nn.TransformerEncoder for cells of unequal length, with no padding anywhere."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xtg_kernels import ragged_attention
+
+
+class RaggedSelfAttention(nn.Module):
+    """Multi-head self-attention inside each segment; parameters named and initialised as torch.nn.MultiheadAttention."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim: expected a multiple of num_heads = {num_heads}, got {dim}")
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * dim))
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.in_proj_bias)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """x (total_nnz, dim) -> (total_nnz, dim)."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        # Three strided views of one tensor: the op reads them where they are.
+        q, k, v = qkv.view(x.shape[0], 3, self.num_heads, -1).unbind(1)
+        return self.out_proj(ragged_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1))
+
+
+class RaggedTransformerEncoderLayer(nn.Module):
+    """One post-norm layer, as torch.nn.TransformerEncoderLayer(norm_first=False, activation="relu") computes it:
+
+    x = norm1(x + self_attn(x))
+    x = norm2(x + linear2(relu(linear1(x))))
+
+    In training, dropout acts on both residual branches and after the relu. torch's layer (and the published training
+    recipe) also drops attention probabilities; that one is left out, so that the attention kernel needs no random mask.
+    Evaluation is the same in both.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, ffn_dim: int, *, dropout: float = 0.1, layer_norm_eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.self_attn = RaggedSelfAttention(dim, num_heads)
+        self.linear1 = nn.Linear(dim, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, dim)
+        self.norm1 = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.norm2 = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """x (total_nnz, dim) -> (total_nnz, dim)."""
+        x = self.norm1(x + self.dropout(self.self_attn(x, cu_seqlens, max_seqlen)))
+        # In place: no backward needs the value before the relu, and this is the widest tensor of the layer.
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
+        return self.norm2(x + self.dropout(self.linear2(hidden)))
+
+
+class RaggedTransformerEncoder(nn.Module):
+    """Stack of post-norm Transformer layers and a final LayerNorm over cells laid end to end.
+
+    Equal to torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(...), num_layers, torch.nn.LayerNorm(dim)) on
+    each cell by itself. State dicts have the same keys and shapes and load both ways. It knows nothing of genes: any
+    model with rows of unequal sequences can use it.
+
+        encoder = RaggedTransformerEncoder(dim=128, num_heads=2, num_layers=4)
+        y = encoder(x, cu_seqlens, max_seqlen)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_layers: int,
+        *,
+        ffn_dim: int | None = None,
+        dropout: float = 0.1,
+        layer_norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            RaggedTransformerEncoderLayer(
+                dim, num_heads, 4 * dim if ffn_dim is None else ffn_dim, dropout=dropout, layer_norm_eps=layer_norm_eps
+            )
+            for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(dim, eps=layer_norm_eps)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Encode every segment of x by itself.
+
+        x           (total_nnz, dim), float32, bfloat16, float16 or float64
+        cu_seqlens  (batch + 1,) int32; segment c owns rows cu_seqlens[c]:cu_seqlens[c + 1]
+        max_seqlen  length of the longest segment
+        returns     (total_nnz, dim); rows past cu_seqlens[-1] hold no cell and mean nothing
+
+        Raises ValueError or TypeError for a wrong shape or dtype, or offsets that do not fit x.
+        """
+        dim = self.norm.normalized_shape[0]
+        if x.dim() != 2 or x.shape[1] != dim:
+            raise ValueError(f"x: expected shape (total_nnz, {dim}), got {tuple(x.shape)}")
+        for layer in self.layers:
+            x = layer(x, cu_seqlens, max_seqlen)
+        return self.norm(x)
