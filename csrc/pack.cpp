@@ -1,0 +1,239 @@
+// Python binding of the CSR packer (csr_pack.h): NumPy arrays in, NumPy arrays out, the GIL released while packing.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/csr_pack.h"
+
+namespace py = pybind11;
+
+namespace {
+
+constexpr int contiguous = py::array::c_style | py::array::forcecast;
+using Int64Array = py::array_t<int64_t, contiguous>;
+using Int32Array = py::array_t<int32_t, contiguous>;
+
+void require_integers(const py::array& array, const char* name) {
+  const char kind = array.dtype().kind();
+  if (kind != 'i' && kind != 'u')
+    throw py::type_error(std::string(name) + ": expected an integer array, got dtype " +
+                         py::str(array.dtype()).cast<std::string>());
+  if (array.ndim() != 1)
+    throw py::value_error(std::string(name) + ": expected 1 dimension, got " + std::to_string(array.ndim()));
+}
+
+std::string describe(const xtg::CsrPackError& error, int64_t first_row, int64_t num_columns) {
+  const std::string where =
+      "row " + std::to_string(first_row + error.row) + ", column " + std::to_string(error.column);
+  const std::string value = py::str(py::float_(error.value)).cast<std::string>();
+  switch (error.fault) {
+    case xtg::CsrPackFault::column_out_of_range:
+      return where + ": column index outside the matrix, expected 0 .. " + std::to_string(num_columns - 1);
+    case xtg::CsrPackFault::negative:
+      return where + ": negative value " + value + "; expected raw counts (or log-normalised values), not scaled data";
+    case xtg::CsrPackFault::not_finite:
+      return where + ": value " + value + " is not finite; expected raw counts";
+    case xtg::CsrPackFault::too_large:
+      return where + ": value " + value + " does not fit float32";
+    default:
+      return "row " + std::to_string(first_row + error.row) + ": the sum of its values is not finite";
+  }
+}
+
+struct Arguments {
+  Int64Array indptr;
+  Int32Array column_gene_ids;
+  std::optional<Int64Array> rows;
+  xtg::CsrPackOptions options;
+  int64_t first_row;
+  int64_t num_genes;
+  bool identity_map;
+};
+
+template <typename Index, typename Value>
+py::dict pack(const Arguments& arguments, const py::array& indices_in, const py::array& data_in) {
+  const auto indices = py::array_t<Index, contiguous>::ensure(indices_in);
+  const auto data = py::array_t<Value, contiguous>::ensure(data_in);
+  if (!indices || !data) throw py::error_already_set();
+  const int64_t num_rows =
+      arguments.rows ? arguments.rows->size() : static_cast<int64_t>(arguments.indptr.size()) - 1;
+  const xtg::CsrRows<Index, Value> in{arguments.indptr.data(),
+                                      indices.data(),
+                                      data.data(),
+                                      arguments.rows ? arguments.rows->data() : nullptr,
+                                      num_rows,
+                                      arguments.column_gene_ids.data(),
+                                      static_cast<int64_t>(arguments.column_gene_ids.size())};
+  const xtg::CsrPackOptions& options = arguments.options;
+
+  xtg::CsrPackPlan plan;
+  {
+    py::gil_scoped_release release;
+    plan = xtg::csr_pack_scan(in, options);
+  }
+  if (plan.error.fault != xtg::CsrPackFault::none)
+    throw py::value_error(describe(plan.error, arguments.first_row, in.num_columns));
+  int64_t capacity = 0;
+  for (int64_t length : plan.row_lengths) capacity += length;
+  if (capacity > std::numeric_limits<int32_t>::max())
+    throw py::value_error("rows: expected at most 2147483647 expressed genes in one batch, got " +
+                          std::to_string(capacity) + "; pack fewer rows at a time");
+
+  py::array_t<int32_t> cu_seqlens(num_rows + 1);
+  py::array_t<double> totals(num_rows);
+  std::memcpy(totals.mutable_data(), plan.totals.data(), sizeof(double) * static_cast<size_t>(num_rows));
+  py::object distinct_index = py::none();
+  int32_t* distinct_data = nullptr;
+  if (options.distinct) {
+    py::array_t<int32_t> array(capacity);
+    distinct_data = array.mutable_data();
+    distinct_index = std::move(array);
+  }
+
+  py::object values, gene_ids;
+  if constexpr (std::is_same<Index, int32_t>::value && std::is_same<Value, float>::value) {
+    if (!options.normalize && arguments.identity_map && !arguments.rows && !plan.any_dropped &&
+        !plan.any_needs_sorting) {
+      {
+        py::gil_scoped_release release;
+        xtg::csr_pack_in_place(in, options, distinct_data, cu_seqlens.mutable_data());
+      }
+      const py::slice stored(static_cast<py::ssize_t>(in.indptr[0]), static_cast<py::ssize_t>(in.indptr[num_rows]), 1);
+      values = data[stored];
+      gene_ids = indices[stored];
+    }
+  }
+  if (!values) {
+    py::array_t<float> packed_values(capacity);
+    py::array_t<int32_t> packed_genes(capacity);
+    int64_t total_nnz;
+    {
+      float* values_data = packed_values.mutable_data();
+      int32_t* genes_data = packed_genes.mutable_data();
+      int32_t* cu_data = cu_seqlens.mutable_data();
+      py::gil_scoped_release release;
+      total_nnz = xtg::csr_pack_fill(in, plan, options, arguments.num_genes, values_data, genes_data, distinct_data,
+                                     cu_data);
+    }
+    values = std::move(packed_values);
+    gene_ids = std::move(packed_genes);
+    if (total_nnz < capacity) {
+      const py::slice used(0, static_cast<py::ssize_t>(total_nnz), 1);
+      values = values[used];
+      gene_ids = gene_ids[used];
+      if (options.distinct) distinct_index = distinct_index[used];
+    }
+  }
+
+  py::dict packed;
+  packed["values"] = values;
+  packed["gene_ids"] = gene_ids;
+  packed["cu_seqlens"] = cu_seqlens;
+  packed["distinct_index"] = distinct_index;
+  packed["totals"] = totals;
+  return packed;
+}
+
+template <typename Index>
+py::dict pack_by_value(const Arguments& arguments, const py::array& indices, const py::array& data) {
+  const char kind = data.dtype().kind();
+  const auto size = data.dtype().itemsize();
+  if (kind == 'f' && size == 8) return pack<Index, double>(arguments, indices, data);
+  if (kind == 'f' && size <= 4) return pack<Index, float>(arguments, indices, data);
+  if (kind == 'b' || (kind == 'u' && size == 1)) return pack<Index, uint8_t>(arguments, indices, data);
+  if (kind == 'u' && size == 2) return pack<Index, uint16_t>(arguments, indices, data);
+  if (kind == 'u' && size == 4) return pack<Index, uint32_t>(arguments, indices, data);
+  if (kind == 'u' && size == 8) return pack<Index, uint64_t>(arguments, indices, data);
+  if (kind == 'i' && size == 1) return pack<Index, int8_t>(arguments, indices, data);
+  if (kind == 'i' && size == 2) return pack<Index, int16_t>(arguments, indices, data);
+  if (kind == 'i' && size == 4) return pack<Index, int32_t>(arguments, indices, data);
+  if (kind == 'i' && size == 8) return pack<Index, int64_t>(arguments, indices, data);
+  throw py::type_error("data: expected integers, float16, float32 or float64, got dtype " +
+                       py::str(data.dtype()).cast<std::string>());
+}
+
+py::dict pack_csr(const py::array& indptr, const py::array& indices, const py::array& data,
+                  const py::array& column_gene_ids, const std::optional<py::array>& rows, bool normalize,
+                  double target_sum, int num_threads, bool distinct, int64_t first_row) {
+  require_integers(indptr, "indptr");
+  require_integers(indices, "indices");
+  require_integers(column_gene_ids, "column_gene_ids");
+  if (data.ndim() != 1 || data.size() != indices.size())
+    throw py::value_error("data: expected one value for each of the " + std::to_string(indices.size()) + " indices");
+  if (indptr.size() < 1) throw py::value_error("indptr: expected at least 1 entry, got 0");
+  if (!(target_sum > 0.0) || !std::isfinite(target_sum))
+    throw py::value_error("target_sum: expected a positive number, got " + std::to_string(target_sum));
+  if (num_threads < 1)
+    throw py::value_error("num_threads: expected at least 1, got " + std::to_string(num_threads));
+
+  Arguments arguments{Int64Array::ensure(indptr), Int32Array::ensure(column_gene_ids), std::nullopt,
+                      {normalize, target_sum, distinct, num_threads}, first_row, 0, true};
+  const int64_t num_rows = static_cast<int64_t>(arguments.indptr.size()) - 1;
+  const int64_t* starts = arguments.indptr.data();
+  for (int64_t i = 0; i < num_rows; ++i)
+    if (starts[i] > starts[i + 1])
+      throw py::value_error("indptr: expected non-decreasing entries, got " + std::to_string(starts[i]) + " before " +
+                            std::to_string(starts[i + 1]) + " at row " + std::to_string(first_row + i));
+  if (starts[0] < 0 || starts[num_rows] > static_cast<int64_t>(indices.size()))
+    throw py::value_error("indptr: expected entries in 0 .. " + std::to_string(indices.size()) + ", got " +
+                          std::to_string(starts[0]) + " .. " + std::to_string(starts[num_rows]));
+  const int32_t* genes = arguments.column_gene_ids.data();
+  for (int64_t column = 0; column < static_cast<int64_t>(arguments.column_gene_ids.size()); ++column) {
+    if (genes[column] < -1)
+      throw py::value_error("column_gene_ids: expected gene ids or -1, got " + std::to_string(genes[column]) +
+                            " for column " + std::to_string(column));
+    arguments.num_genes = std::max<int64_t>(arguments.num_genes, int64_t{genes[column]} + 1);
+    arguments.identity_map &= genes[column] == column;
+  }
+  if (rows) {
+    require_integers(*rows, "rows");
+    arguments.rows = Int64Array::ensure(*rows);
+    for (int64_t i = 0; i < static_cast<int64_t>(arguments.rows->size()); ++i)
+      if (arguments.rows->data()[i] < 0 || arguments.rows->data()[i] >= num_rows)
+        throw py::value_error("rows: expected row numbers in 0 .. " + std::to_string(num_rows - 1) + ", got " +
+                              std::to_string(arguments.rows->data()[i]));
+  }
+  if (indices.dtype().kind() == 'i' && indices.dtype().itemsize() <= 4)
+    return pack_by_value<int32_t>(arguments, indices, data);
+  return pack_by_value<int64_t>(arguments, indices, data);
+}
+
+}  // namespace
+
+void bind_pack(py::module_& module) {
+  module.def("pack_csr", &pack_csr, py::arg("indptr"), py::arg("indices"), py::arg("data"), py::arg("column_gene_ids"),
+             py::kw_only(), py::arg("rows") = py::none(), py::arg("normalize") = true, py::arg("target_sum") = 1e4,
+             py::arg("num_threads") = 1, py::arg("distinct") = true, py::arg("first_row") = 0,
+             R"doc(Packs rows of a CSR matrix (cells x genes) into ragged arrays.
+
+Columns that are no gene of the vocabulary and stored zeros are dropped, rows come out in ascending gene order,
+duplicates are summed. With normalize, value = log1p(count / total * target_sum) in float64, stored as float32, where
+total is the cell's sum over the genes of the vocabulary; otherwise the stored number as float32. Results do not depend
+on num_threads. Where nothing has to change (normalize=False, float32 data, int32 indices, column == gene, sorted,
+rows=None) values and gene_ids are views of the input.
+
+Args:
+    indptr: (n + 1,) integers; may start past 0, as a window of a longer indptr does.
+    indices, data: stored columns and numbers; data in any integer type, float16, float32 or float64.
+    column_gene_ids: (n_columns,) gene id of each column, -1 for none. Columns may share a gene: their counts add up.
+    rows: rows to pack, in the order wanted; None for all.
+    first_row: number of row 0 in error messages.
+
+Returns:
+    dict: values (total_nnz,) float32, gene_ids (total_nnz,) int32, cu_seqlens (rows + 1,) int32,
+    distinct_index (total_nnz,) int32 or None: the first token of the same cell with the same value,
+    totals (rows,) float64: sum of the cell's stored numbers over the genes of the vocabulary.
+
+Raises:
+    ValueError: a negative, NaN or infinite number (anywhere in a packed row), a column index outside
+        column_gene_ids, a malformed indptr; names row, column and value.
+    TypeError: an array of another kind.)doc");
+}
