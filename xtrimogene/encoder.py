@@ -28,7 +28,7 @@ class RaggedSelfAttention(nn.Module):
         """x (total_nnz, dim) -> (total_nnz, dim)."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         # Three strided views of one tensor: the op reads them where they are.
-        q, k, v = qkv.view(x.shape[0], 3, self.num_heads, -1).unbind(1)
+        q, k, v = qkv.view(x.shape[0], 3, self.num_heads, x.shape[1] // self.num_heads).unbind(1)
         return self.out_proj(ragged_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1))
 
 

@@ -1,0 +1,314 @@
+"""Tests of xtrimogene.encoder and xtrimogene.embedding against torch.nn.TransformerEncoder and plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.conftest import CPU_BACKENDS
+from tests.xtrimogene.real_cells import scanpy_cells, zheng_cells
+from xtg_kernels import RaggedBatch, use_backend
+from xtrimogene.config import XTrimoGeneConfig
+from xtrimogene.embedding import ExpressionEmbedding
+from xtrimogene.encoder import RaggedTransformerEncoder
+
+BACKENDS = [*CPU_BACKENDS, "triton"]
+TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTHS = [5, 0, 1, 70, 33]
+
+
+@pytest.fixture(autouse=True)
+def _plain_torch_layers() -> Iterator[None]:
+    """torch's layers run as written (their fused inference path has rules of its own under autocast), on one thread:
+    a cell at a time is small work, and on a busy machine the threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+    torch.set_num_threads(threads)
+
+
+def _device(backend: str) -> str:
+    return TRITON_DEVICE if backend == "triton" else "cpu"
+
+
+def _torch_encoder(dim: int, num_heads: int, num_layers: int, *, dropout: float = 0.1) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(dim, num_heads, 4 * dim, dropout=dropout, batch_first=True)
+    return nn.TransformerEncoder(layer, num_layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
+
+
+def _twins(dim: int, num_heads: int, num_layers: int) -> tuple[RaggedTransformerEncoder, nn.TransformerEncoder]:
+    """Our encoder and torch's with the same weights, none of them at a value that could hide a mistake (0 or 1)."""
+    torch.manual_seed(0)
+    ours = RaggedTransformerEncoder(dim, num_heads, num_layers, dropout=0.0)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs = _torch_encoder(dim, num_heads, num_layers, dropout=0.0)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def _offsets(lengths: list[int], device: str = "cpu") -> Tensor:
+    return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device=device, dtype=torch.int32)
+
+
+def _cell_by_cell(encoder: Callable[[Tensor], Tensor], x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    cells = x[: int(cu_seqlens[-1])].split(cu_seqlens.diff().tolist())
+    return torch.cat([encoder(cell[None])[0] if len(cell) else cell for cell in cells])
+
+
+def _plain_embedding(embedding: ExpressionEmbedding, batch: RaggedBatch, dtype: torch.dtype) -> Tensor:
+    w1, b1, w2, b2, bin_table, gene_table = (
+        getattr(embedding, name).to(dtype) for name in ("w1", "b1", "w2", "b2", "bin_table", "gene_table")
+    )
+    hidden = F.leaky_relu(batch.values.to(dtype)[:, None] * w1 + b1, 0.1)
+    weights = (embedding.alpha * hidden + F.linear(hidden, w2, b2)).softmax(-1)
+    return weights @ bin_table + gene_table[batch.gene_ids.long()]
+
+
+def _error(out: Tensor, expected: Tensor) -> float:
+    out, expected = out.detach().double().cpu(), expected.detach().double().cpu()
+    return float((out - expected).norm() / expected.norm())
+
+
+def test_parameters_are_named_and_shaped_as_torch_names_and_shapes_them() -> None:
+    ours, theirs = RaggedTransformerEncoder(32, 4, 2), _torch_encoder(32, 4, 2)
+    assert {n: p.shape for n, p in ours.state_dict().items()} == {n: p.shape for n, p in theirs.state_dict().items()}
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    assert all(torch.equal(p, theirs.state_dict()[name]) for name, p in ours.state_dict().items())
+
+
+def test_initial_weights_are_those_of_torch() -> None:
+    torch.manual_seed(3)
+    ours = RaggedTransformerEncoder(32, 4, 1)
+    torch.manual_seed(3)
+    theirs = _torch_encoder(32, 4, 1)
+    for name, parameter in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], parameter), name
+
+
+def test_layers_start_from_different_weights() -> None:
+    encoder = RaggedTransformerEncoder(32, 4, 2)
+    assert not torch.equal(encoder.layers[0].linear1.weight, encoder.layers[1].linear1.weight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dim", "num_heads"), [(64, 2), (48, 3)])
+def test_forward_equals_torch_cell_by_cell(backend: str, dim: int, num_heads: int) -> None:
+    device = _device(backend)
+    ours, theirs = _twins(dim, num_heads, 2)
+    ours, theirs = ours.to(device).eval(), theirs.to(device).eval()
+    x, cu_seqlens = torch.randn(sum(LENGTHS), dim, device=device), _offsets(LENGTHS, device)
+    with torch.no_grad(), use_backend(backend):
+        out = ours(x, cu_seqlens, max(LENGTHS))
+        assert _error(out, _cell_by_cell(theirs, x, cu_seqlens)) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("source", ["scanpy", "zheng"])
+def test_real_cells_through_embedding_and_encoder(
+    backend: str, source: str, request: pytest.FixtureRequest
+) -> None:
+    # The interpreter runs Triton on a CPU about a thousand times slower: fewer cells, the whole model all the same.
+    slow = backend == "triton" and TRITON_DEVICE == "cpu"
+    if source == "scanpy":
+        num_genes, batch = 765, scanpy_cells(slice(0, 4 if slow else 100))
+    else:
+        shared_data: Path = request.getfixturevalue("shared_data")
+        num_genes, batch = 19264, zheng_cells(shared_data, slice(0, 1 if slow else 40))
+    device = _device(backend)
+    config = XTrimoGeneConfig.preset("3m", num_genes=num_genes)
+    encoder, theirs = _twins(config.dim, config.num_heads, config.num_layers)
+    embedding = ExpressionEmbedding(config.num_genes, config.dim)
+    with torch.no_grad():
+        x = _plain_embedding(embedding, batch, torch.float32)
+        expected = _cell_by_cell(theirs.eval(), x, batch.cu_seqlens)
+        embedding, encoder, batch = embedding.to(device), encoder.to(device).eval(), batch.to(device)
+        with use_backend(backend):
+            out = encoder(embedding(batch), batch.cu_seqlens, batch.max_seqlen)
+    assert _error(out, expected) < 1e-5
+
+
+# Triton's interpreter has no bfloat16 arithmetic; without a GPU that case is left to the kernels' own tests.
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, *(["triton"] if TRITON_DEVICE == "cuda" else [])])
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+def test_bfloat16_error_is_at_most_twice_that_of_plain_pytorch(backend: str, how: str) -> None:
+    device = _device(backend)
+    batch = scanpy_cells(slice(0, 30)).to(device)
+    config = XTrimoGeneConfig.preset("3m", num_genes=765)
+    encoder, theirs = _twins(config.dim, config.num_heads, config.num_layers)
+    embedding = ExpressionEmbedding(config.num_genes, config.dim)
+    embedding, encoder, theirs = embedding.to(device), encoder.to(device).eval(), theirs.to(device).eval()
+    if how == "weights":
+        embedding, encoder, theirs = embedding.bfloat16(), encoder.bfloat16(), theirs.bfloat16()
+    with torch.no_grad():
+        # Our embedding stays in float32 under autocast, so the plain one does too.
+        x = _plain_embedding(embedding, batch, embedding.bin_table.dtype)
+        with use_backend(backend), torch.autocast(device, torch.bfloat16, enabled=how == "autocast"):
+            out = encoder(embedding(batch), batch.cu_seqlens, batch.max_seqlen)
+            plain = _cell_by_cell(theirs, x, batch.cu_seqlens)
+        exact = _cell_by_cell(theirs.double(), _plain_embedding(embedding, batch, torch.float64), batch.cu_seqlens)
+    assert out.dtype == plain.dtype
+    assert 0 < _error(out, exact) <= 2 * _error(plain, exact)
+
+
+def _gradients(module: nn.Module, x: Tensor, out: Tensor, seed: Tensor) -> dict[str, Tensor]:
+    named = dict(module.named_parameters())
+    grads = torch.autograd.grad((out * seed).sum(), [x, *named.values()])
+    return dict(zip(["x", *named], grads, strict=True))
+
+
+def test_gradients_equal_torch_in_float64() -> None:
+    ours, theirs = _twins(32, 4, 2)
+    ours, theirs = ours.double(), theirs.double()
+    x = torch.randn(sum(LENGTHS), 32, dtype=torch.float64, requires_grad=True)
+    seed, cu_seqlens = torch.randn_like(x), _offsets(LENGTHS)
+    expected = _gradients(theirs, x, _cell_by_cell(theirs, x, cu_seqlens), seed)
+    for name, grad in _gradients(ours, x, ours(x, cu_seqlens, max(LENGTHS)), seed).items():
+        assert _error(grad, expected[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_error_is_at_most_three_times_that_of_plain_pytorch(backend: str) -> None:
+    device = _device(backend)
+    ours, theirs = _twins(64, 2, 2)
+    ours, theirs = ours.to(device), theirs.to(device)
+    x = torch.randn(sum(LENGTHS), 64, device=device, requires_grad=True)
+    seed, cu_seqlens = torch.randn_like(x), _offsets(LENGTHS, device)
+    with use_backend(backend):
+        grads = _gradients(ours, x, ours(x, cu_seqlens, max(LENGTHS)), seed)
+    plain = _gradients(theirs, x, _cell_by_cell(theirs, x, cu_seqlens), seed)
+    theirs, exact_x = theirs.double(), x.detach().double().requires_grad_()
+    exact = _gradients(theirs, exact_x, _cell_by_cell(theirs, exact_x, cu_seqlens), seed.double())
+    together = [torch.cat([g[name].double().flatten() for name in exact]) for g in (grads, plain, exact)]
+    assert _error(together[0], together[2]) <= 3 * _error(together[1], together[2])
+    for name in exact:
+        assert _error(grads[name], exact[name]) < 1e-5, name
+
+
+def test_dropout_falls_where_torch_has_it_outside_attention() -> None:
+    torch.manual_seed(0)
+    theirs = _torch_encoder(32, 4, 2, dropout=0.3)
+    ours = RaggedTransformerEncoder(32, 4, 2, dropout=0.3)
+    ours.load_state_dict(theirs.state_dict())
+    for layer in theirs.layers:
+        layer.self_attn.dropout = 0.0  # type: ignore[union-attr]
+    x, cu_seqlens = torch.randn(50, 32), _offsets([50])
+    torch.manual_seed(1)
+    expected = theirs(x[None])[0]
+    torch.manual_seed(1)
+    assert _error(ours(x, cu_seqlens, 50), expected) < 1e-5
+    assert _error(ours.eval()(x, cu_seqlens, 50), expected) > 1e-2
+
+
+def test_rows_past_the_last_cell_change_nothing() -> None:
+    encoder = RaggedTransformerEncoder(32, 4, 2, dropout=0.0)
+    x, cu_seqlens = torch.randn(60, 32), _offsets([20, 30])
+    with torch.no_grad():
+        out = encoder(x, cu_seqlens, 30)
+        x[50:] = 1e4
+        assert torch.equal(encoder(x, cu_seqlens, 30)[:50], out[:50])
+
+
+def test_q_k_and_v_are_views_of_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watch(q: Tensor, k: Tensor, v: Tensor, *args: object) -> Tensor:
+        seen.extend([q, k, v])
+        return v
+
+    monkeypatch.setattr("xtrimogene.encoder.ragged_attention", watch)
+    RaggedTransformerEncoder(32, 4, 1)(torch.randn(10, 32), _offsets([10]), 10)
+    assert len({x.untyped_storage().data_ptr() for x in seen}) == 1
+    assert [x.storage_offset() for x in seen] == [0, 32, 64]
+
+
+def test_compiles_to_one_graph_and_keeps_it_over_changing_shapes() -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    encoder = RaggedTransformerEncoder(32, 4, 2, dropout=0.0)
+    compiled = torch.compile(encoder, fullgraph=True, backend=backend)
+    for lengths in ([5, 9], [7, 0, 12], [3, 1, 20, 6], [40], [11, 13]):
+        x, cu_seqlens = torch.randn(sum(lengths), 32, requires_grad=True), _offsets(lengths)
+        seed = torch.randn(sum(lengths), 32)
+        expected = _gradients(encoder, x, encoder(x, cu_seqlens, max(lengths)), seed)
+        out = compiled(x, cu_seqlens, max(lengths))
+        assert _error(out, encoder(x, cu_seqlens, max(lengths))) < 1e-6
+        for name, grad in _gradients(encoder, x, out, seed).items():
+            assert _error(grad, expected[name]) < 1e-5, name
+    # The first shapes are compiled as constants, the second as symbols; one more graph is allowed for a size of 1.
+    assert len(graphs) <= 3
+
+
+def test_compiles_with_inductor() -> None:
+    torch._dynamo.reset()
+    encoder = RaggedTransformerEncoder(16, 1, 1, dropout=0.0).eval()
+    compiled = torch.compile(encoder, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for lengths in ([5, 9], [7, 0, 12]):
+            x, cu_seqlens = torch.randn(sum(lengths), 16), _offsets(lengths)
+            assert _error(compiled(x, cu_seqlens, max(lengths)), encoder(x, cu_seqlens, max(lengths))) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(4, 31), r"x: expected shape \(total_nnz, 32\), got \(4, 31\)"),
+        (torch.zeros(1, 4, 32), r"x: expected shape \(total_nnz, 32\), got \(1, 4, 32\)"),
+    ],
+)
+def test_a_wrong_shape_is_refused(x: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RaggedTransformerEncoder(32, 4, 1)(x, _offsets([4]), 4)
+
+
+def test_a_width_that_heads_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="dim: expected a multiple of num_heads = 3, got 32"):
+        RaggedTransformerEncoder(32, 3, 1)
+
+
+def test_no_cells_at_all() -> None:
+    encoder = RaggedTransformerEncoder(32, 4, 1)
+    assert encoder(torch.zeros(0, 32), _offsets([]), 0).shape == (0, 32)
+    assert encoder(torch.zeros(0, 32), _offsets([0, 0]), 0).shape == (0, 32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_embedding_equals_plain_pytorch(backend: str) -> None:
+    device = _device(backend)
+    torch.manual_seed(0)
+    batch = scanpy_cells(slice(0, 3))
+    embedding = ExpressionEmbedding(765, 64, alpha=0.7)
+    expected = _plain_embedding(embedding, batch, torch.float64)
+    with use_backend(backend), torch.no_grad():
+        assert _error(embedding.to(device)(batch.to(device)), expected) < 1e-6
+
+
+def test_embedding_without_a_distinct_index_gives_the_same_rows() -> None:
+    batch = scanpy_cells(slice(0, 3))
+    embedding = ExpressionEmbedding(765, 64)
+    without = RaggedBatch(batch.values, batch.gene_ids, batch.cu_seqlens, batch.max_seqlen)
+    assert torch.equal(embedding(batch), embedding(without))
+
+
+def test_embedding_starts_as_linear_and_embedding_layers_do() -> None:
+    torch.manual_seed(0)
+    embedding = ExpressionEmbedding(2000, 64, num_bins=100)
+    assert embedding.gene_table.shape == (2001, 64)
+    assert not embedding.gene_table[-1].any()
+    assert embedding.gene_table[:-1].std().item() == pytest.approx(1, abs=0.02)
+    for parameter, bound in ((embedding.w1, 1.0), (embedding.b1, 1.0), (embedding.w2, 0.1), (embedding.b2, 0.1)):
+        assert 0.9 * bound < parameter.abs().max() <= bound
