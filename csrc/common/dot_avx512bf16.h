@@ -1,0 +1,77 @@
+// Products of bf16 pairs with float accumulation (AVX512_BF16). x86 only; included by cpu/isa/avx512bf16.cpp alone.
+// An element is a pair of neighbouring k: left operands are plain bf16 rows, right operands interleave two rows.
+#pragma once
+
+#include "product.h"
+#include "vec_avx512.h"
+
+namespace xtg {
+
+// A type of its own, so that no template instance is shared with the translation unit built without AVX512_BF16.
+struct VecAvx512Bf16 : VecAvx512 {
+  using VecAvx512::store;
+  static void store(bf16* p, reg x) {
+    const __m256bh packed = _mm512_cvtneps_pbh(x);
+    std::memcpy(p, &packed, sizeof(packed));
+  }
+};
+
+struct DotBf16 {
+  using V = VecAvx512Bf16;
+  using elem = uint32_t;
+  static constexpr int group = 2;
+  static V::reg step(V::reg acc, const elem* a, __m512i b) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(int(*a)), (__m512bh)b);
+  }
+  static __m512i load(const elem* b) { return _mm512_loadu_si512(b); }
+  // Floats as elements j.. of a left-operand row.
+  static void store(elem* row, int64_t j, V::reg x) { V::store(reinterpret_cast<bf16*>(row) + j, x); }
+};
+
+template <>
+struct DotFor<VecAvx512Bf16, bf16> {
+  using type = DotBf16;
+};
+
+static inline void pack_left(DotBf16, const bf16* src, int64_t stride, int64_t rows, int64_t dim, uint32_t* dst,
+                             int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r) {
+    bf16* out = reinterpret_cast<bf16*>(dst + r * ld);
+    std::memcpy(out, src + r * stride, size_t(dim) * sizeof(bf16));
+    std::memset(out + dim, 0, size_t(2 * ld - dim) * sizeof(bf16));
+  }
+}
+
+static inline void pack_right_transposed(DotBf16, const bf16* src, int64_t stride, int64_t rows, int64_t dim,
+                                         uint32_t* dst, int64_t columns) {
+  for (int64_t d = 0; d < dim; d += 2) {
+    uint32_t* out = dst + (d / 2) * columns;
+    int64_t r = 0;
+    for (; r < rows; ++r) {
+      const bf16* row = src + r * stride + d;
+      out[r] = uint32_t(row[0].bits) | (d + 1 < dim ? uint32_t(row[1].bits) << 16 : 0u);
+    }
+    for (; r < columns; ++r) out[r] = 0;
+  }
+}
+
+static inline void pack_right(DotBf16, const bf16* src, int64_t stride, int64_t rows, int64_t all_rows, int64_t dim,
+                              uint32_t* dst, int64_t padded) {
+  for (int64_t r = 0; r < all_rows; r += 2) {
+    uint32_t* out = dst + (r / 2) * padded;
+    const bf16* low = src + r * stride;
+    const bf16* high = low + stride;
+    const bool has_low = r < rows, has_high = r + 1 < rows;
+    int64_t c = 0;
+    for (; c + 16 <= dim && has_high; c += 16) {
+      const __m512i a = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low + c)));
+      const __m512i b = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(high + c)));
+      _mm512_storeu_si512(out + c, _mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+    }
+    for (; c < dim; ++c)
+      out[c] = (has_low ? uint32_t(low[c].bits) : 0u) | (has_high ? uint32_t(high[c].bits) << 16 : 0u);
+    for (; c < padded; ++c) out[c] = 0;
+  }
+}
+
+}  // namespace xtg

@@ -1,0 +1,87 @@
+// What the kernels of one ISA look like from outside: argument structs over raw pointers and a table of functions.
+// Torch-free: bindings fill the structs, cpu/isa/*.cpp fill one table each, isa.h chooses the table at run time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "types.h"
+
+namespace xtg {
+
+// One unit of work of ragged attention: rows [begin + first, begin + first + rows) of a segment, for every head.
+struct SegmentBlock {
+  int64_t begin;  // first row of the segment
+  int64_t length;
+  int64_t first;  // offset of the block in the segment
+  int64_t rows;
+};
+
+// (total_nnz, num_heads, head_dim) operand; strides in elements, head_dim contiguous.
+struct Operand {
+  const void* data;
+  int64_t row_stride;
+  int64_t head_stride;
+};
+
+struct AttentionArgs {
+  DType dtype;
+  int64_t total_nnz, num_heads, head_dim;
+  float softmax_scale;
+  Operand q, k, v;
+  void* out;           // (total_nnz, num_heads, head_dim) contiguous; read by the backward
+  float* softmax_lse;  // (num_heads, total_nnz); read by the backward
+  // Backward only.
+  Operand grad_out;
+  const float* grad_lse;  // (num_heads, total_nnz) or null
+  float* delta;           // (num_heads, total_nnz), written by backward_query, read by backward_key
+  void *grad_q, *grad_k, *grad_v;  // contiguous
+};
+
+struct EmbeddingArgs {
+  DType dtype;  // of gene_table, out and grad_out
+  int64_t bins, dim, padded_bins, padded_dim;
+  float alpha;
+  const float* values;  // (total_nnz,)
+  // Float copies, rows padded with zeros to a multiple of the vector width.
+  const float *w1, *b1, *b2;    // (padded_bins,)
+  const float* w2;              // (bins, padded_bins); backward only
+  const float* w2_transposed;   // (bins, padded_bins)
+  const float* bin_table;       // (bins, padded_dim)
+  const float* bin_table_transposed;  // (dim, padded_bins); backward only
+  const int32_t* gene_ids;      // (total_nnz,) or null
+  const void* gene_table;       // (rows, dim) contiguous or null
+  // Distinct values: value u is values[first_token[u]] and belongs to tokens[offsets[u]..offsets[u + 1]].
+  const int32_t *first_token, *offsets, *tokens;
+  void* out;  // (total_nnz, dim)
+  // Backward only.
+  const void* grad_out;  // (total_nnz, dim) contiguous
+  float* grad_values;    // (total_nnz,) or null
+};
+
+// Sums of the parameter gradients over some of the distinct values.
+struct EmbeddingGrads {
+  float *w1, *b1, *b2;  // (padded_bins,)
+  float* w2;            // (bins, padded_bins)
+  float* bin_table;     // (bins, padded_dim)
+};
+
+struct Kernels {
+  const char* name;
+  int width;  // floats in a vector register: rows handed to the kernels are padded to a multiple of it
+  int64_t query_block, key_block;  // rows of one unit of attention work: forward and grad_q; grad_k and grad_v
+  size_t (*attention_scratch)(const AttentionArgs&);
+  void (*attention_forward)(const AttentionArgs&, const SegmentBlock&, int64_t head, void* scratch);
+  void (*attention_backward_query)(const AttentionArgs&, const SegmentBlock&, int64_t head, void* scratch);
+  void (*attention_backward_key)(const AttentionArgs&, const SegmentBlock&, int64_t head, void* scratch);
+  int64_t value_block;  // distinct values of one unit of embedding work
+  size_t (*embedding_scratch)(const EmbeddingArgs&);
+  void (*embedding_forward)(const EmbeddingArgs&, int64_t first, int64_t count, void* scratch);
+  void (*embedding_backward)(const EmbeddingArgs&, int64_t first, int64_t count, const EmbeddingGrads&, void* scratch);
+  // Row of the gene table's gradient: the sum of grad_out over the given tokens, in their order.
+  void (*sum_rows)(DType, const void* src, int64_t dim, const int32_t* tokens, int64_t count, float* scratch, void* dst);
+  void (*load_rows)(DType, const void* src, int64_t rows, int64_t columns, float* dst, int64_t padded);
+  void (*store_rows)(DType, const float* src, int64_t padded, int64_t rows, int64_t columns, void* dst);
+};
+
+}  // namespace xtg

@@ -1,0 +1,129 @@
+// Small matrix products on packed operands: the register-tiled core that every op shares.
+//
+//   c (m, n) float  (+)=  a (m, k) row-major  x  b (k, n) row-major,   n a multiple of the vector width
+//
+// A Dot says what one step of k is: DotFloat multiplies floats; DotBf16 (x86 only) multiplies pairs of bf16 with float
+// accumulation, so its operands hold two neighbouring k in one 32-bit element.
+// Every element of c is one chain of fused steps in the order of k, whatever the tile it falls in: the result does not
+// depend on m or n, nor on how the rows were split among threads.
+#pragma once
+
+#include "types.h"
+
+namespace xtg {
+
+template <class V>
+struct DotFloat {
+  using elem = float;
+  static constexpr int group = 1;  // neighbouring k held by one element
+  static typename V::reg step(typename V::reg acc, const elem* a, typename V::reg b) {
+    return V::fma(V::set1(*a), b, acc);
+  }
+  static typename V::reg load(const elem* b) { return V::load(b); }
+  // Floats as elements j.. of a left-operand row.
+  static void store(elem* row, int64_t j, typename V::reg x) { V::store(row + j, x); }
+};
+
+// The product that a vector type uses for operands of type T.
+template <class V, class T>
+struct DotFor {
+  using type = DotFloat<V>;
+};
+
+template <class V, class Dot, int Rows, int Vectors>
+static inline void product_tile(int64_t k, const typename Dot::elem* a, int64_t lda, const typename Dot::elem* b,
+                                int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  typename V::reg acc[Rows][Vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < Vectors; ++j) acc[i][j] = accumulate ? V::load(c + i * ldc + j * V::width) : V::zero();
+  for (int64_t p = 0; p < k; ++p) {
+    decltype(Dot::load(b)) column[Vectors];
+#pragma GCC unroll 8
+    for (int j = 0; j < Vectors; ++j) column[j] = Dot::load(b + p * ldb + j * V::width);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < Vectors; ++j) acc[i][j] = Dot::step(acc[i][j], a + i * lda + p, column[j]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < Vectors; ++j) V::store(c + i * ldc + j * V::width, acc[i][j]);
+}
+
+template <class V, class Dot, int Rows, int Vectors>
+static inline void product_columns(int64_t n, int64_t k, const typename Dot::elem* a, int64_t lda,
+                                   const typename Dot::elem* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  int64_t j = 0;
+  for (; j + Vectors * V::width <= n; j += Vectors * V::width)
+    product_tile<V, Dot, Rows, Vectors>(k, a, lda, b + j, ldb, c + j, ldc, accumulate);
+  if constexpr (Vectors > 1) {
+    if (j < n)
+      product_columns<V, Dot, Rows, Vectors / 2>(n - j, k, a, lda, b + j, ldb, c + j, ldc, accumulate);
+  }
+}
+
+template <class V, class Dot, int Rows>
+static inline void product_rows(int64_t m, int64_t n, int64_t k, const typename Dot::elem* a, int64_t lda,
+                                const typename Dot::elem* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  int64_t i = 0;
+  for (; i + Rows <= m; i += Rows)
+    product_columns<V, Dot, Rows, V::tile_vectors>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
+  if constexpr (Rows > 1) {
+    if (i < m)
+      product_rows<V, Dot, Rows - 1>(m - i, n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
+  }
+}
+
+template <class V, class Dot>
+static inline void product(int64_t m, int64_t n, int64_t k, const typename Dot::elem* a, int64_t lda,
+                           const typename Dot::elem* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  product_rows<V, Dot, V::tile_rows>(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+}
+
+// One row of n elements to floats, zero up to padded.
+template <class V, class T>
+static inline void load_row(const T* src, int64_t n, float* dst, int64_t padded) {
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) V::store(dst + i, V::load(src + i));
+  for (; i < n; ++i) dst[i] = to_float(src[i]);
+  for (; i < padded; ++i) dst[i] = 0.0f;
+}
+
+// One row of n floats, times factor, to elements.
+template <class V, class T>
+static inline void store_row(const float* src, int64_t n, float factor, T* dst) {
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) V::store(dst + i, V::mul(V::load(src + i), V::set1(factor)));
+  for (; i < n; ++i) from_float(src[i] * factor, dst + i);
+}
+
+// Rows as the left operand a: (rows, k), k = ceil(dim / group) elements.
+template <class V, class T>
+static inline void pack_left(DotFloat<V>, const T* src, int64_t stride, int64_t rows, int64_t dim, float* dst,
+                             int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r) load_row<V>(src + r * stride, dim, dst + r * ld, ld);
+}
+
+// Rows as the transposed right operand b: (k, columns), column r holding row r; columns rows.. are zero.
+template <class V, class T>
+static inline void pack_right_transposed(DotFloat<V>, const T* src, int64_t stride, int64_t rows, int64_t dim,
+                                         float* dst, int64_t columns) {
+  for (int64_t d = 0; d < dim; ++d) {
+    int64_t r = 0;
+    for (; r < rows; ++r) dst[d * columns + r] = to_float(src[r * stride + d]);
+    for (; r < columns; ++r) dst[d * columns + r] = 0.0f;
+  }
+}
+
+// Rows as the right operand b: (rows / group, padded), rows up to all_rows zero.
+template <class V, class T>
+static inline void pack_right(DotFloat<V>, const T* src, int64_t stride, int64_t rows, int64_t all_rows, int64_t dim,
+                              float* dst, int64_t padded) {
+  for (int64_t r = 0; r < rows; ++r) load_row<V>(src + r * stride, dim, dst + r * padded, padded);
+  for (int64_t i = rows * padded; i < all_rows * padded; ++i) dst[i] = 0.0f;
+}
+
+}  // namespace xtg

@@ -1,0 +1,59 @@
+// The AVX-512 (F, BW, VL, DQ) vector type: sixteen lanes. x86 only; included by cpu/isa/avx512*.cpp alone.
+#pragma once
+
+#include <immintrin.h>
+
+#include "types.h"
+
+namespace xtg {
+
+struct VecAvx512 {
+  static constexpr int width = 16;
+  static constexpr int tile_rows = 6;  // 24 accumulators + 4 columns + 1 row of 32 registers
+  static constexpr int tile_vectors = 4;
+  using reg = __m512;
+
+  static reg zero() { return _mm512_setzero_ps(); }
+  static reg set1(float x) { return _mm512_set1_ps(x); }
+  static reg load(const float* p) { return _mm512_loadu_ps(p); }
+  static reg load(const bf16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  static reg load(const f16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store(float* p, reg x) { _mm512_storeu_ps(p, x); }
+  static void store(bf16* p, reg x) {
+    const __m512i u = _mm512_castps_si512(x);
+    const __m512i high = _mm512_srli_epi32(u, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, is_nan, high, _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+  }
+  static void store(f16* p, reg x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static reg add(reg a, reg b) { return _mm512_add_ps(a, b); }
+  static reg sub(reg a, reg b) { return _mm512_sub_ps(a, b); }
+  static reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
+  static reg fma(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static reg max(reg a, reg b) { return _mm512_max_ps(a, b); }
+  static reg keep_first(reg x, int n, float fill) {
+    return _mm512_mask_mov_ps(set1(fill), __mmask16((1u << n) - 1u), x);
+  }
+  static reg select_positive(reg gate, reg x, reg y) {
+    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(gate, zero(), _CMP_GT_OQ), x);
+  }
+  static float sum(reg x) { return _mm512_reduce_add_ps(x); }
+  static float maximum(reg x) { return _mm512_reduce_max_ps(x); }
+  static reg round(reg x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static reg scale_by_power(reg x, reg n) { return _mm512_scalef_ps(x, n); }
+  static reg flush_below(reg x, reg y) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1(-126.0f), _CMP_NLT_UQ), y);
+  }
+};
+
+}  // namespace xtg

@@ -1,0 +1,63 @@
+// The portable vector type: four lanes through the compiler's vector extension (SSE2, NEON or plain scalar code).
+#pragma once
+
+#include "types.h"
+
+namespace xtg {
+
+struct VecScalar {
+  static constexpr int width = 4;
+  static constexpr int tile_rows = 4;  // register tile of the products: tile_rows x tile_vectors accumulators
+  static constexpr int tile_vectors = 2;
+  typedef float reg __attribute__((vector_size(16)));
+  typedef int32_t ireg __attribute__((vector_size(16)));
+
+  static reg zero() { return set1(0.0f); }
+  static reg set1(float x) { return reg{x, x, x, x}; }
+  static reg load(const float* p) {
+    reg x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+  }
+  static reg load(const bf16* p) { return reg{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+  static reg load(const f16* p) { return reg{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+  static void store(float* p, reg x) { std::memcpy(p, &x, sizeof(x)); }
+  static void store(bf16* p, reg x) {
+    for (int i = 0; i < width; ++i) from_float(x[i], p + i);
+  }
+  static void store(f16* p, reg x) {
+    for (int i = 0; i < width; ++i) from_float(x[i], p + i);
+  }
+  static reg add(reg a, reg b) { return a + b; }
+  static reg sub(reg a, reg b) { return a - b; }
+  static reg mul(reg a, reg b) { return a * b; }
+  static reg fma(reg a, reg b, reg c) { return a * b + c; }
+  static reg max(reg a, reg b) { return a > b ? a : b; }
+  // Lanes n and above become fill.
+  static reg keep_first(reg x, int n, float fill) {
+    for (int i = 0; i < width; ++i) x[i] = i < n ? x[i] : fill;
+    return x;
+  }
+  // x where gate > 0, else y.
+  static reg select_positive(reg gate, reg x, reg y) { return gate > 0.0f ? x : y; }
+  static float sum(reg x) { return (x[0] + x[1]) + (x[2] + x[3]); }
+  static float maximum(reg x) { return max_of(max_of(x[0], x[1]), max_of(x[2], x[3])); }
+  static reg round(reg x) {
+    // Adding and taking away 1.5 * 2^23 rounds to the nearest integer for |x| < 2^22, enough for exponents.
+    const reg magic = set1(12582912.0f);
+    return (x + magic) - magic;
+  }
+  // x * 2^n for integral n in [-126, 127].
+  static reg scale_by_power(reg x, reg n) {
+    reg clamped = n < -126.0f ? set1(-126.0f) : n;
+    clamped = clamped > 127.0f ? set1(127.0f) : clamped;
+    const ireg exponent = (__builtin_convertvector(clamped, ireg) + 127) << 23;
+    reg power;
+    std::memcpy(&power, &exponent, sizeof(power));
+    return x * power;
+  }
+  // 0 where x < -126, else y.
+  static reg flush_below(reg x, reg y) { return x < -126.0f ? zero() : y; }
+};
+
+}  // namespace xtg

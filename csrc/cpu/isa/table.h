@@ -1,0 +1,69 @@
+// The table of kernels of one vector type: every template instantiated for the three element types.
+#pragma once
+
+#include "../expression_embedding.h"
+#include "../ragged_attention.h"
+
+namespace xtg {
+
+// Calls f with a value of the element type that dtype names.
+template <class F>
+static inline auto with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f16:
+      return f(f16{});
+    default:
+      return f(float{});
+  }
+}
+
+// constexpr: the table is data, so loading the library runs no code built for an ISA that the machine may lack.
+template <class V>
+static constexpr Kernels kernel_table(const char* name) {
+  Kernels t{};
+  t.name = name;
+  t.width = V::width;
+  t.query_block = t.key_block = AttentionTile<V>::query_block;
+  t.attention_scratch = [](const AttentionArgs& args) {
+    return with_type(args.dtype, [&](auto e) { return attention_scratch<V, decltype(e)>(args); });
+  };
+  t.attention_forward = [](const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
+    with_type(args.dtype, [&](auto e) { attention_forward<V, decltype(e)>(args, block, head, scratch); });
+  };
+  t.attention_backward_query = [](const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
+    with_type(args.dtype, [&](auto e) { attention_backward_query<V, decltype(e)>(args, block, head, scratch); });
+  };
+  t.attention_backward_key = [](const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
+    with_type(args.dtype, [&](auto e) { attention_backward_key<V, decltype(e)>(args, block, head, scratch); });
+  };
+  t.value_block = kValueBlock;
+  t.embedding_scratch = [](const EmbeddingArgs& args) { return embedding_scratch(args); };
+  t.embedding_forward = [](const EmbeddingArgs& args, int64_t first, int64_t count, void* scratch) {
+    with_type(args.dtype, [&](auto e) { embedding_forward<V, decltype(e)>(args, first, count, scratch); });
+  };
+  t.embedding_backward = [](const EmbeddingArgs& args, int64_t first, int64_t count, const EmbeddingGrads& grads,
+                            void* scratch) {
+    with_type(args.dtype, [&](auto e) { embedding_backward<V, decltype(e)>(args, first, count, grads, scratch); });
+  };
+  t.sum_rows = [](DType dtype, const void* src, int64_t dim, const int32_t* tokens, int64_t count, float* scratch,
+                  void* dst) {
+    with_type(dtype, [&](auto e) { sum_rows<V, decltype(e)>(src, dim, tokens, count, scratch, dst); });
+  };
+  t.load_rows = [](DType dtype, const void* src, int64_t rows, int64_t columns, float* dst, int64_t padded) {
+    with_type(dtype, [&](auto e) {
+      for (int64_t r = 0; r < rows; ++r)
+        load_row<V>(static_cast<const decltype(e)*>(src) + r * columns, columns, dst + r * padded, padded);
+    });
+  };
+  t.store_rows = [](DType dtype, const float* src, int64_t padded, int64_t rows, int64_t columns, void* dst) {
+    with_type(dtype, [&](auto e) {
+      for (int64_t r = 0; r < rows; ++r)
+        store_row<V>(src + r * padded, columns, 1.0f, static_cast<decltype(e)*>(dst) + r * columns);
+    });
+  };
+  return t;
+}
+
+}  // namespace xtg

@@ -1,0 +1,22 @@
+// The schemas of namespace xtg, in one place. Kernels for CPU tensors bind in cpu/*.cpp; fake kernels, autograd, autocast,
+// FLOP formulas and the reference and Triton overloads bind in Python (xtg_kernels/ops/<op>/library.py).
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(xtg, m) {
+  m.def(
+      "ragged_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, float softmax_scale)"
+      " -> (Tensor out, Tensor softmax_lse)");
+  m.def(
+      "ragged_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out,"
+      " Tensor softmax_lse, Tensor cu_seqlens, SymInt max_seqlen, float softmax_scale)"
+      " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
+      "expression_embedding(Tensor values, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor bin_table, float alpha,"
+      " Tensor? gene_ids, Tensor? gene_table, Tensor? distinct_index) -> Tensor");
+  m.def(
+      "expression_embedding_backward(Tensor grad_out, Tensor values, Tensor w1, Tensor b1, Tensor w2, Tensor b2,"
+      " Tensor bin_table, float alpha, Tensor? gene_ids, Tensor? gene_table, Tensor? distinct_index,"
+      " bool needs_values_grad) -> (Tensor grad_values, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2,"
+      " Tensor grad_b2, Tensor grad_bin_table, Tensor grad_gene_table)");
+  m.def("distinct_index(Tensor values, Tensor cu_seqlens) -> Tensor");
+}
