@@ -18,8 +18,8 @@ class ExpressionEmbedding(nn.Module):
         e(v) = softmax(s) @ bin_table
 
     Parameters: w1, b1, b2 (num_bins,), w2 (num_bins, num_bins), bin_table (num_bins, dim),
-    gene_table (num_genes + 1, dim). The last gene row is the padding row of released checkpoints; no token points to it.
-    They start as torch.nn.Linear and torch.nn.Embedding layers do.
+    gene_table (num_genes + 1, dim). The last gene row is the padding row of released checkpoints; no token points to
+    it. They start as torch.nn.Linear and torch.nn.Embedding layers do.
     """
 
     def __init__(self, num_genes: int, dim: int, *, num_bins: int = 100, alpha: float = 1.0) -> None:
@@ -44,7 +44,7 @@ class ExpressionEmbedding(nn.Module):
             self.gene_table[-1] = 0
 
     def forward(self, batch: RaggedBatch) -> Tensor:
-        """(total_nnz, dim) rows of the batch's tokens, zero in slack rows. Differentiable in weights and batch.values."""
+        """(total_nnz, dim) rows of the tokens, zero in slack rows; differentiable in weights and batch.values."""
         return expression_embedding(
             batch.values,
             self.w1,

@@ -10,7 +10,7 @@ from xtg_kernels import ragged_attention
 
 
 class RaggedSelfAttention(nn.Module):
-    """Multi-head self-attention inside each segment; parameters named and initialised as torch.nn.MultiheadAttention."""
+    """Multi-head self-attention inside each segment, named and initialised as torch.nn.MultiheadAttention."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()

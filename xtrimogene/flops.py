@@ -84,7 +84,7 @@ def padded_flops(config: XTrimoGeneConfig, lengths: Counts, batch_size: int) -> 
 
 
 def dense_flops(config: XTrimoGeneConfig, num_cells: int) -> FlopCount:
-    """Forward FLOPs of a dense Transformer encoder of this width and depth over all config.num_genes genes of each cell.
+    """Forward FLOPs of a dense Transformer encoder of this width and depth over all config.num_genes genes of a cell.
 
     The usual (8 + 4 f) n d d + 4 n n d per layer. Its embedding is left out (0), which favours the dense model.
     """
@@ -112,7 +112,8 @@ def _sums(lengths: Counts, distinct: Counts | None) -> tuple[int, int, int]:
         if (values > cells).any():
             worst = int(np.argmax(values > cells))
             raise ValueError(
-                f"distinct: expected at most the length of each cell, got {values[worst]} of {cells[worst]} (cell {worst})"
+                f"distinct: expected at most the length of each cell, got {values[worst]} of {cells[worst]} "
+                f"(cell {worst})"
             )
     return int(cells.sum()), int((cells * cells).sum()), int(values.sum())
 

@@ -70,9 +70,7 @@ class XTrimoGene(
             raise ValueError(f"vocabulary: expected config.num_genes = {config.num_genes} genes, got {len(vocabulary)}")
         self.config = config
         self.vocabulary = vocabulary
-        self.embedding = ExpressionEmbedding(
-            config.num_genes, config.dim, num_bins=config.num_bins, alpha=config.alpha
-        )
+        self.embedding = ExpressionEmbedding(config.num_genes, config.dim, num_bins=config.num_bins, alpha=config.alpha)
         self.encoder = RaggedTransformerEncoder(
             config.dim,
             config.num_heads,
@@ -105,9 +103,7 @@ class XTrimoGene(
         """
         return pool(self(batch), batch.cu_seqlens, pooling)
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *, overwrite: bool = False, **kwargs: Any
-    ) -> str | None:
+    def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False, **kwargs: Any) -> str | None:
         """Write model.safetensors, config.json, vocabulary.tsv and a README.md model card into a folder.
 
         The files are written to a folder beside it, which is renamed at the end, so that no reader ever sees half a
@@ -156,7 +152,8 @@ class XTrimoGene(
     ) -> XTrimoGene:
         """Load a checkpoint folder, or a model of the Hugging Face Hub by its "owner/name"; float32, evaluation mode.
 
-        A folder that exists is read without any network. Weights come from model.safetensors only; nothing is unpickled.
+        A folder that exists is read without any network. Weights come from model.safetensors only; nothing is
+        unpickled.
 
         Raises FileNotFoundError for a missing folder or file, and ValueError for a pickle, a broken file, a bad config,
         or tensors that are missing, unknown or of the wrong shape (all of them are named).
@@ -207,7 +204,9 @@ def _local_folder(path: str | Path, **download: Any) -> Path:
         try:
             folder = Path(snapshot_download(str(path), allow_patterns=list(CHECKPOINT_FILES), **download))
         except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"{path}: no such checkpoint folder, and not to be had from the Hub: {error}") from error
+            raise FileNotFoundError(
+                f"{path}: no such checkpoint folder, and not to be had from the Hub: {error}"
+            ) from error
     if not (folder / WEIGHTS_FILE).is_file():
         pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix in PICKLE_SUFFIXES)
         if pickles:

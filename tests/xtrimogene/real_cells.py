@@ -1,4 +1,4 @@
-"""Real cells as a RaggedBatch, made in a few lines of NumPy: an oracle for the tests, free of the project's own readers."""
+"""Real cells as a RaggedBatch, made in a few lines of SciPy: an oracle, free of the project's own readers."""
 
 from __future__ import annotations
 

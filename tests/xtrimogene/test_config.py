@@ -69,9 +69,9 @@ def test_bad_values_are_refused_by_name(change: dict[str, object], message: str)
 
 
 def test_missing_keys_are_named() -> None:
+    values = XTrimoGeneConfig.preset("3m", num_genes=765).to_dict()
+    del values["num_genes"], values["decoder_dim"]
     with pytest.raises(ValueError, match=r"num_genes, decoder_dim: expected a value, got none"):
-        values = XTrimoGeneConfig.preset("3m", num_genes=765).to_dict()
-        del values["num_genes"], values["decoder_dim"]
         XTrimoGeneConfig.from_dict(values)
 
 

@@ -114,9 +114,7 @@ def test_forward_equals_torch_cell_by_cell(backend: str, dim: int, num_heads: in
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("source", ["scanpy", "zheng"])
-def test_real_cells_through_embedding_and_encoder(
-    backend: str, source: str, request: pytest.FixtureRequest
-) -> None:
+def test_real_cells_through_embedding_and_encoder(backend: str, source: str, request: pytest.FixtureRequest) -> None:
     # The interpreter runs Triton on a CPU about a thousand times slower: fewer cells, the whole model all the same.
     slow = backend == "triton" and TRITON_DEVICE == "cpu"
     if source == "scanpy":
