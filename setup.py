@@ -63,7 +63,13 @@ class NinjaBuild(build_ext):
         ]
         link = ["-shared", *(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-ltorch", "-lpthread"]
         if os.environ.get("XTG_SANITIZE") == "1":
-            sanitize = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+            sanitize = [
+                "-O1",
+                "-g",
+                "-fno-omit-frame-pointer",
+                "-fsanitize=address,undefined",
+                "-fno-sanitize-recover=undefined",
+            ]
             flags += sanitize
             link += sanitize
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -83,7 +89,10 @@ class NinjaBuild(build_ext):
         objects = []
         for source, isa_flags in sources().items():
             objects.append(source.replace("/", "_") + ".o")
-            lines += [f"build {objects[-1]}: compile {_escape(str(ROOT.resolve() / source))}", f"  isa = {' '.join(isa_flags)}"]
+            lines += [
+                f"build {objects[-1]}: compile {_escape(str(ROOT.resolve() / source))}",
+                f"  isa = {' '.join(isa_flags)}",
+            ]
         lines += [f"build {_escape(str(target))}: link {' '.join(objects)}", ""]
         (build / "build.ninja").write_text("\n".join(lines))
         command = [sys.executable, "-m", "ninja", "-C", str(build)]
@@ -96,7 +105,7 @@ class NinjaBuild(build_ext):
         except (OSError, subprocess.CalledProcessError) as error:
             raise SystemExit(
                 f"setup.py: the C++ compiler {compiler!r} cannot be run ({error}). Install one (Debian: g++), name "
-                "another with CXX, or install without the C++ kernels: XTG_BUILD_CPP=0 pip install --no-build-isolation ."
+                "another with CXX, or install without the C++ kernels: XTG_BUILD_CPP=0 pip install ."
             ) from error
         return f"{Path(compiler).name}-{version.strip()}"
 

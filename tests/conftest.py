@@ -12,9 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-from xtg_kernels import dispatch  # noqa: E402
+from xtg_kernels import dispatch
 
 SHARED_DATA = Path(os.environ.get("XTG_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CPU_BACKENDS = ["reference"] + (["cpp"] if dispatch.extension() is not None else [])

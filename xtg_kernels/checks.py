@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import torch
@@ -70,7 +71,7 @@ def check_cu_seqlens(cu_seqlens: object, like: Tensor, total_nnz: int, max_seqle
     if bounds[-1] > total_nnz:
         raise ValueError(f"cu_seqlens: expected to end at or before total_nnz = {total_nnz}, got {bounds[-1]}")
     longest = 0
-    for c, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for c, (start, end) in enumerate(itertools.pairwise(bounds)):
         if end < start:
             raise ValueError(f"cu_seqlens: expected non-decreasing values, got {start} then {end} at segment {c}")
         longest = max(longest, end - start)
@@ -91,5 +92,4 @@ def check_gene_ids(gene_ids: Tensor, rows: int, in_use: Tensor | None) -> None:
         outside &= in_use
     if bool(outside.any()):
         t = int(outside.nonzero()[0, 0])
-        raise ValueError(f"gene_ids: expected ids in [0, {rows}), the rows of gene_table, got {int(gene_ids[t])} at {t}")
-
+        raise ValueError(f"gene_ids: expected rows of gene_table, [0, {rows}), got {int(gene_ids[t])} at {t}")

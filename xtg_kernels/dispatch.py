@@ -1,8 +1,8 @@
 """Backends: which implementation of an op runs, why the others do not, and how an op enters torch.library.
 
 Every op has three overloads in namespace xtg: ``default`` (C++ on CPU tensors, Triton on GPU tensors; the reference on
-CPU where the extension was not built), ``reference`` (any device, any dtype) and ``triton`` (GPU tensors, or CPU tensors
-under TRITON_INTERPRET=1). The public functions check their arguments and choose the overload.
+CPU where the extension was not built), ``reference`` (any device, any dtype) and ``triton`` (GPU tensors, or CPU
+tensors under TRITON_INTERPRET=1). The public functions check their arguments and choose the overload.
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def cpp_reasons(tensors: dict[str, Tensor]) -> list[str]:
         reasons.append(f"the C++ extension failed to load: {_extension_error}")
     elif _extension is None:
         reasons.append("the C++ extension was not built (XTG_BUILD_CPP=0, or no compiler)")
-    for name, tensor in tensors.items():
-        if tensor.device.type != "cpu":
-            reasons.append(f"{name} is on {tensor.device}, C++ kernels take CPU tensors")
+    elsewhere = [f"{name} on {x.device}" for name, x in tensors.items() if x.device.type != "cpu"]
+    if elsewhere:
+        reasons.append(f"C++ kernels take CPU tensors, got {', '.join(elsewhere)}")
     return reasons
 
 
@@ -98,39 +98,43 @@ def triton_reasons(tensors: dict[str, Tensor]) -> list[str]:
     reasons = []
     if not _triton_installed:
         reasons.append("triton is not installed")
-    if not _interpreting:
-        for name, tensor in tensors.items():
-            if tensor.device.type != "cuda":
-                reasons.append(f"{name} is on {tensor.device}, Triton kernels take GPU tensors (or TRITON_INTERPRET=1)")
+    elsewhere = [f"{name} on {x.device}" for name, x in tensors.items() if x.device.type != "cuda"]
+    if elsewhere and not _interpreting:
+        reasons.append(f"Triton kernels take GPU tensors (or TRITON_INTERPRET=1), got {', '.join(elsewhere)}")
     return reasons
 
 
-def choose_overload(op: str, reasons: Callable[[str], list[str]]) -> Any:
-    """The overload of ``torch.ops.xtg.<op>`` that runs now.
+def automatic_backend(reasons: Callable[[str], list[str]]) -> str:
+    """The backend that ``auto`` takes: C++ or Triton, whichever device the tensors are on, else the reference.
 
     Args:
-        op: name of the op.
         reasons: backend name -> reasons why that backend declines these arguments (empty: it takes them).
+
+    Raises:
+        ImportError: the extension is present and failed to load (the loader's own error).
+    """
+    if _extension_error is not None:
+        raise _extension_error
+    if not reasons("cpp"):
+        return "cpp"
+    # The interpreter is for tests: it runs on CPU tensors only when Triton is asked for by name.
+    return "triton" if torch.cuda.is_available() and not reasons("triton") else "reference"
+
+
+def choose_overload(op: str, reasons: Callable[[str], list[str]]) -> Any:
+    """The overload of ``torch.ops.xtg.<op>`` that runs now; ``reasons`` as for ``automatic_backend``.
 
     Raises:
         ValueError: a backend was asked for by name and declines; the message shows every reason.
         ImportError: the extension is present and failed to load (the loader's own error).
     """
+    name = _backend
+    if name == "auto":
+        name = automatic_backend(reasons)
+    elif declined := reasons(name):
+        raise ValueError(f"{op}: backend {name!r} declines: " + "; ".join(declined))
     packet = getattr(torch.ops.xtg, op)
-    if _backend == "auto":
-        if _extension_error is not None:
-            raise _extension_error
-        for name in ("cpp", "triton"):
-            if not reasons(name):
-                # The interpreter is for tests: on CPU tensors it runs only when asked for by name.
-                return packet.default
-            if name == "cpp" and not torch.cuda.is_available():
-                break
-        return packet.reference
-    declined = reasons(_backend)
-    if declined:
-        raise ValueError(f"{op}: backend {_backend!r} declines: " + "; ".join(declined))
-    return {"reference": packet.reference, "cpp": packet.default, "triton": packet.triton}[_backend]
+    return {"reference": packet.reference, "cpp": packet.default, "triton": packet.triton}[name]
 
 
 OVERLOADS = ("default", "reference", "triton")
@@ -190,13 +194,11 @@ def register_autograd(
     """Autograd of an op: ``backward(op)`` makes the backward that calls the backward op ``op`` of the same overload."""
     for overload, qualname in zip(OVERLOADS, overload_names(name), strict=True):
         backward_op = getattr(getattr(torch.ops.xtg, name + "_backward"), overload)
-        torch.library.register_autograd(
-            qualname, backward(backward_op), setup_context=setup_context, lib=_fragment
-        )
+        torch.library.register_autograd(qualname, backward(backward_op), setup_context=setup_context, lib=_fragment)
 
 
 def register_autocast(name: str, dtype: torch.dtype | None) -> None:
-    """Autocast rule of an op: floating tensors (float64 excepted) go to ``dtype``, None meaning autocast's own dtype."""
+    """Autocast rule of an op: floating tensors, float64 excepted, go to ``dtype`` (None: the dtype of autocast)."""
     for overload, qualname in zip(OVERLOADS, overload_names(name), strict=True):
         op = getattr(getattr(torch.ops.xtg, name), overload)
         for device_type in ("cpu", "cuda"):

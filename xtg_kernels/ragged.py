@@ -12,8 +12,8 @@ from torch import Tensor
 class RaggedBatch:
     """Expressed genes of a batch of cells in ragged (CSR-like) form.
 
-    Cell ``c`` owns the tokens ``cu_seqlens[c]:cu_seqlens[c + 1]``; tokens past ``cu_seqlens[-1]`` are slack that every op
-    ignores.
+    Cell ``c`` owns the tokens ``cu_seqlens[c]:cu_seqlens[c + 1]``; tokens past ``cu_seqlens[-1]`` are slack that every
+    op ignores.
 
     Attributes:
         values: (total_nnz,) float32 (float64 for reference runs), the normalised expression of each token.
@@ -21,7 +21,7 @@ class RaggedBatch:
         cu_seqlens: (batch + 1,) int32, starts at 0, non-decreasing.
         max_seqlen: length of the longest cell, in tokens.
         distinct_index: (total_nnz,) int32 or None: for each token, the batch position of the first token of the same
-            cell with the same value (-1 in slack rows). ``expression_embedding`` embeds each distinct value once with it.
+            cell with the same value (-1 in slack rows); with it ``expression_embedding`` embeds each value once.
     """
 
     values: Tensor

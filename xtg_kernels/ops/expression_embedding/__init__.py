@@ -58,8 +58,8 @@ def expression_embedding(
     Args:
         values: (total_nnz,) float32 (float64: reference backend), log-normalised expression.
         w1, b1, b2: (num_bins,).  w2: (num_bins, num_bins), as torch.nn.Linear holds it.
-        bin_table: (num_bins, dim); its dtype (float32, bfloat16, float16; float64: reference) is that of all weights and
-            of the output. The arithmetic is float32.
+        bin_table: (num_bins, dim); its dtype (float32, bfloat16, float16; float64: reference) is that of all weights
+            and of the output. The arithmetic is float32.
         alpha: the residual factor on ``hidden``.
         gene_ids: (total_nnz,) int32 or int64, rows of gene_table; given together with gene_table (rows, dim).
         cu_seqlens: (batch + 1,) int32: equal values of a segment are computed once, with the same bits as without it.

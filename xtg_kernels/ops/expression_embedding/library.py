@@ -1,4 +1,4 @@
-"""torch.library registration of expression_embedding and distinct_index: schema, fake kernels, autograd, autocast, FLOPs."""
+"""torch.library registration of expression_embedding and distinct_index: schema, fake, autograd, autocast, FLOPs."""
 
 from __future__ import annotations
 

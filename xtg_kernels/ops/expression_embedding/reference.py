@@ -19,7 +19,7 @@ def _compute_dtype(bin_table: Tensor) -> torch.dtype:
 
 
 def distinct_index(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(total_nnz,) int32: batch position of the first token of the same segment with the same bits; -1 in slack rows."""
+    """(total_nnz,) int32: position of the first token of the same segment with the same bits; -1 in slack rows."""
     total = values.numel()
     bits = values.view(torch.int64 if values.dtype == torch.float64 else torch.int32).long()
     position = torch.arange(total, device=values.device)

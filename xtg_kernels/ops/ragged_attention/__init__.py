@@ -41,8 +41,8 @@ def ragged_attention(
         num_heads * head_dim * sum(length ** 2).
 
     Raises:
-        TypeError: not a tensor, or a wrong dtype. ValueError: a wrong shape or device, bad cu_seqlens, a max_seqlen below
-        the longest segment, or a backend asked for by name that declines (all its reasons are shown).
+        TypeError: not a tensor, or a wrong dtype. ValueError: a wrong shape or device, bad cu_seqlens, a max_seqlen
+        below the longest segment, or a backend asked for by name that declines (all its reasons are shown).
     """
     checks.check_tensor("q", q, ("total_nnz", "num_heads", "head_dim"))
     checks.check_floating("q", q)

@@ -1,4 +1,4 @@
-"""torch.library registration of ragged_attention: schema, fake kernels, autograd, autocast, FLOPs, what a backend takes."""
+"""torch.library registration of ragged_attention: schema, fake, autograd, autocast, FLOPs, what a backend takes."""
 
 from __future__ import annotations
 

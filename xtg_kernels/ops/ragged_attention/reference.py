@@ -1,11 +1,13 @@
 """Reference of ragged_attention: plain PyTorch, any dtype, any device, written to be read.
 
-Full softmax attention inside each segment. The tiled kernels (csrc/cpu/ragged_attention.h, triton_kernel.py) compute the
-same quantities block by block: a query block keeps a running row_max and row_sum while the key blocks of its segment
-stream past, and the backward recomputes probs from scores and softmax_lse.
+Full softmax attention inside each segment. The tiled kernels (csrc/cpu/ragged_attention.h, triton_kernel.py) compute
+the same quantities block by block: a query block keeps a running row_max and row_sum while the key blocks of its
+segment stream past, and the backward recomputes probs from scores and softmax_lse.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ def forward(
     out = q.new_zeros(q.shape)
     softmax_lse = q.new_zeros((q.shape[1], q.shape[0]), dtype=_lse_dtype(q))
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         if start == end:
             continue
         segment = slice(start, end)
@@ -54,7 +56,7 @@ def backward(
     dtype = _compute_dtype(q)
     grad_q, grad_k, grad_v = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in itertools.pairwise(bounds):
         if start == end:
             continue
         segment = slice(start, end)

@@ -68,6 +68,10 @@ def _load_tile(
         tile = tl.load(pointers, mask=(tl.arange(0, HEAD_BLOCK) < HEAD_DIM)[None, :], other=0.0)
     else:
         tile = tl.load(pointers)
+    if tile.dtype == tl.float32:
+        # A float32 dot is a loop of FMAs over operands in shared memory. Without a barrier behind a new tile the
+        # compiler reads the other, loop-invariant operand into registers ahead of it, and spills.
+        tl.debug_barrier()
     return tile
 
 
@@ -176,8 +180,8 @@ def _forward_kernel(
             HEAD_BLOCK,
             False,
         )
-    if num_keys % BLOCK_K != 0:
-        key_start = num_keys // BLOCK_K * BLOCK_K
+    for key_block in tl.range(num_keys // BLOCK_K, tl.cdiv(num_keys, BLOCK_K), num_stages=1):
+        key_start = key_block * BLOCK_K
         row_max, row_sum, acc = _attend_key_block(
             query,
             row_max,
@@ -226,11 +230,11 @@ def _grad_query_step(
 ):
     """Add one key block's share of grad_q (still without the softmax scale) to acc."""
     key = _load_tile(k, key_start, num_keys, k_row_stride, BLOCK_K, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
-    value = _load_tile(v, key_start, num_keys, v_row_stride, BLOCK_K, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
     scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
     probs = tl.exp2(scores - lse_log2[:, None])
     if IS_TAIL:
         probs = tl.where((key_start + tl.arange(0, BLOCK_K) < num_keys)[None, :], probs, 0.0)
+    value = _load_tile(v, key_start, num_keys, v_row_stride, BLOCK_K, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
     grad_probs = tl.dot(grad_output, tl.trans(value), input_precision="ieee")
     grad_scores = probs * (grad_probs - delta[:, None])
     return tl.dot(grad_scores.to(key.dtype), key, acc, input_precision="ieee")
@@ -313,8 +317,8 @@ def _grad_query_kernel(
             HEAD_BLOCK,
             False,
         )
-    if num_keys % BLOCK_K != 0:
-        key_start = num_keys // BLOCK_K * BLOCK_K
+    for key_block in tl.range(num_keys // BLOCK_K, tl.cdiv(num_keys, BLOCK_K), num_stages=1):
+        key_start = key_block * BLOCK_K
         acc = _grad_query_step(
             query,
             grad_output,
@@ -443,8 +447,8 @@ def _grad_key_value_kernel(
             HEAD_BLOCK,
             False,
         )
-    if num_queries % BLOCK_Q != 0:
-        query_start = num_queries // BLOCK_Q * BLOCK_Q
+    for query_block in tl.range(num_queries // BLOCK_Q, tl.cdiv(num_queries, BLOCK_Q), num_stages=1):
+        query_start = query_block * BLOCK_Q
         grad_key, grad_value = _grad_key_value_step(
             key,
             value,
