@@ -1,4 +1,4 @@
-"""Vocabulary: the genes a model knows, in the order of its gene table, and how the columns of a data set map onto them."""
+"""Vocabulary: the genes a model knows, in the order of its gene table, and which columns of a data set they are."""
 
 from __future__ import annotations
 
