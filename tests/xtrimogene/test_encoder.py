@@ -265,7 +265,7 @@ def test_compiles_with_inductor() -> None:
     ("x", "message"),
     [
         (torch.zeros(4, 31), r"x: expected shape \(total_nnz, 32\), got \(4, 31\)"),
-        (torch.zeros(1, 4, 32), r"x: expected shape \(total_nnz, 32\), got \(1, 4, 32\)"),
+        (torch.zeros(1, 32, 4), r"x: expected shape \(total_nnz, 32\), got \(1, 32, 4\)"),
     ],
 )
 def test_a_wrong_shape_is_refused(x: Tensor, message: str) -> None:

@@ -183,6 +183,7 @@ def test_a_half_precision_model_is_saved_so_and_loads_as_float32(tmp_path: Path)
     half.save_pretrained(tmp_path / "half")
     assert {t.dtype for t in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
     loaded = XTrimoGene.from_pretrained(tmp_path / "half")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     assert torch.equal(loaded.embedding.w2, half.embedding.w2.float())
 
 
