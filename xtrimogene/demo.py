@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
-import torch
 
 import xtrimogene
-from xtg_kernels import dispatch
+from xtg_kernels.info import info
 from xtrimogene.config import PRESETS, XTrimoGeneConfig
 from xtrimogene.flops import Counts, FlopCount, dense_flops, encoder_flops, padded_flops
 
@@ -123,8 +119,8 @@ def flop_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def run(output: Path) -> dict[str, Any]:
     """Embed the cells, print the figures, write the report to the folder; returns the figures of report.json."""
-    output.mkdir(parents=True, exist_ok=True)
     lengths_file = load_lengths()
+    output.mkdir(parents=True, exist_ok=True)
     cells = load_cells()
     matrix = cells.X.tocsr()
     lengths = np.diff(matrix.indptr)
@@ -132,18 +128,16 @@ def run(output: Path) -> dict[str, Any]:
     print(f"{cells.n_obs} cells x {cells.n_vars} genes, {lengths.sum():,} expressed genes (PBMC shipped with scanpy)")
 
     model = xtrimogene.XTrimoGene.from_preset("3m", xtrimogene.Vocabulary.from_adata(cells), seed=0)
-    start = time.perf_counter()
-    xtrimogene.embed(cells, model, key_added=KEY, normalized=True)
-    seconds = time.perf_counter() - start
+    report = xtrimogene.embed(cells, model, key_added=KEY, normalized=True)
     speed = {
-        "seconds": seconds,
-        "cells_per_second": cells.n_obs / seconds,
-        "tokens_per_second": int(lengths.sum()) / seconds,
+        "seconds": report.seconds,
+        "seconds_encoder": report.seconds_encoder,
+        "cells_per_second": report.cells_per_second,
+        "tokens_per_second": report.tokens / report.seconds,
+        "dtype": report.dtype,
+        "backend": report.backend,
     }
-    print(
-        f"embedded in {seconds:.2f} s: {speed['cells_per_second']:,.0f} cells/s, "
-        f"{speed['tokens_per_second']:,.0f} tokens/s\n"
-    )
+    print(f"{report}, {speed['tokens_per_second']:,.0f} tokens/s\n")
 
     real = lengths_file["lengths"]
     rows = [flop_row("these", "3m", cells.n_vars, lengths, distinct)]
@@ -167,13 +161,7 @@ def run(output: Path) -> dict[str, Any]:
     print(f"Agreement of the {NEIGHBOURS} nearest neighbours with the labels (the model is untrained):\n{agreement}\n")
 
     draw(cells, {KEY: "xTrimoGene 3m, untrained", "X_pca": "PCA, 50 components"}, output / "umap.png")
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "kernels": "C++" if dispatch.extension() is not None else "reference (C++ extension not built)",
-    }
+    machine = info()
     figures = {
         "cells": {"num_cells": cells.n_obs, "num_genes": cells.n_vars, "tokens": int(lengths.sum())},
         "machine": machine,
@@ -193,6 +181,7 @@ def run(output: Path) -> dict[str, Any]:
             padded_batch=PADDED_BATCH,
             speed=speed,
             machine=machine,
+            isa=machine["isa"] or "no ISA: the C++ extension is not built",
             flops=flop_table(rows),
             neighbours=NEIGHBOURS,
             folds=FOLDS,
@@ -215,16 +204,16 @@ the machinery works and what it costs. It says nothing about what a trained mode
 
 ## Speed
 
-{speed[cells_per_second]:,.0f} cells/s, {speed[tokens_per_second]:,.0f} tokens/s ({speed[seconds]:.2f} s in all, packing
-included) on {machine[cpus]} CPUs ({machine[processor]}), {machine[threads]} threads, torch {machine[torch]}, kernels:
-{machine[kernels]}.
+{speed[cells_per_second]:,.0f} cells/s, {speed[tokens_per_second]:,.0f} tokens/s: {speed[seconds]:.2f} s in all,
+{speed[seconds_encoder]:.2f} s of it in the encoder, {speed[dtype]}, backend {speed[backend]},
+{machine[threads]} threads on {machine[cpu]} (kernels for {isa}), torch {machine[torch]}.
 
 ## FLOPs
 
 Forward GFLOP a cell of the encoder, two for a multiply-add. "Ragged" is what runs here; "padded" is the same encoder
 with batches of {padded_batch} cells padded to the longest; "dense" is a Transformer of the same width and depth over
-every gene of the vocabulary, its embedding not counted. "Real lengths": {num_real} cells, {source}.
-Their distinct values are unknown, so each token counts as one.
+every gene of the vocabulary, its embedding not counted. "Real lengths": {num_real} cells
+({source}). Their distinct values are unknown, so each token counts as one.
 
 {flops}
 
