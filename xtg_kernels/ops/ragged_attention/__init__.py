@@ -46,11 +46,11 @@ def ragged_attention(
     """
     checks.check_tensor("q", q, ("total_nnz", "num_heads", "head_dim"))
     checks.check_floating("q", q)
+    if q.shape[1] < 1 or q.shape[2] < 1:
+        raise ValueError(f"q: expected num_heads >= 1 and head_dim >= 1, got shape {tuple(q.shape)}")
     for name, x in (("k", k), ("v", v)):
         checks.check_tensor(name, x, tuple(q.shape), q)
         checks.check_floating(name, x, q.dtype)
-    if q.shape[1] < 1 or q.shape[2] < 1:
-        raise ValueError(f"q: expected num_heads >= 1 and head_dim >= 1, got shape {tuple(q.shape)}")
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
         raise TypeError(f"max_seqlen: expected an int, got {type(max_seqlen).__name__}")
     checks.check_cu_seqlens(cu_seqlens, q, q.shape[0], max_seqlen)

@@ -1,0 +1,62 @@
+# Set-up, demo, tests and checks. `make demo` and `make test` need nothing but Python 3.11, git, make and g++.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+# GCC 12 warns of uninitialised values inside its own AVX-512 headers.
+CXXFLAGS := -std=c++17 -O2 -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -ffp-contract=off
+
+.PHONY: setup demo test lint check-kernels check-aarch64 clean
+
+setup: $(VENV)/.built
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' ninja 'pybind11>=2.13'
+	XTG_BUILD_CPP=0 $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,lint]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+demo: setup
+	$(BIN)/python -m xtrimogene.demo --output demo_output
+
+test: setup check-kernels
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The torch-free kernels against plain loops, without Python.
+check-kernels: build/kernels_check
+	build/kernels_check
+
+X86 := $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512bf16)
+AVX512 := -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq
+ISA_avx2 := -mavx2 -mfma -mf16c
+ISA_avx512 := $(AVX512)
+ISA_avx512bf16 := $(AVX512) -mavx512bf16
+
+build/isa_%.o: csrc/cpu/isa/%.cpp $(CSRC)
+	@mkdir -p build
+	$(CXX) $(CXXFLAGS) $(ISA_$*) -c $< -o $@
+
+build/kernels_check: csrc/check/kernels_check.cpp csrc/common/isa.cpp $(foreach isa,scalar $(X86),build/isa_$(isa).o)
+	$(CXX) $(CXXFLAGS) $^ -o $@
+
+# The portable kernels for 64-bit Arm, run in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user).
+check-aarch64: $(CSRC)
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
+	  { echo "check-aarch64 needs a cross compiler and an emulator: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+	@mkdir -p build
+	aarch64-linux-gnu-g++ $(CXXFLAGS) -static csrc/check/kernels_check.cpp csrc/common/isa.cpp csrc/cpu/isa/scalar.cpp \
+	  -o build/kernels_check_aarch64
+	qemu-aarch64 build/kernels_check_aarch64
+
+clean:
+	rm -rf build dist demo_output *.egg-info xtg_kernels/_C*.so

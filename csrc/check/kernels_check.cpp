@@ -1,0 +1,274 @@
+// Checks the torch-free kernels without Python or torch: every ISA of the machine against plain loops in double.
+// `make check-kernels` runs it here, `make check-aarch64` cross-compiled under qemu-user. Exit status 1 on a failure.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../common/distinct.h"
+#include "../common/isa.h"
+#include "../common/work_list.h"
+
+using namespace xtg;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool ok, const std::string& what) {
+  if (!ok) ++failures;
+  std::printf("%s  %s\n", ok ? "ok  " : "FAIL", what.c_str());
+}
+
+double relative_error(const std::vector<float>& got, const std::vector<double>& want) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < want.size(); ++i) {
+    difference += (got[i] - want[i]) * (got[i] - want[i]);
+    norm += want[i] * want[i];
+  }
+  return std::sqrt(difference / norm);
+}
+
+std::mt19937 generator(0);
+
+std::vector<float> normal(size_t n, float scale = 1.0f) {
+  std::normal_distribution<float> distribution(0.0f, scale);
+  std::vector<float> x(n);
+  for (float& v : x) v = distribution(generator);
+  return x;
+}
+
+// Room that a kernel may use, filled with NaN so that a read of what was never written shows.
+std::vector<double> poisoned(size_t bytes) { return std::vector<double>(bytes / sizeof(double) + 8, NAN); }
+
+void* aligned(std::vector<double>& x) {
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(x.data()) + 63) / 64 * 64);
+}
+
+void check_attention(const Kernels& kernels, int64_t head_dim) {
+  const std::vector<int32_t> cu_seqlens = {0, 0, 1, 63, 128, 128, 330};
+  const int64_t batch = int64_t(cu_seqlens.size()) - 1, heads = 2, total = 333;
+  const float scale = 0.3f;
+  const int64_t row = 3 * heads * head_dim, n = total * heads * head_dim;
+  const auto qkv = normal(size_t(total * row)), grad_out = normal(size_t(n));
+  std::vector<float> out(size_t(n), NAN), lse(size_t(heads * total), NAN), delta(lse), grad_q(out), grad_k(out), grad_v(out);
+  AttentionArgs args{};
+  args.dtype = DType::f32;
+  args.total_nnz = total;
+  args.num_heads = heads;
+  args.head_dim = head_dim;
+  args.softmax_scale = scale;
+  args.q = {qkv.data(), row, head_dim};
+  args.k = {qkv.data() + heads * head_dim, row, head_dim};
+  args.v = {qkv.data() + 2 * heads * head_dim, row, head_dim};
+  args.out = out.data();
+  args.softmax_lse = lse.data();
+  args.grad_out = {grad_out.data(), heads * head_dim, head_dim};
+  args.delta = delta.data();
+  args.grad_q = grad_q.data();
+  args.grad_k = grad_k.data();
+  args.grad_v = grad_v.data();
+  auto scratch = poisoned(kernels.attention_scratch(args) + 64);
+  for (auto kernel : {kernels.attention_forward, kernels.attention_backward_query, kernels.attention_backward_key})
+    for (const SegmentBlock& block : segment_blocks(cu_seqlens.data(), batch, kernels.query_block))
+      for (int64_t h = 0; h < heads; ++h) kernel(args, block, h, aligned(scratch));
+
+  const auto at = [&](int part, int64_t t, int64_t h, int64_t d) {
+    return double(qkv[size_t(t * row + (part * heads + h) * head_dim + d)]);
+  };
+  const auto flat = [&](int64_t t, int64_t h, int64_t d) { return size_t((t * heads + h) * head_dim + d); };
+  std::vector<double> want_out(size_t(n), 0.0), want_q(want_out), want_k(want_out), want_v(want_out);
+  for (int64_t c = 0; c < batch; ++c)
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t i = cu_seqlens[size_t(c)]; i < cu_seqlens[size_t(c) + 1]; ++i) {
+        const int64_t begin = cu_seqlens[size_t(c)], end = cu_seqlens[size_t(c) + 1];
+        std::vector<double> probs(size_t(end - begin)), grad_probs(probs);
+        double sum = 0, mean = 0;
+        for (int64_t j = begin; j < end; ++j) {
+          double score = 0;
+          for (int64_t d = 0; d < head_dim; ++d) score += at(0, i, h, d) * at(1, j, h, d);
+          sum += probs[size_t(j - begin)] = std::exp(scale * score);
+        }
+        for (int64_t j = begin; j < end; ++j) {
+          const double p = probs[size_t(j - begin)] /= sum;
+          double& grad = grad_probs[size_t(j - begin)];
+          for (int64_t d = 0; d < head_dim; ++d) {
+            const double g = grad_out[flat(i, h, d)];
+            want_out[flat(i, h, d)] += p * at(2, j, h, d);
+            want_v[flat(j, h, d)] += p * g;
+            grad += g * at(2, j, h, d);
+          }
+          mean += p * grad;
+        }
+        for (int64_t j = begin; j < end; ++j) {
+          const double grad_score = scale * probs[size_t(j - begin)] * (grad_probs[size_t(j - begin)] - mean);
+          for (int64_t d = 0; d < head_dim; ++d) {
+            want_q[flat(i, h, d)] += grad_score * at(1, j, h, d);
+            want_k[flat(j, h, d)] += grad_score * at(0, i, h, d);
+          }
+        }
+      }
+  const auto used = [&](std::vector<float> x) {  // rows past the last segment are the caller's to clear
+    std::fill(x.begin() + int64_t(flat(cu_seqlens.back(), 0, 0)), x.end(), 0.0f);
+    return x;
+  };
+  const std::string name = std::string(kernels.name) + " ragged_attention, head_dim " + std::to_string(head_dim);
+  expect(relative_error(used(out), want_out) < 2e-6, name + ": out");
+  expect(relative_error(used(grad_q), want_q) < 3e-6, name + ": grad_q");
+  expect(relative_error(used(grad_k), want_k) < 3e-6, name + ": grad_k");
+  expect(relative_error(used(grad_v), want_v) < 3e-6, name + ": grad_v");
+}
+
+void check_embedding(const Kernels& kernels, int64_t bins, int64_t dim) {
+  const int64_t total = 150, genes = 40;
+  const double alpha = 0.7;
+  std::vector<float> values(static_cast<size_t>(total));
+  std::vector<int32_t> gene_ids(static_cast<size_t>(total)), index(static_cast<size_t>(total)), value_of, first_token;
+  for (int64_t t = 0; t < total; ++t) {
+    values[size_t(t)] = std::log1p(float(generator() % 60));
+    gene_ids[size_t(t)] = int32_t(generator() % uint32_t(genes));
+  }
+  distinct_in_segment(values.data(), 0, total, index.data());
+  for (int64_t t = 0; t < total; ++t) {
+    if (index[size_t(t)] == t) first_token.push_back(int32_t(t));
+    int32_t u = 0;
+    while (first_token[size_t(u)] != index[size_t(t)]) ++u;
+    value_of.push_back(u);
+  }
+  const Groups groups = group_by(value_of.data(), total, int64_t(first_token.size()));
+  const int64_t count = int64_t(first_token.size());
+  const auto w1 = normal(size_t(bins)), b1 = normal(size_t(bins)), b2 = normal(size_t(bins));
+  const auto w2 = normal(size_t(bins * bins), 0.1f), table = normal(size_t(bins * dim)), gene_table = normal(size_t(genes * dim));
+  const auto grad_out = normal(size_t(total * dim));
+
+  EmbeddingArgs args{};
+  args.dtype = DType::f32;
+  args.bins = bins;
+  args.dim = dim;
+  args.padded_bins = round_up(bins, kernels.width);
+  args.padded_dim = round_up(dim, kernels.width);
+  args.alpha = float(alpha);
+  const auto padded = [&](const std::vector<float>& x, int64_t rows, int64_t columns, int64_t ld, bool transposed) {
+    std::vector<float> y(size_t((transposed ? columns : rows) * ld), 0.0f);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) y[size_t(transposed ? j * ld + i : i * ld + j)] = x[size_t(i * columns + j)];
+    return y;
+  };
+  const auto p_w1 = padded(w1, 1, bins, args.padded_bins, false), p_b1 = padded(b1, 1, bins, args.padded_bins, false);
+  const auto p_b2 = padded(b2, 1, bins, args.padded_bins, false), p_w2 = padded(w2, bins, bins, args.padded_bins, false);
+  const auto p_w2_t = padded(w2, bins, bins, args.padded_bins, true);
+  const auto p_table = padded(table, bins, dim, args.padded_dim, false);
+  const auto p_table_t = padded(table, bins, dim, args.padded_bins, true);
+  args.values = values.data();
+  args.w1 = p_w1.data();
+  args.b1 = p_b1.data();
+  args.b2 = p_b2.data();
+  args.w2 = p_w2.data();
+  args.w2_transposed = p_w2_t.data();
+  args.bin_table = p_table.data();
+  args.bin_table_transposed = p_table_t.data();
+  args.gene_ids = gene_ids.data();
+  args.gene_table = gene_table.data();
+  args.first_token = first_token.data();
+  args.offsets = groups.offsets.data();
+  args.tokens = groups.tokens.data();
+  std::vector<float> out(size_t(total * dim), NAN), grad_values(size_t(total), NAN);
+  args.out = out.data();
+  args.grad_out = grad_out.data();
+  args.grad_values = grad_values.data();
+  std::vector<float> g_w1(p_w1.size()), g_b1(p_b1.size()), g_b2(p_b2.size()), g_w2(p_w2.size()), g_table(p_table.size());
+  const EmbeddingGrads grads{g_w1.data(), g_b1.data(), g_b2.data(), g_w2.data(), g_table.data()};
+  auto scratch = poisoned(kernels.embedding_scratch(args) + 64);
+  for (int64_t u = 0; u < count; u += kernels.value_block) {
+    const int64_t block = min_of(kernels.value_block, count - u);
+    kernels.embedding_forward(args, u, block, aligned(scratch));
+    kernels.embedding_backward(args, u, block, grads, aligned(scratch));
+  }
+
+  // The loss is sum(out * grad_out); its derivative by central differences checks every gradient at once.
+  using Vector = std::vector<double>;
+  const auto forward = [&](const Vector& x, const Vector& u1, const Vector& c1, const Vector& u2, const Vector& c2,
+                           const Vector& bin_table, Vector* rows) {
+    double loss = 0;
+    for (int64_t t = 0; t < total; ++t) {
+      Vector hidden(static_cast<size_t>(bins)), weights(static_cast<size_t>(bins));
+      for (int64_t j = 0; j < bins; ++j) {
+        const double pre = u1[size_t(j)] * x[size_t(t)] + c1[size_t(j)];
+        hidden[size_t(j)] = pre > 0 ? pre : 0.1 * pre;
+      }
+      double sum = 0;
+      for (int64_t i = 0; i < bins; ++i) {
+        double logit = alpha * hidden[size_t(i)] + c2[size_t(i)];
+        for (int64_t j = 0; j < bins; ++j) logit += u2[size_t(i * bins + j)] * hidden[size_t(j)];
+        sum += weights[size_t(i)] = std::exp(logit);
+      }
+      for (int64_t d = 0; d < dim; ++d) {
+        double y = gene_table[size_t(gene_ids[size_t(t)] * dim + d)];
+        for (int64_t j = 0; j < bins; ++j) y += weights[size_t(j)] / sum * bin_table[size_t(j * dim + d)];
+        if (rows) (*rows)[size_t(t * dim + d)] = y;
+        loss += y * grad_out[size_t(t * dim + d)];
+      }
+    }
+    return loss;
+  };
+  std::vector<Vector> x;
+  for (const std::vector<float>* v : {&std::as_const(values), &w1, &b1, &w2, &b2, &table})
+    x.emplace_back(v->begin(), v->end());
+  Vector want(static_cast<size_t>(total * dim));
+  forward(x[0], x[1], x[2], x[3], x[4], x[5], &want);
+  const std::string name = std::string(kernels.name) + " expression_embedding, bins " + std::to_string(bins) + ", dim " + std::to_string(dim);
+  expect(relative_error(out, want) < 2e-6, name + ": out");
+  const std::vector<std::vector<float>*> got = {&grad_values, &g_w1, &g_b1, &g_w2, &g_b2, &g_table};
+  const char* names[] = {"grad_values", "grad_w1", "grad_b1", "grad_w2", "grad_b2", "grad_bin_table"};
+  for (size_t part = 0; part < got.size(); ++part) {
+    std::vector<float> sampled;
+    Vector slopes;
+    for (int sample = 0; sample < 12; ++sample) {
+      const size_t i = generator() % x[part].size();
+      const double before = x[part][i], step = 1e-5;
+      x[part][i] = before + step;
+      const double above = forward(x[0], x[1], x[2], x[3], x[4], x[5], nullptr);
+      x[part][i] = before - step;
+      const double below = forward(x[0], x[1], x[2], x[3], x[4], x[5], nullptr);
+      x[part][i] = before;
+      slopes.push_back((above - below) / (2 * step));
+      const int64_t columns = part == 3 ? bins : part == 5 ? dim : int64_t(x[part].size());
+      const int64_t ld = part == 3 ? args.padded_bins : part == 5 ? args.padded_dim : columns;
+      sampled.push_back((*got[part])[size_t(int64_t(i) / columns * ld + int64_t(i) % columns)]);
+    }
+    expect(relative_error(sampled, slopes) < 2e-5, name + ": " + names[part]);
+  }
+}
+
+void check_half_types() {
+  int wrong = 0;
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    f16 half{uint16_t(bits)}, half_back;
+    bf16 brain{uint16_t(bits)}, brain_back;
+    from_float(to_float(half), &half_back);
+    from_float(to_float(brain), &brain_back);
+    const bool half_nan = (bits & 0x7fffu) > 0x7c00u, brain_nan = (bits & 0x7fffu) > 0x7f80u;
+    wrong += half_nan ? !std::isnan(to_float(half_back)) : half_back.bits != bits;
+    wrong += brain_nan ? !std::isnan(to_float(brain_back)) : brain_back.bits != bits;
+  }
+  f16 tie;
+  from_float(1.0f + 1.0f / 2048.0f, &tie);  // halfway between two halves: ties to even
+  wrong += tie.bits != 0x3c00u;
+  expect(wrong == 0, "every f16 and bf16 survives a round trip through float");
+}
+
+}  // namespace
+
+int main() {
+  check_half_types();
+  for (const std::string& isa : available_isas()) {
+    use_isa(isa);
+    for (int64_t head_dim : {8, 20, 64}) check_attention(active_kernels(), head_dim);
+    check_embedding(active_kernels(), 100, 24);
+    check_embedding(active_kernels(), 5, 3);
+  }
+  std::printf("%s\n", failures ? "some kernels are wrong" : "all kernels agree with plain loops in double");
+  return failures != 0;
+}

@@ -1,0 +1,185 @@
+"""Backends, the info report, schemas in their two homes, a build without C++ and a build that does not load."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import xtg_kernels
+from tests.xtg_kernels.ragged_cases import ISAS, needs_cpp
+from xtg_kernels import RaggedBatch, current_backend, dispatch, info, use_backend
+from xtg_kernels.ops.expression_embedding import library as embedding
+from xtg_kernels.ops.ragged_attention import library as attention
+
+PACKAGE = Path(xtg_kernels.__file__).parent
+SCHEMAS = {
+    "ragged_attention": attention.SCHEMA,
+    "ragged_attention_backward": attention.BACKWARD_SCHEMA,
+    "expression_embedding": embedding.SCHEMA,
+    "expression_embedding_backward": embedding.BACKWARD_SCHEMA,
+    "distinct_index": embedding.DISTINCT_SCHEMA,
+}
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh interpreter; an empty string removes a variable."""
+    env = {k: v for k, v in (os.environ | environment).items() if v != ""}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_schemas_agree(op: str) -> None:
+    """csrc/ops.cpp and library.py say the same, and so do all overloads."""
+    want = str(torch._C.parse_schema(f"xtg::{op}{SCHEMAS[op]}"))
+    for overload in dispatch.OVERLOADS:
+        got = str(getattr(getattr(torch.ops.xtg, op), overload)._schema)
+        assert got.replace(f"{op}.{overload}(", f"{op}(") == want
+
+
+def test_use_backend_is_restored_and_checked() -> None:
+    before = current_backend()
+    with use_backend("reference"):
+        assert current_backend() == "reference"
+        with (
+            pytest.raises(ValueError, match="expected one of auto, reference, cpp, triton, got 'cuda'"),
+            use_backend("cuda"),
+        ):
+            pass
+        assert current_backend() == "reference"
+    assert current_backend() == before
+
+
+def test_environment_variable_sets_the_backend() -> None:
+    code = "import xtg_kernels; print(xtg_kernels.current_backend())"
+    assert python(code, XTG_BACKEND="reference").stdout.strip() == "reference"
+    refused = python(code, XTG_BACKEND="gpu")
+    assert refused.returncode != 0
+    assert "XTG_BACKEND: expected one of" in refused.stderr
+
+
+def test_the_backward_runs_where_the_forward_ran() -> None:
+    q = torch.randn((4, 1, 16), requires_grad=True)
+    cu_seqlens = torch.tensor([0, 4], dtype=torch.int32)
+    with use_backend("reference"):
+        out = xtg_kernels.ragged_attention(q, q, q, cu_seqlens, 4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out.sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert any("ragged_attention_backward" in name for name in names)
+    assert "aten::softmax" not in names
+    assert "aten::exp" in names, "the reference's own operations"
+
+
+@needs_cpp
+def test_environment_variable_sets_the_isa() -> None:
+    code = "import torch, xtg_kernels; from xtg_kernels import _C; print(_C.active_isa())"
+    for isa in ISAS:
+        assert python(code, XTG_CPU_ISA=isa).stdout.strip() == isa
+    assert python(code, XTG_CPU_ISA="").stdout.strip() == ISAS[-1]
+    refused = python(code, XTG_CPU_ISA="avx9000")
+    assert "XTG_CPU_ISA: expected one of the ISAs of this machine" in refused.stderr
+
+
+def test_import_needs_no_triton() -> None:
+    """PyTorch itself imports Triton where it finds it, so the import is made to fail instead of being looked for."""
+    code = "import sys; sys.modules['triton'] = None; import xtg_kernels, xtg_kernels.info; xtg_kernels.info.main()"
+    done = python(code, TRITON_INTERPRET="")
+    assert done.returncode == 0, done.stderr
+    assert "not triton: " in done.stdout
+
+
+def test_triton_declines_cpu_tensors_without_the_interpreter() -> None:
+    code = """
+import torch, xtg_kernels
+q, cu = torch.zeros(4, 1, 16), torch.tensor([0, 4], dtype=torch.int32)
+with xtg_kernels.use_backend("triton"):
+    xtg_kernels.ragged_attention(q, q, q, cu, 4)
+"""
+    refused = python(code, TRITON_INTERPRET="")
+    assert "ragged_attention: backend 'triton' declines: Triton kernels take GPU tensors" in refused.stderr
+
+
+def test_info_names_every_op_and_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    found = info.info()
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    built = dispatch.extension() is not None
+    for choice in found["ops"]["cpu"].values():
+        assert choice["backend"] == ("cpp" if built else "reference")
+        assert ("cpp" in choice["declined"]) != built
+    info.main()
+    printed = capsys.readouterr().out
+    for word in ("torch", "isa", "threads", "gpus", "ragged_attention bfloat16", "expression_embedding float32"):
+        assert word in printed
+
+
+@pytest.fixture
+def copied_package(tmp_path: Path) -> Path:
+    """xtg_kernels without its extension, as XTG_BUILD_CPP=0 installs it."""
+    target = tmp_path / "xtg_kernels"
+    for source in PACKAGE.rglob("*.py"):
+        copy = target / source.relative_to(PACKAGE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(source.read_bytes())
+    return target
+
+
+# The finder of an editable install would serve the real extension for the copy.
+PATH = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+sys.path.insert(0, {folder!r})
+"""
+USE = (
+    PATH
+    + """
+import torch, xtg_kernels
+assert xtg_kernels.__file__.startswith({folder!r})
+q = torch.randn(4, 1, 16, requires_grad=True)
+cu = torch.tensor([0, 4], dtype=torch.int32)
+xtg_kernels.ragged_attention(q, q, q, cu, 4).sum().backward()
+w = [torch.randn(s) for s in ((5,), (5,), (5, 5), (5,), (5, 3))]
+assert xtg_kernels.expression_embedding(torch.rand(4), *w, cu_seqlens=cu).shape == (4, 3)
+from xtg_kernels import info
+print(info.info()["extension"]); info.main()
+"""
+)
+
+
+def test_without_the_extension_everything_runs_on_the_reference(copied_package: Path) -> None:
+    done = python(USE.format(folder=str(copied_package.parent)))
+    assert done.returncode == 0, done.stderr
+    assert "not built (XTG_BUILD_CPP=0): every op runs on the reference backend" in done.stdout
+    assert "ragged_attention float32: reference" in done.stdout
+
+
+def test_an_extension_that_does_not_load_says_why_at_first_use(copied_package: Path) -> None:
+    (copied_package / "_C.cpython-311-x86_64-linux-gnu.so").write_bytes(b"not a library")
+    (copied_package / "_C.abi3.so").write_bytes(b"not a library")
+    folder = str(copied_package.parent)
+    imported = python(PATH.format(folder=folder) + "import xtg_kernels; print('imported')")
+    assert imported.stdout.strip() == "imported"
+    used = python(USE.format(folder=folder))
+    assert "ImportError" in used.stderr
+    assert "file too short" in used.stderr or "invalid ELF header" in used.stderr, "the loader's own words"
+    by_choice = python(USE.format(folder=folder).split("from xtg_kernels import info")[0], XTG_BACKEND="reference")
+    assert by_choice.returncode == 0, by_choice.stderr
+
+
+def test_ragged_batch_checks_its_shapes_and_moves() -> None:
+    values, ids = torch.rand(5), torch.arange(5, dtype=torch.int32)
+    batch = RaggedBatch(values, ids, torch.tensor([0, 2, 5], dtype=torch.int32), 3)
+    assert (batch.batch_size, batch.total_nnz, batch.lengths.tolist()) == (2, 5, [2, 3])
+    moved = batch.to("meta")
+    assert {x.device.type for x in (moved.values, moved.gene_ids, moved.cu_seqlens)} == {"meta"}
+    with pytest.raises(ValueError, match=r"gene_ids: expected the shape of values \(5,\), got \(4,\)"):
+        RaggedBatch(values, ids[:4], batch.cu_seqlens, 3)
+    with pytest.raises(ValueError, match="values: expected shape"):
+        RaggedBatch(values[None], ids, batch.cu_seqlens, 3)
+    with pytest.raises(ValueError, match="cu_seqlens: expected shape"):
+        RaggedBatch(values, ids, batch.cu_seqlens[:0], 3)
