@@ -50,14 +50,20 @@ def _load_tokens(values, distinct_index, token_start, total_nnz, HAS_DISTINCT: t
 
 
 @triton.jit
-def _hidden_units(value, w1, b1, units, NUM_BINS: tl.constexpr):
-    """hidden (tokens, units) in float32, its slope, and w1 of these units; zero for units past NUM_BINS."""
-    exists = units < NUM_BINS
-    weight = tl.load(w1 + units, mask=exists, other=0.0).to(tl.float32)
-    bias = tl.load(b1 + units, mask=exists, other=0.0).to(tl.float32)
-    pre = value[:, None] * weight[None, :] + bias[None, :]
-    slope = tl.where(pre > 0.0, 1.0, 0.1)
-    return pre * slope, slope, weight
+def _load_vector(pointer, index, NUM_BINS: tl.constexpr):
+    return tl.load(pointer + index, mask=index < NUM_BINS, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _pre_activation(value, w1, b1, units, NUM_BINS: tl.constexpr):
+    """w1 * value + b1, (tokens, units) in float32; zero for units past NUM_BINS."""
+    weight, bias = _load_vector(w1, units, NUM_BINS), _load_vector(b1, units, NUM_BINS)
+    return value[:, None] * weight[None, :] + bias[None, :]
+
+
+@triton.jit
+def _leaky_slope(pre):
+    return tl.where(pre > 0.0, 1.0, 0.1)
 
 
 @triton.jit
@@ -74,11 +80,12 @@ def _bin_weights(
 ):
     """bin_weights (tokens, BIN_BLOCK) in float32: 0 for bins past NUM_BINS."""
     bins = tl.arange(0, BIN_BLOCK)
-    hidden, _, _ = _hidden_units(value, w1, b1, bins, NUM_BINS)
-    logits = alpha * hidden + tl.load(b2 + bins, mask=bins < NUM_BINS, other=0.0).to(tl.float32)[None, :]
+    pre = _pre_activation(value, w1, b1, bins, NUM_BINS)
+    logits = alpha * (pre * _leaky_slope(pre)) + _load_vector(b2, bins, NUM_BINS)[None, :]
     for hidden_block in range(0, tl.cdiv(NUM_BINS, BLOCK_H)):
         units = hidden_block * BLOCK_H + tl.arange(0, BLOCK_H)
-        hidden, _, _ = _hidden_units(value, w1, b1, units, NUM_BINS)
+        pre_block = _pre_activation(value, w1, b1, units, NUM_BINS)
+        hidden = pre_block * _leaky_slope(pre_block)
         weight = _load_rows(
             w2 + bins[:, None] * NUM_BINS + units[None, :], (bins < NUM_BINS)[:, None] & (units < NUM_BINS)[None, :]
         )
@@ -108,11 +115,11 @@ def _forward_kernel(
     out,
     alpha,
     total_nnz,
+    dim,
     HAS_GENES: tl.constexpr,
     HAS_DISTINCT: tl.constexpr,
     NUM_BINS: tl.constexpr,
     BIN_BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -125,22 +132,24 @@ def _forward_kernel(
     gene = tokens
     if HAS_GENES:
         gene = tl.load(gene_ids + tokens, mask=in_use, other=0).to(tl.int64)
-    for dim_block in range(0, tl.cdiv(DIM, BLOCK_D)):
+    for dim_block in range(0, tl.cdiv(dim, BLOCK_D)):
         dims = dim_block * BLOCK_D + tl.arange(0, BLOCK_D)
         table = _load_rows(
-            bin_table + bins[:, None] * DIM + dims[None, :], (bins < NUM_BINS)[:, None] & (dims < DIM)[None, :]
+            bin_table + bins[:, None] * dim + dims[None, :], (bins < NUM_BINS)[:, None] & (dims < dim)[None, :]
         )
         rows = tl.dot(bin_weights, table, input_precision="ieee")
         if HAS_GENES:
             gene_rows = tl.load(
-                gene_table + gene[:, None] * DIM + dims[None, :], mask=in_use[:, None] & (dims < DIM)[None, :], other=0.0
+                gene_table + gene[:, None] * dim + dims[None, :],
+                mask=in_use[:, None] & (dims < dim)[None, :],
+                other=0.0,
             )
             rows += gene_rows.to(tl.float32)
         rows = tl.where(in_use[:, None], rows, 0.0)
         tl.store(
-            out + tokens[:, None] * DIM + dims[None, :],
+            out + tokens[:, None] * dim + dims[None, :],
             rows.to(out.dtype.element_ty),
-            mask=(tokens < total_nnz)[:, None] & (dims < DIM)[None, :],
+            mask=(tokens < total_nnz)[:, None] & (dims < dim)[None, :],
         )
 
 
@@ -156,11 +165,11 @@ def _grad_bin_table_kernel(
     partial_bin_table,
     alpha,
     total_nnz,
+    dim,
     blocks_per_chunk,
     HAS_DISTINCT: tl.constexpr,
     NUM_BINS: tl.constexpr,
     BIN_BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -171,19 +180,19 @@ def _grad_bin_table_kernel(
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     grad_table = tl.zeros((BIN_BLOCK, BLOCK_D), tl.float32)
     last_block = tl.minimum((chunk + 1) * blocks_per_chunk, tl.cdiv(total_nnz, BLOCK_T))
-    for token_block in range(chunk * blocks_per_chunk, last_block):
+    for token_block in tl.range(chunk * blocks_per_chunk, last_block, disable_licm=True):
         token_start = tl.cast(token_block, tl.int64) * BLOCK_T
         tokens, value, in_use = _load_tokens(values, distinct_index, token_start, total_nnz, HAS_DISTINCT, BLOCK_T)
         bin_weights = _bin_weights(value, w1, b1, w2, b2, alpha, NUM_BINS, BIN_BLOCK, BLOCK_H)
         grad_rows = _load_rows(
-            grad_out + tokens[:, None] * DIM + dims[None, :], in_use[:, None] & (dims < DIM)[None, :]
+            grad_out + tokens[:, None] * dim + dims[None, :], in_use[:, None] & (dims < dim)[None, :]
         )
         weights = tl.trans(bin_weights.to(grad_rows.dtype))
         grad_table = tl.dot(weights, grad_rows, grad_table, input_precision="ieee")
     tl.store(
-        partial_bin_table + (chunk.to(tl.int64) * NUM_BINS + bins)[:, None] * DIM + dims[None, :],
+        partial_bin_table + (chunk.to(tl.int64) * NUM_BINS + bins)[:, None] * dim + dims[None, :],
         grad_table,
-        mask=(bins < NUM_BINS)[:, None] & (dims < DIM)[None, :],
+        mask=(bins < NUM_BINS)[:, None] & (dims < dim)[None, :],
     )
 
 
@@ -202,13 +211,13 @@ def _grad_weights_kernel(
     partial_vectors,
     alpha,
     total_nnz,
+    dim,
     blocks_per_chunk,
     num_chunks,
     NEEDS_VALUES_GRAD: tl.constexpr,
     HAS_DISTINCT: tl.constexpr,
     NUM_BINS: tl.constexpr,
     BIN_BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -231,17 +240,17 @@ def _grad_weights_kernel(
     grad_b1_alpha = tl.zeros((BIN_BLOCK,), tl.float32)
     grad_b2 = tl.zeros((BIN_BLOCK,), tl.float32)
     last_block = tl.minimum((chunk + 1) * blocks_per_chunk, tl.cdiv(total_nnz, BLOCK_T))
-    for token_block in range(chunk * blocks_per_chunk, last_block):
+    for token_block in tl.range(chunk * blocks_per_chunk, last_block, disable_licm=True):
         token_start = tl.cast(token_block, tl.int64) * BLOCK_T
         tokens, value, in_use = _load_tokens(values, distinct_index, token_start, total_nnz, HAS_DISTINCT, BLOCK_T)
         grad_bin_weights = tl.zeros((BLOCK_T, BIN_BLOCK), tl.float32)
-        for dim_block in range(0, tl.cdiv(DIM, BLOCK_D)):
+        for dim_block in range(0, tl.cdiv(dim, BLOCK_D)):
             dims = dim_block * BLOCK_D + tl.arange(0, BLOCK_D)
             grad_rows = _load_rows(
-                grad_out + tokens[:, None] * DIM + dims[None, :], in_use[:, None] & (dims < DIM)[None, :]
+                grad_out + tokens[:, None] * dim + dims[None, :], in_use[:, None] & (dims < dim)[None, :]
             )
             table = _load_rows(
-                bin_table + bins[:, None] * DIM + dims[None, :], (bins < NUM_BINS)[:, None] & (dims < DIM)[None, :]
+                bin_table + bins[:, None] * dim + dims[None, :], (bins < NUM_BINS)[:, None] & (dims < dim)[None, :]
             )
             grad_bin_weights = tl.dot(grad_rows, tl.trans(table), grad_bin_weights, input_precision="ieee")
         bin_weights = _bin_weights(value, w1, b1, w2, b2, alpha, NUM_BINS, BIN_BLOCK, BLOCK_H)
@@ -249,23 +258,24 @@ def _grad_weights_kernel(
         mean_grad = tl.sum(bin_weights * grad_bin_weights, 1)
         grad_logits = bin_weights * (grad_bin_weights - mean_grad[:, None])
 
-        hidden, slope, weight = _hidden_units(value, w1, b1, units, NUM_BINS)
+        pre = _pre_activation(value, w1, b1, units, NUM_BINS)
+        slope = _leaky_slope(pre)
         rounded = grad_logits.to(w2.dtype.element_ty)
-        grad_w2 = tl.dot(tl.trans(rounded), hidden.to(rounded.dtype), grad_w2, input_precision="ieee")
+        grad_w2 = tl.dot(tl.trans(rounded), (pre * slope).to(rounded.dtype), grad_w2, input_precision="ieee")
         w2_columns = _load_rows(
             w2 + bins[:, None] * NUM_BINS + units[None, :], (bins < NUM_BINS)[:, None] & (units < NUM_BINS)[None, :]
         )
         grad_pre = slope * tl.dot(rounded, w2_columns, input_precision="ieee")
         grad_w1 += tl.sum(grad_pre * value[:, None], 0)
         grad_b1 += tl.sum(grad_pre, 0)
-        grad_value = tl.sum(grad_pre * weight[None, :], 1)
+        grad_value = tl.sum(grad_pre * _load_vector(w1, units, NUM_BINS)[None, :], 1)
         if unit_block == 0:
-            hidden, slope, weight = _hidden_units(value, w1, b1, bins, NUM_BINS)
-            grad_pre = slope * (alpha * grad_logits)
-            grad_w1_alpha += tl.sum(grad_pre * value[:, None], 0)
-            grad_b1_alpha += tl.sum(grad_pre, 0)
+            pre_alpha = _pre_activation(value, w1, b1, bins, NUM_BINS)
+            grad_pre_alpha = _leaky_slope(pre_alpha) * (alpha * grad_logits)
+            grad_w1_alpha += tl.sum(grad_pre_alpha * value[:, None], 0)
+            grad_b1_alpha += tl.sum(grad_pre_alpha, 0)
             grad_b2 += tl.sum(grad_logits, 0)
-            grad_value += tl.sum(grad_pre * weight[None, :], 1)
+            grad_value += tl.sum(grad_pre_alpha * _load_vector(w1, bins, NUM_BINS)[None, :], 1)
         if NEEDS_VALUES_GRAD:
             tl.store(partial_values + unit_block.to(tl.int64) * total_nnz + tokens, grad_value, mask=tokens < total_nnz)
 
@@ -291,7 +301,7 @@ def _grad_gene_table_kernel(
     token_order,
     first_token,
     grad_gene_table,
-    DIM: tl.constexpr,
+    dim,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -305,13 +315,13 @@ def _grad_gene_table_kernel(
         position = block * BLOCK_T + tl.arange(0, BLOCK_T)
         tokens = tl.load(token_order + first + position, mask=position < count, other=0)
         grad_rows = tl.load(
-            grad_out + tokens[:, None] * DIM + dims[None, :],
-            mask=(position < count)[:, None] & (dims < DIM)[None, :],
+            grad_out + tokens[:, None] * dim + dims[None, :],
+            mask=(position < count)[:, None] & (dims < dim)[None, :],
             other=0.0,
         )
         grad_row += tl.sum(grad_rows.to(tl.float32), 0)
     tl.store(
-        grad_gene_table + row.to(tl.int64) * DIM + dims, grad_row.to(grad_gene_table.dtype.element_ty), mask=dims < DIM
+        grad_gene_table + row.to(tl.int64) * dim + dims, grad_row.to(grad_gene_table.dtype.element_ty), mask=dims < dim
     )
 
 
@@ -375,11 +385,11 @@ def forward(
             out,
             alpha,
             total_nnz,
+            dim,
             HAS_GENES=gene_ids is not None,
             HAS_DISTINCT=distinct_index is not None,
             NUM_BINS=num_bins,
             BIN_BLOCK=bin_block,
-            DIM=dim,
             **config,
         )
     return out
@@ -423,7 +433,6 @@ def backward(
         "HAS_DISTINCT": distinct_index is not None,
         "NUM_BINS": num_bins,
         "BIN_BLOCK": bin_block,
-        "DIM": dim,
     }
     with torch.cuda.device_of(values):
         config = _launch_config("grad_bin_table", w2, bin_table, bin_block)
@@ -440,6 +449,7 @@ def backward(
             partial_bin_table,
             alpha,
             total_nnz,
+            dim,
             blocks_per_chunk,
             **shape,
             **config,
@@ -464,6 +474,7 @@ def backward(
             partial_vectors,
             alpha,
             total_nnz,
+            dim,
             blocks_per_chunk,
             num_chunks,
             NEEDS_VALUES_GRAD=needs_values_grad,
@@ -489,6 +500,6 @@ def _grad_gene_table(grad_out: Tensor, gene_ids: Tensor, gene_table: Tensor, dis
     if num_rows > 0:
         block_d = min(256, triton.next_power_of_2(dim))
         _grad_gene_table_kernel[(num_rows, triton.cdiv(dim, block_d))](
-            grad_out, token_order, first_token, grad_gene_table, DIM=dim, BLOCK_T=8, BLOCK_D=block_d, num_warps=4
+            grad_out, token_order, first_token, grad_gene_table, dim, BLOCK_T=8, BLOCK_D=block_d, num_warps=4
         )
     return grad_gene_table
