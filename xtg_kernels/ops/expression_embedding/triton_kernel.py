@@ -227,7 +227,7 @@ def _grad_weights_kernel(
 
     The way back from logits to hidden has two arms, w2^T grad_logits and alpha * grad_logits. A program takes the w2
     arm of its own hidden units; the alpha arm, and grad_b2, belong to the first block of units alone.
-    partial_vectors (5, num_chunks, NUM_BINS) holds grad_w1 and grad_b1 by the w2 arm, the same by the alpha arm, grad_b2.
+    partial_vectors (5, num_chunks, NUM_BINS) holds grad_w1, grad_b1 by the w2 arm, the same by the alpha arm, grad_b2.
     """
     chunk = tl.program_id(0)
     unit_block = tl.program_id(1)
@@ -333,7 +333,7 @@ def _launch_config(kernel: str, w2: Tensor, bin_table: Tensor, bin_block: int) -
 
 
 def _chunks(total_nnz: int, block: int, max_chunks: int) -> tuple[int, int]:
-    """Number of chunks of tokens and token blocks per chunk; a function of total_nnz alone, so sums keep their order."""
+    """Number of chunks of tokens, token blocks per chunk; a function of total_nnz alone, so sums keep their order."""
     blocks = triton.cdiv(total_nnz, block)
     blocks_per_chunk = triton.cdiv(blocks, max_chunks)
     return triton.cdiv(blocks, blocks_per_chunk), blocks_per_chunk

@@ -285,9 +285,7 @@ def _grad_query_kernel(
     row_offset = head * total_nnz + start
 
     rows = query_start + tl.arange(0, BLOCK_Q)
-    grad_output = _load_tile(
-        grad_out, query_start, length, grad_out_row_stride, BLOCK_Q, HEAD_DIM, HEAD_BLOCK, True
-    )
+    grad_output = _load_tile(grad_out, query_start, length, grad_out_row_stride, BLOCK_Q, HEAD_DIM, HEAD_BLOCK, True)
     output = _load_tile(out, query_start, length, out_row_stride, BLOCK_Q, HEAD_DIM, HEAD_BLOCK, True)
     delta_rows = tl.sum(grad_output.to(tl.float32) * output.to(tl.float32), 1)
     if HAS_GRAD_LSE:
@@ -362,7 +360,8 @@ def _grad_key_value_step(
 ):
     """Add one query block's share to grad_key (still without the softmax scale) and grad_value. Scores are held
     transposed, (key, query), so that probs and grad_scores are left operands of the two products that follow.
-    Query rows past the segment load as zero (query, grad_out, lse, delta): probs 1, but nothing is added."""
+    Query rows past the segment load as zero (query, grad_out, lse, delta): probs 1, but nothing is added. Key rows past
+    the segment can give anything, even inf, in their own rows of grad_key and grad_value, which are never stored."""
     rows = query_start + tl.arange(0, BLOCK_Q)
     query = _load_tile(q, query_start, num_queries, q_row_stride, BLOCK_Q, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
     grad_output = _load_tile(
