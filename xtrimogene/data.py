@@ -98,20 +98,6 @@ class _DenseRows:
 
 
 @dataclass
-class _ViewRows:
-    """A view of a backed AnnData, which resolves its own selection of rows and columns."""
-
-    shape: tuple[int, int]
-    view: AnnData
-
-    def read(self, start: int, stop: int) -> CsrArrays:
-        return _rows_of(self.view[start:stop].X).read(0, stop - start)
-
-    def stored_entries(self) -> None:
-        return None
-
-
-@dataclass
 class CellSource:
     """The cells of one matrix of a data set.
 
@@ -146,7 +132,7 @@ class CellSource:
     @cached_property
     def stored_entries(self) -> npt.NDArray[np.int64] | None:
         """(n_obs,) entries that the matrix stores for each cell, at least its expressed genes; None where only reading
-        everything would tell (dense on disk, view of a backed AnnData)."""
+        everything would tell (dense on disk)."""
         return self.rows.stored_entries()
 
     def read_rows(self, start: int, stop: int) -> CsrArrays:
@@ -177,7 +163,8 @@ def open_cells(
     """Open the cells of an AnnData (in memory, view or backed), an h5ad file or a zarr store, without reading them.
 
     CSR is read by windows of rows; dense matrices are turned into rows block by block; CSC is transposed once, in
-    temporary files where the matrix is on disk. Files written by anndata before 0.7 are read whole.
+    temporary files where the matrix is on disk. Two things are read whole: a view of a backed AnnData, of which anndata
+    cannot take a part, and files written by anndata before 0.7.
 
     Args:
         layer: the layer to read, None for X. "raw" stands for ``.raw`` where no layer has that name.
@@ -236,8 +223,8 @@ def open_store(path: Path) -> tuple[Any, contextlib.ExitStack]:
             raise ValueError(f"{path}: cannot be opened: {error}; the file is damaged or truncated") from error
     missing = [key for key in ("obs", "var") if key not in root]
     if missing:
-        closing.close()
         hint = "; read a 10x file with scanpy.read_10x_h5 and write it as h5ad" if "matrix" in root else ""
+        closing.close()
         raise ValueError(f"{path}: expected an AnnData file, got one without {' and '.join(missing)}{hint}")
     return root, closing
 
@@ -280,8 +267,6 @@ def _open_adata(adata: AnnData, name: str, layer: str | None, gene_symbols: str 
     from_raw = layer == "raw" and "raw" not in adata.layers
     if from_raw:
         matrix, var = adata.raw.X, adata.raw.var
-    elif layer is None and adata.isbacked and adata.is_view:
-        matrix, var = adata, adata.var
     else:
         matrix, var = adata.X if layer is None else adata.layers[layer], adata.var
     return _source(
@@ -319,9 +304,7 @@ def _source(
     return CellSource(name, var, names, gene_symbols, layer, others, rows, cell_name, open_layer, closing)
 
 
-def _rows_of(matrix: Any, closing: contextlib.ExitStack | None = None) -> _Rows:
-    if isinstance(matrix, AnnData):
-        return _ViewRows(matrix.shape, matrix)
+def _rows_of(matrix: Any, closing: contextlib.ExitStack) -> _Rows:
     if isinstance(matrix, anndata.abc.CSRDataset | anndata.abc.CSCDataset):
         matrix = matrix.group
     if sparse.issparse(matrix):
@@ -338,7 +321,7 @@ def _rows_of(matrix: Any, closing: contextlib.ExitStack | None = None) -> _Rows:
         indptr = np.asarray(matrix["indptr"][:])
         if encoding == "csc_matrix":
             columns = _SparseRows((n_vars, n_obs), indptr, matrix["indices"], matrix["data"])
-            return _transposed_on_disk(columns, closing if closing is not None else contextlib.ExitStack())
+            return _transposed_on_disk(columns, closing)
         return _SparseRows((n_obs, n_vars), indptr, matrix["indices"], matrix["data"])
     if hasattr(matrix, "shape") and hasattr(matrix, "dtype") and len(matrix.shape) == 2 and not hasattr(matrix, "dask"):
         _check_numbers(matrix.dtype)

@@ -561,7 +561,9 @@ def _add_to_zarr(path: Path, key: str, shards: Iterator[tuple[int, Embeddings]],
     chunks = (max(1, min(_WINDOW, shape[0])), shape[1])
     _fill_array(obsm.create_array(key, shape=shape, dtype=np.float32, chunks=chunks, overwrite=True), shards)
     if consolidated:
-        zarr.consolidate_metadata(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zarr's notice that format 3 does not have it; this store does
+            zarr.consolidate_metadata(path)
 
 
 def _obsm_group(root: Any) -> Any:
