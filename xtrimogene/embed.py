@@ -32,6 +32,7 @@ from xtrimogene.data import (
     looks_like_counts,
     map_genes,
     open_cells,
+    open_store,
     pack_rows,
     split_by_tokens,
 )
@@ -416,10 +417,12 @@ class _Destination:
 
     def published(self) -> bool:
         """Whether the earlier run had put the result in place already and was killed while it tidied up."""
-        try:
-            return bool(json.loads(self.manifest.read_text())["result"]["identity"] == _file_identity(self.output))
-        except (OSError, ValueError, KeyError):
+        if not self.resume or not self.output.exists():
             return False
+        if self.manifest.exists():
+            return bool(json.loads(self.manifest.read_text()).get("result") == _file_identity(self.output))
+        # Without leave to overwrite, a run begins only where there is no output: this empty folder is the end of one.
+        return not self.overwrite and self.folder.is_dir() and not any(self.folder.iterdir())
 
     def write(self, run: _Run, key: str, options: dict[str, Any]) -> None:
         """Embeds the windows that are not there yet, then puts the result in place."""
@@ -438,16 +441,17 @@ class _Destination:
             raise PermissionError(
                 f"output: the folder {self.output.parent} cannot be written to ({error}); choose another one"
             ) from error
+        published = self.published()
         with self._locked():
             if self.manifest.exists():
                 self._check_same_run(wanted)
-            else:
-                _write_json(self.manifest, wanted)
-            if self.published():
+            if published:
                 report.resumed_cells = report.cells
-                report.empty_cells = json.loads(self.manifest.read_text())["result"]["empty cells"]
+                report.empty_cells = self._count_empty_cells(key)
                 self._remove()
                 return
+            if not self.manifest.exists():
+                _write_json(self.manifest, wanted)
             dim = run.network.config.dim
             windows = run.windows()
             missing = [(start, stop) for start, stop in windows if not self._has_shard(start, stop, dim)]
@@ -494,6 +498,11 @@ class _Destination:
     def _shard(self, start: int) -> Path:
         return self.folder / f"shard-{start:012d}.npy"
 
+    def _count_empty_cells(self, key: str) -> int:
+        root, closing = open_store(self.output)
+        with closing:
+            return int(np.isnan(root["obsm"][key][:, 0]).sum())
+
     def _write_shard(self, start: int, embeddings: Embeddings) -> None:
         _write_atomically(self._shard(start), lambda file: np.save(file, embeddings))
 
@@ -520,8 +529,7 @@ class _Destination:
             shutil.copyfile(self.input, result)
             _add_to_h5ad(result, key, shards(), shape)
         _flush_to_disk(result)
-        done = {"identity": _file_identity(result), "empty cells": report.empty_cells}
-        _write_json(self.manifest, {**manifest, "result": done})
+        _write_json(self.manifest, {**manifest, "result": _file_identity(result)})
         if self.output.is_dir():
             self.output.rename(self.folder / "replaced.zarr")  # a folder cannot be renamed onto another
         os.replace(result, self.output)
