@@ -20,9 +20,10 @@ from xtrimogene.vocabulary import Vocabulary
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after one line on stderr that says what was wrong and what to do."""
     arguments = _parser().parse_args(argv)
-    warnings.showwarning = _show_warning
     try:
-        arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:
         print(f"xtrimogene: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

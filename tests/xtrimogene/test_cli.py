@@ -1,0 +1,202 @@
+"""Tests of the command line: a checkpoint made, cells embedded, and one clear line for every error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+from anndata import AnnData
+
+from xtrimogene import XTrimoGene, embed
+from xtrimogene.cli import main
+
+GENES = [f"G{i}" for i in range(30)]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    (tmp_path / "genes.txt").write_text("\n".join(GENES))
+    folder = tmp_path / "checkpoint"
+    assert main(["init", "--preset", "3m", "--vocabulary", str(tmp_path / "genes.txt"), "--output", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    counts = sp.random(20, 30, density=0.4, format="csr", random_state=np.random.default_rng(0))
+    counts.data = np.ceil(counts.data * 9).astype(np.float32)
+    adata = AnnData(counts.astype(np.float32), var=pd.DataFrame({"id": [f"E{i}" for i in range(30)]}, index=GENES))
+    adata.layers["half"] = adata.X * 0.5
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    return tmp_path / "cells.h5ad"
+
+
+def arguments(checkpoint: Path, path: Path, *more: str) -> list[str]:
+    output = str(path.with_name("out.h5ad"))
+    return ["embed", "--checkpoint", str(checkpoint), "--input", str(path), "--output", output, "--no-progress", *more]
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What a user sees: nothing on stdout, one line on stderr."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("xtrimogene: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_init(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = XTrimoGene.from_pretrained(checkpoint)
+    assert model.vocabulary.genes == tuple(GENES)
+    assert model.config.num_layers == 4
+    genes = str(tmp_path / "genes.txt")
+    assert main(["init", "--preset", "3m", "--vocabulary", genes, "--output", str(tmp_path / "b"), "--seed", "1"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'b'}: untrained 3m encoder, 820,412 parameters, 30 genes\n"
+    other = XTrimoGene.from_pretrained(tmp_path / "b")
+    assert not torch.equal(model.embedding.gene_table, other.embedding.gene_table)
+    capsys.readouterr()
+    assert main(["init", "--preset", "3m", "--vocabulary", genes, "--output", str(checkpoint)]) == 2
+    assert "not empty" in error_line(capsys)
+    assert main(["init", "--preset", "3m", "--vocabulary", "none.tsv", "--output", str(tmp_path / "c")]) == 2
+    assert "none.tsv: no such file" in error_line(capsys)
+    assert not (tmp_path / "c").exists()
+
+
+def test_embed(checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(arguments(checkpoint, path)) == 0
+    out = capsys.readouterr().out
+    assert "20 cells, 0 of them empty" in out
+    assert "30 of 30 vocabulary genes found" in out
+    assert "obsm['X_xtrimogene']" in out
+    adata = anndata.read_h5ad(path)
+    embed(adata, checkpoint, progress=False)
+    written = anndata.read_h5ad(path.with_name("out.h5ad")).obsm["X_xtrimogene"]
+    np.testing.assert_array_equal(written, adata.obsm["X_xtrimogene"])
+
+
+def test_all_options(checkpoint: Path, path: Path) -> None:
+    threads = torch.get_num_threads()
+    options = (
+        "--embed-key X_max --pooling max --max-tokens 40 --dtype bfloat16 --threads 1 --layer half --normalized "
+        "--resume --overwrite --device cpu"
+    )
+    try:
+        assert main(arguments(checkpoint, path, *options.split())) == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    written = anndata.read_h5ad(path.with_name("out.h5ad"))
+    adata = anndata.read_h5ad(path)
+    embed(
+        adata,
+        checkpoint,
+        layer="half",
+        normalized=True,
+        pooling="max",
+        dtype="bfloat16",
+        key_added="X_max",
+        progress=False,
+    )
+    assert list(written.obsm) == ["X_max"]
+    np.testing.assert_allclose(written.obsm["X_max"], adata.obsm["X_max"], rtol=0.1, atol=0.1)
+
+
+def test_gene_symbols(checkpoint: Path, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adata = anndata.read_h5ad(path)
+    adata.var["symbol"], adata.var_names = GENES, adata.var["id"]
+    adata.write_h5ad(path)
+    capsys.readouterr()
+    assert main(arguments(checkpoint, path)) == 2
+    assert "--gene-symbols symbol" in error_line(capsys)
+    assert main(arguments(checkpoint, path, "--gene-symbols", "symbol")) == 0
+
+
+def test_the_default_arguments_are_those_of_the_function() -> None:
+    import inspect
+
+    from xtrimogene.cli import _parser
+
+    given = vars(_parser().parse_args(["embed", "--checkpoint", "c", "--input", "i", "--output", "o"]))
+    names = {"embed_key": "key_added", "threads": "num_threads"}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(embed).parameters.items()}
+    for name, value in given.items():
+        if name not in ("run", "checkpoint", "input", "output", "no_progress"):
+            assert defaults[names.get(name, name)] == value, name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--input", "none.h5ad"], "none.h5ad: no such file"),
+        (["--input", "{folder}/text.h5ad"], "text.h5ad: expected an h5ad file"),
+        (["--input", "{folder}/cut.h5ad"], "the file is damaged or truncated"),
+        (["--checkpoint", "none"], "none: no such checkpoint folder"),
+        (["--checkpoint", "{folder}/pickle"], "a pickle can run code"),
+        (["--output", "{folder}/text.h5ad"], "exists; name another file, or pass overwrite=True (--overwrite)"),
+        (["--output", "{folder}/none/out.h5ad"], "expected an existing folder"),
+        (["--output", "/proc/out.h5ad"], "the folder /proc cannot be written to"),
+        (["--output", "{folder}/cells.h5ad", "--overwrite"], "the input is never changed"),
+        (["--max-tokens", "3"], "raise max_tokens to"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--layer", "half"], "pass normalized=True (--normalized)"),
+        (["--layer", "none"], "expected layer 'none'"),
+        (["--gene-symbols", "none"], "expected a column of var, got 'none'"),
+        (["--device", "abacus"], "device: expected 'auto'"),
+    ],
+)
+def test_errors_are_one_line_and_change_nothing(
+    change: list[str], message: str, checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = path.parent
+    (folder / "text.h5ad").write_text("precious")
+    (folder / "cut.h5ad").write_bytes(path.read_bytes()[:-3000])
+    (folder / "pickle").mkdir()
+    (folder / "pickle" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    assert main(arguments(checkpoint, path, *(word.format(folder=folder) for word in change))) == 2
+    assert message in error_line(capsys)
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_interruption_says_how_to_go_on(
+    checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(XTrimoGene, "embed_batch", interrupt)
+    assert main(arguments(checkpoint, path)) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert not path.with_name("out.h5ad.partial").exists()
+
+
+def test_running_out_of_memory_says_what_helps(
+    checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhaust(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    capsys.readouterr()
+    monkeypatch.setattr(XTrimoGene, "embed_batch", exhaust)
+    assert main(arguments(checkpoint, path)) == 2
+    assert "smaller --max-tokens" in error_line(capsys)
+
+
+def test_as_a_module(path: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "xtrimogene"]
+    shown = subprocess.run([*command, "embed", "--help"], check=True, capture_output=True, text=True).stdout
+    for option in ("checkpoint", "input", "output", "embed-key", "pooling", "max-tokens", "dtype", "threads", "resume"):
+        assert f"--{option}" in shown
+    done = subprocess.run([*command, *arguments(tmp_path / "none", path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("xtrimogene: error: ")
+    assert "Traceback" not in done.stderr
