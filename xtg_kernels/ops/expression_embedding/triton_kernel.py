@@ -325,9 +325,9 @@ def _grad_gene_table_kernel(
     )
 
 
-def _launch_config(kernel: str, w2: Tensor, bin_table: Tensor, bin_block: int) -> dict[str, int]:
+def _launch_config(kernel: str, dtype: torch.dtype, bin_block: int) -> dict[str, int]:
     """Tile sizes, num_warps and num_stages of one kernel for one precision and padded number of bins."""
-    precision = "float32" if torch.float32 in (w2.dtype, bin_table.dtype) else "half"
+    precision = "float32" if dtype == torch.float32 else "half"
     config: dict[str, int] = _CONFIGS[kernel][precision][str(bin_block)]
     return config
 
@@ -355,7 +355,8 @@ def forward(
 
     Args:
         values: (total_nnz,) float32.
-        w1, b1, b2: (num_bins,); w2: (num_bins, num_bins); bin_table: (num_bins, dim); num_bins at most 256.
+        w1, b1, b2: (num_bins,); w2: (num_bins, num_bins); bin_table: (num_bins, dim). One dtype, float32, bfloat16 or
+            float16; num_bins at most 256.
         alpha: factor of the skip connection from hidden to logits.
         gene_ids, gene_table: (total_nnz,) int32 and (rows, dim), or both None.
         distinct_index: (total_nnz,) int32, negative in slack rows, or None when there are none.
@@ -370,7 +371,7 @@ def forward(
     if out.numel() == 0:
         return out
     bin_block = max(16, triton.next_power_of_2(num_bins))
-    config = _launch_config("forward", w2, bin_table, bin_block)
+    config = _launch_config("forward", bin_table.dtype, bin_block)
     with torch.cuda.device_of(values):
         _forward_kernel[(triton.cdiv(total_nnz, config["BLOCK_T"]),)](
             values,
@@ -435,7 +436,7 @@ def backward(
         "BIN_BLOCK": bin_block,
     }
     with torch.cuda.device_of(values):
-        config = _launch_config("grad_bin_table", w2, bin_table, bin_block)
+        config = _launch_config("grad_bin_table", bin_table.dtype, bin_block)
         num_chunks, blocks_per_chunk = _chunks(total_nnz, config["BLOCK_T"], _TABLE_CHUNKS)
         partial_bin_table = torch.empty((num_chunks, num_bins, dim), dtype=torch.float32, device=values.device)
         _grad_bin_table_kernel[(num_chunks, triton.cdiv(dim, config["BLOCK_D"]))](
@@ -454,7 +455,7 @@ def backward(
             **shape,
             **config,
         )
-        config = _launch_config("grad_weights", w2, bin_table, bin_block)
+        config = _launch_config("grad_weights", bin_table.dtype, bin_block)
         num_chunks, blocks_per_chunk = _chunks(total_nnz, config["BLOCK_T"], _WEIGHT_CHUNKS)
         unit_blocks = triton.cdiv(num_bins, config["BLOCK_W"])
         partial_w2 = torch.empty((num_chunks, num_bins, num_bins), dtype=torch.float32, device=values.device)
@@ -483,8 +484,13 @@ def backward(
         )
         if gene_ids is not None and gene_table is not None:
             grad_gene_table = _grad_gene_table(grad_out, gene_ids, gene_table, distinct_index)
-    vectors = partial_vectors.sum(1)
-    grads = (vectors[0] + vectors[2], vectors[1] + vectors[3], partial_w2.sum(0), vectors[4], partial_bin_table.sum(0))
+    grads = (
+        (partial_vectors[0] + partial_vectors[2]).sum(0),
+        (partial_vectors[1] + partial_vectors[3]).sum(0),
+        partial_w2.sum(0),
+        partial_vectors[4].sum(0),
+        partial_bin_table.sum(0),
+    )
     grad_w1, grad_b1, grad_w2, grad_b2, grad_bin_table = (g.to(p.dtype) for g, p in zip(grads, params, strict=True))
     return partial_values.sum(0), grad_w1, grad_b1, grad_w2, grad_b2, grad_bin_table, grad_gene_table
 
