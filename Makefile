@@ -36,11 +36,12 @@ lint: setup
 check-kernels: build/kernels_check
 	build/kernels_check
 
-X86 := $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512bf16)
+X86 := $(if $(filter x86_64,$(shell uname -m)),avx2 avx512 avx512bf16 amx x86)
 AVX512 := -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq
 ISA_avx2 := -mavx2 -mfma -mf16c
 ISA_avx512 := $(AVX512)
 ISA_avx512bf16 := $(AVX512) -mavx512bf16
+ISA_amx := $(AVX512) -mavx512bf16 -mamx-tile -mamx-bf16
 
 build/isa_%.o: csrc/cpu/isa/%.cpp $(CSRC)
 	@mkdir -p build

@@ -22,6 +22,8 @@ X86_FLAGS = {
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
 }
 X86_FLAGS["avx512bf16"] = [*X86_FLAGS["avx512"], "-mavx512bf16"]
+X86_FLAGS["amx"] = [*X86_FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
+X86_FLAGS["x86"] = []
 
 
 def sources() -> dict[str, list[str]]:

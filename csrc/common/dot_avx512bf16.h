@@ -1,4 +1,4 @@
-// Products of bf16 pairs with float accumulation (AVX512_BF16). x86 only; included by cpu/isa/avx512bf16.cpp alone.
+// Products of bf16 pairs with float accumulation (AVX512_BF16). x86 only; included by cpu/isa/avx512bf16.cpp and amx.cpp.
 // An element is a pair of neighbouring k: left operands are plain bf16 rows, right operands interleave two rows.
 #pragma once
 
@@ -16,24 +16,27 @@ struct VecAvx512Bf16 : VecAvx512 {
   }
 };
 
+template <class V>
 struct DotBf16 {
-  using V = VecAvx512Bf16;
   using elem = uint32_t;
   static constexpr int group = 2;
-  static V::reg step(V::reg acc, const elem* a, __m512i b) {
+  static constexpr int step_multiple = 1;
+  static constexpr bool tiles = false;
+  struct Session {};
+  static typename V::reg step(typename V::reg acc, const elem* a, __m512i b) {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(int(*a)), (__m512bh)b);
   }
   static __m512i load(const elem* b) { return _mm512_loadu_si512(b); }
-  // Floats as elements j.. of a left-operand row.
-  static void store(elem* row, int64_t j, V::reg x) { V::store(reinterpret_cast<bf16*>(row) + j, x); }
+  static void store(elem* row, int64_t j, typename V::reg x) { V::store(reinterpret_cast<bf16*>(row) + j, x); }
 };
 
 template <>
 struct DotFor<VecAvx512Bf16, bf16> {
-  using type = DotBf16;
+  using type = DotBf16<VecAvx512Bf16>;
 };
 
-static inline void pack_left(DotBf16, const bf16* src, int64_t stride, int64_t rows, int64_t dim, uint32_t* dst,
+template <class V>
+static inline void pack_left(DotBf16<V>, const bf16* src, int64_t stride, int64_t rows, int64_t dim, uint32_t* dst,
                              int64_t ld) {
   for (int64_t r = 0; r < rows; ++r) {
     bf16* out = reinterpret_cast<bf16*>(dst + r * ld);
@@ -42,20 +45,28 @@ static inline void pack_left(DotBf16, const bf16* src, int64_t stride, int64_t r
   }
 }
 
-static inline void pack_right_transposed(DotBf16, const bf16* src, int64_t stride, int64_t rows, int64_t dim,
-                                         uint32_t* dst, int64_t columns) {
-  for (int64_t d = 0; d < dim; d += 2) {
-    uint32_t* out = dst + (d / 2) * columns;
-    int64_t r = 0;
-    for (; r < rows; ++r) {
-      const bf16* row = src + r * stride + d;
-      out[r] = uint32_t(row[0].bits) | (d + 1 < dim ? uint32_t(row[1].bits) << 16 : 0u);
+template <class V>
+static inline void pack_right_transposed(DotBf16<V>, const bf16* src, int64_t stride, int64_t rows, int64_t dim,
+                                         int64_t all_steps, uint32_t* dst, int64_t columns) {
+  const int64_t square_rows = rows / 16 * 16, square_steps = dim / 32 * 16;
+  for (int64_t r = 0; r < square_rows; r += 16)
+    for (int64_t p = 0; p < square_steps; p += 16) {
+      typename V::reg x[16];
+      for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(src + (r + i) * stride + 2 * p);
+      V::transpose(x);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_ps(dst + (p + i) * columns + r, x[i]);
     }
-    for (; r < columns; ++r) out[r] = 0;
-  }
+  for (int64_t p = 0; p < all_steps; ++p)
+    for (int64_t r = p < square_steps ? square_rows : 0; r < columns; ++r) {
+      const bf16* row = src + r * stride + 2 * p;
+      const uint32_t low = r < rows && 2 * p < dim ? row[0].bits : 0u;
+      const uint32_t high = r < rows && 2 * p + 1 < dim ? row[1].bits : 0u;
+      dst[p * columns + r] = low | high << 16;
+    }
 }
 
-static inline void pack_right(DotBf16, const bf16* src, int64_t stride, int64_t rows, int64_t all_rows, int64_t dim,
+template <class V>
+static inline void pack_right(DotBf16<V>, const bf16* src, int64_t stride, int64_t rows, int64_t all_rows, int64_t dim,
                               uint32_t* dst, int64_t padded) {
   for (int64_t r = 0; r < all_rows; r += 2) {
     uint32_t* out = dst + (r / 2) * padded;

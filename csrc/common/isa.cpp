@@ -9,22 +9,18 @@ namespace xtg {
 
 extern const Kernels kernels_scalar;
 #if defined(__x86_64__)
-extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
+std::vector<const Kernels*> x86_kernels();  // cpu/isa/x86.cpp
 #endif
 
-static std::vector<const Kernels*> available() {
-  std::vector<const Kernels*> found{&kernels_scalar};
+// Lowest first; asked once, for the answer takes a system call.
+static const std::vector<const Kernels*>& available() {
+  static const std::vector<const Kernels*> found = [] {
+    std::vector<const Kernels*> kernels{&kernels_scalar};
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  // The builtin also asks the operating system whether it saves the wide registers.
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))) return found;
-  found.push_back(&kernels_avx2);
-  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq")))
-    return found;
-  found.push_back(&kernels_avx512);
-  if (__builtin_cpu_supports("avx512bf16")) found.push_back(&kernels_avx512bf16);
+    for (const Kernels* k : x86_kernels()) kernels.push_back(k);
 #endif
+    return kernels;
+  }();
   return found;
 }
 

@@ -4,8 +4,8 @@
 //
 // A Dot says what one step of k is: DotFloat multiplies floats; DotBf16 (x86 only) multiplies pairs of bf16 with float
 // accumulation, so its operands hold two neighbouring k in one 32-bit element.
-// Every element of c is one chain of fused steps in the order of k, whatever the tile it falls in: the result does not
-// depend on m or n, nor on how the rows were split among threads.
+// Every element of c is one chain of steps in the order of k, whatever the tile it falls in: the result does not depend
+// on m or n, nor on how the rows were split among threads.
 #pragma once
 
 #include "types.h"
@@ -15,7 +15,10 @@ namespace xtg {
 template <class V>
 struct DotFloat {
   using elem = float;
-  static constexpr int group = 1;  // neighbouring k held by one element
+  static constexpr int group = 1;         // neighbouring k held by one element
+  static constexpr int step_multiple = 1;  // k is padded with zeros to a multiple of this many elements
+  static constexpr bool tiles = false;     // whether Dot brings a product of its own
+  struct Session {};                       // what the processor needs while products run
   static typename V::reg step(typename V::reg acc, const elem* a, typename V::reg b) {
     return V::fma(V::set1(*a), b, acc);
   }
@@ -80,7 +83,10 @@ static inline void product_rows(int64_t m, int64_t n, int64_t k, const typename 
 template <class V, class Dot>
 static inline void product(int64_t m, int64_t n, int64_t k, const typename Dot::elem* a, int64_t lda,
                            const typename Dot::elem* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  product_rows<V, Dot, V::tile_rows>(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+  if constexpr (Dot::tiles)
+    Dot::product(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+  else
+    product_rows<V, Dot, V::tile_rows>(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
 }
 
 // One row of n elements to floats, zero up to padded.
@@ -107,14 +113,22 @@ static inline void pack_left(DotFloat<V>, const T* src, int64_t stride, int64_t 
   for (int64_t r = 0; r < rows; ++r) load_row<V>(src + r * stride, dim, dst + r * ld, ld);
 }
 
-// Rows as the transposed right operand b: (k, columns), column r holding row r; columns rows.. are zero.
+// Rows as the transposed right operand b: (all_steps, columns), column r holding row r; all else is zero.
 template <class V, class T>
 static inline void pack_right_transposed(DotFloat<V>, const T* src, int64_t stride, int64_t rows, int64_t dim,
-                                         float* dst, int64_t columns) {
-  for (int64_t d = 0; d < dim; ++d) {
-    int64_t r = 0;
-    for (; r < rows; ++r) dst[d * columns + r] = to_float(src[r * stride + d]);
-    for (; r < columns; ++r) dst[d * columns + r] = 0.0f;
+                                         int64_t all_steps, float* dst, int64_t columns) {
+  constexpr int w = V::width;
+  const int64_t square_rows = rows / w * w, square_dim = dim / w * w;
+  for (int64_t r = 0; r < square_rows; r += w)
+    for (int64_t d = 0; d < square_dim; d += w) {
+      typename V::reg x[w];
+      for (int i = 0; i < w; ++i) x[i] = V::load(src + (r + i) * stride + d);
+      V::transpose(x);
+      for (int i = 0; i < w; ++i) V::store(dst + (d + i) * columns + r, x[i]);
+    }
+  for (int64_t d = 0; d < all_steps; ++d) {
+    int64_t r = d < square_dim ? square_rows : 0;
+    for (; r < columns; ++r) dst[d * columns + r] = r < rows && d < dim ? to_float(src[r * stride + d]) : 0.0f;
   }
 }
 

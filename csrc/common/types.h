@@ -73,17 +73,17 @@ static inline void from_float(float x, f16* out) {
 }
 
 template <class T>
-static inline T min_of(T a, T b) {
+static constexpr T min_of(T a, T b) {
   return a < b ? a : b;
 }
 
 template <class T>
-static inline T max_of(T a, T b) {
+static constexpr T max_of(T a, T b) {
   return a > b ? a : b;
 }
 
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 }  // namespace xtg

@@ -60,14 +60,27 @@ struct VecAvx2 {
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
   }
-  static reg round(reg x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static reg scale_by_power(reg x, reg n) {
-    const __m256 clamped = _mm256_min_ps(_mm256_max_ps(n, set1(-126.0f)), set1(127.0f));
-    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(clamped), _mm256_set1_epi32(127));
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
-  static reg flush_below(reg x, reg y) {
-    return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(-126.0f), _CMP_LT_OQ), y);
+  static void transpose(reg* x) {
+    reg a[8];
+    for (int i = 0; i < 4; ++i) {
+      a[2 * i] = _mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+      a[2 * i + 1] = _mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      x[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+      x[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xee);
+      x[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+      x[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const reg low = x[i], high = x[i + 4];
+      x[i] = _mm256_permute2f128_ps(low, high, 0x20);
+      x[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+    }
   }
 };
 

@@ -49,10 +49,35 @@ struct VecAvx512 {
   }
   static float sum(reg x) { return _mm512_reduce_add_ps(x); }
   static float maximum(reg x) { return _mm512_reduce_max_ps(x); }
-  static reg round(reg x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static reg scale_by_power(reg x, reg n) { return _mm512_scalef_ps(x, n); }
-  static reg flush_below(reg x, reg y) {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1(-126.0f), _CMP_NLT_UQ), y);
+  static void transpose(reg* x) {
+    reg a[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      a[2 * i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+      a[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      x[i] = _mm512_shuffle_ps(a[i], a[i + 2], 0x44);
+      x[i + 1] = _mm512_shuffle_ps(a[i], a[i + 2], 0xee);
+      x[i + 2] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+      x[i + 3] = _mm512_shuffle_ps(a[i + 1], a[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      a[i] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88);
+      a[i + 4] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd);
+      a[i + 8] = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x88);
+      a[i + 12] = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      x[i] = _mm512_shuffle_f32x4(a[i], a[i + 8], 0x88);
+      x[i + 8] = _mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
+      x[i + 4] = _mm512_shuffle_f32x4(a[i + 4], a[i + 12], 0x88);
+      x[i + 12] = _mm512_shuffle_f32x4(a[i + 4], a[i + 12], 0xdd);
+    }
   }
 };
 

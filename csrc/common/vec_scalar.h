@@ -32,6 +32,7 @@ struct VecScalar {
   static reg sub(reg a, reg b) { return a - b; }
   static reg mul(reg a, reg b) { return a * b; }
   static reg fma(reg a, reg b, reg c) { return a * b + c; }
+  // The second operand where either is NaN, as the x86 instruction does.
   static reg max(reg a, reg b) { return a > b ? a : b; }
   // Lanes n and above become fill.
   static reg keep_first(reg x, int n, float fill) {
@@ -42,22 +43,22 @@ struct VecScalar {
   static reg select_positive(reg gate, reg x, reg y) { return gate > 0.0f ? x : y; }
   static float sum(reg x) { return (x[0] + x[1]) + (x[2] + x[3]); }
   static float maximum(reg x) { return max_of(max_of(x[0], x[1]), max_of(x[2], x[3])); }
-  static reg round(reg x) {
-    // Adding and taking away 1.5 * 2^23 rounds to the nearest integer for |x| < 2^22, enough for exponents.
-    const reg magic = set1(12582912.0f);
-    return (x + magic) - magic;
-  }
   // x * 2^n for integral n in [-126, 127].
   static reg scale_by_power(reg x, reg n) {
-    reg clamped = n < -126.0f ? set1(-126.0f) : n;
-    clamped = clamped > 127.0f ? set1(127.0f) : clamped;
-    const ireg exponent = (__builtin_convertvector(clamped, ireg) + 127) << 23;
+    const ireg exponent = (__builtin_convertvector(n, ireg) + 127) << 23;
     reg power;
     std::memcpy(&power, &exponent, sizeof(power));
     return x * power;
   }
-  // 0 where x < -126, else y.
-  static reg flush_below(reg x, reg y) { return x < -126.0f ? zero() : y; }
+  // The square of width rows, transposed in place.
+  static void transpose(reg* x) {
+    for (int i = 0; i < width; ++i)
+      for (int j = 0; j < i; ++j) {
+        const float swapped = x[i][j];
+        x[i][j] = x[j][i];
+        x[j][i] = swapped;
+      }
+  }
 };
 
 }  // namespace xtg

@@ -69,7 +69,7 @@ static inline void embed_bins(const EmbeddingArgs& args, const EmbeddingScratch&
     const auto row_max = V::set1(V::maximum(maximum));
     auto sum = V::zero();
     for (int64_t j = 0; j < ld; j += V::width) {
-      const auto p = exp2<V>(V::mul(V::sub(V::load(logits + j), row_max), V::set1(kLog2E)));
+      const auto p = exp2<V, true>(V::mul(V::sub(V::load(logits + j), row_max), V::set1(kLog2E)));
       sum = V::add(sum, p);
       V::store(logits + j, p);
     }

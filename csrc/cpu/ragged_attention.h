@@ -16,43 +16,50 @@
 
 namespace xtg {
 
-template <class V>
+// Blocking. Rows of scores live in L1, the packed block that streams past in L1 or L2, sums of the stationary rows in L2.
+template <class V, class T>
 struct AttentionTile {
-  static constexpr int64_t query_block = 192;  // stationary rows of one unit of work
-  static constexpr int64_t key_block = 64;     // rows packed at a time of the operand that streams past
-  static constexpr int64_t rows = 4 * V::tile_rows;  // rows whose scores are held at a time, in L1
+  using Dot = typename DotFor<V, T>::type;
+  static constexpr int64_t query_block = 256;                    // stationary rows of one unit of work
+  static constexpr int64_t key_block = 128;                      // rows of the operand that streams past, at a time
+  static constexpr int64_t rows = Dot::tiles ? 32 : 4 * V::tile_rows;  // rows whose scores are held at a time
+  // A block's rows are padded to this multiple: whole vectors as columns, whole steps as the inner dimension.
+  static constexpr int64_t column_multiple = max_of<int64_t>(V::width, Dot::group * Dot::step_multiple);
 };
 
 template <class V, class T>
 struct AttentionShape {
   using Dot = typename DotFor<V, T>::type;
   using elem = typename Dot::elem;
+  using Tile = AttentionTile<V, T>;
   int64_t dim, steps, padded_dim, block_steps;  // steps: elements of a left row of head_dim, block_steps: of a key block
   explicit AttentionShape(const AttentionArgs& args)
       : dim(args.head_dim),
-        steps(ceil_div(dim, Dot::group)),
+        steps(round_up(ceil_div(dim, Dot::group), Dot::step_multiple)),
         padded_dim(round_up(dim, V::width)),
-        block_steps(AttentionTile<V>::key_block / Dot::group) {}
+        block_steps(Tile::key_block / Dot::group) {}
 };
 
 template <class V, class T>
 struct AttentionScratch {
-  using Tile = AttentionTile<V>;
+  using Tile = AttentionTile<V, T>;
   using elem = typename AttentionShape<V, T>::elem;
   elem *left_a, *left_b;    // stationary rows: queries (and grad_out), or keys and values
-  elem *right_a, *right_b;  // streaming block, transposed: first operand of scores and of grad_probs
-  elem *right_c, *right_d;  // streaming block, plain: operands of the sums
+  elem *right_a, *right_b;  // streaming block, transposed: right operands of scores and of grad_probs
+  elem *right_c, *right_d;  // streaming block, plain: right operands of the sums
   float *scores, *grad_probs;
   elem *probs, *grad_scores;
   float *acc_a, *acc_b;  // (query_block, padded_dim)
-  float *row_max, *row_sum, *lse, *delta;
+  float *row_max, *row_sum;  // (query_block,), (query_block, V::width): the sums stay spread over the lanes
+  float *minus_lse, *delta;  // minus_lse in units of log2
   size_t bytes;
 
   AttentionScratch(const AttentionArgs& args, void* base) {
     const AttentionShape<V, T> shape(args);
     ScratchCursor cursor{static_cast<char*>(base), 0};
-    left_a = cursor.take<elem>(Tile::query_block * shape.steps);
-    left_b = cursor.take<elem>(Tile::query_block * shape.steps);
+    const int64_t stationary = round_up(Tile::query_block, Tile::rows);
+    left_a = cursor.take<elem>(stationary * shape.steps);
+    left_b = cursor.take<elem>(stationary * shape.steps);
     right_a = cursor.take<elem>(shape.steps * Tile::key_block);
     right_b = cursor.take<elem>(shape.steps * Tile::key_block);
     right_c = cursor.take<elem>(shape.block_steps * shape.padded_dim);
@@ -61,11 +68,11 @@ struct AttentionScratch {
     grad_probs = cursor.take<float>(Tile::rows * Tile::key_block);
     probs = cursor.take<elem>(Tile::rows * shape.block_steps);
     grad_scores = cursor.take<elem>(Tile::rows * shape.block_steps);
-    acc_a = cursor.take<float>(Tile::query_block * shape.padded_dim);
-    acc_b = cursor.take<float>(Tile::query_block * shape.padded_dim);
+    acc_a = cursor.take<float>(stationary * shape.padded_dim);
+    acc_b = cursor.take<float>(stationary * shape.padded_dim);
     row_max = cursor.take<float>(Tile::query_block);
-    row_sum = cursor.take<float>(Tile::query_block);
-    lse = cursor.take<float>(max_of(Tile::query_block, Tile::key_block));
+    row_sum = cursor.take<float>(Tile::query_block * V::width);
+    minus_lse = cursor.take<float>(max_of(Tile::query_block, Tile::key_block));
     delta = cursor.take<float>(max_of(Tile::query_block, Tile::key_block));
     bytes = cursor.used;
   }
@@ -89,55 +96,64 @@ static inline void for_each_vector(int64_t n, F f) {
   if (j < n) f(j, int(n - j));
 }
 
-// Scores of one row (raw, times log2(e) * softmax_scale in here) to probs relative to the new row_max; returns the
-// factor that brings older sums to that row_max. Columns n.. of probs up to key_block are zero.
-template <class V, class Dot>
-static inline float softmax_row(float* scores, int64_t n, int64_t columns, float scale_log2, float* row_max,
-                                float* row_sum, typename Dot::elem* probs) {
+// One row of raw scores to probs relative to the row_max so far; returns the factor that brings older sums to it.
+// Scores count in units of log2: scale_log2 = softmax_scale * log2(e). Columns n.. of probs are zero.
+template <class V, class Dot, bool accurate>
+static inline float softmax_row(const float* scores, int64_t n, int64_t columns, float scale_log2, bool first,
+                                float* row_max, float* row_sum, typename Dot::elem* probs) {
   const auto scale = V::set1(scale_log2);
   auto maximum = V::set1(-INFINITY);
   for_each_vector<V>(n, [&](int64_t j, int valid) {
     auto x = V::mul(V::load(scores + j), scale);
     if (valid < V::width) x = V::keep_first(x, valid, -INFINITY);
-    V::store(scores + j, x);
     maximum = V::max(maximum, x);
   });
-  const float old_max = *row_max;
-  const float new_max = max_of(old_max, V::maximum(maximum));
-  const auto shift = V::set1(new_max);
+  const float block_max = V::maximum(maximum);
+  const float new_max = first ? block_max : max_of(*row_max, block_max);
+  const auto shift = V::set1(-new_max);
   auto sum = V::zero();
-  for_each_vector<V>(n, [&](int64_t j, int) {
-    const auto p = exp2<V>(V::sub(V::load(scores + j), shift));
+  for_each_vector<V>(n, [&](int64_t j, int valid) {
+    auto x = V::fma(V::load(scores + j), scale, shift);
+    auto p = exp2<V, accurate>(x);
+    if (valid < V::width) p = V::keep_first(p, valid, 0.0f);
     sum = V::add(sum, p);
     Dot::store(probs, j, p);
   });
   for (int64_t j = round_up(n, V::width); j < columns; j += V::width) Dot::store(probs, j, V::zero());
-  const float factor = old_max == new_max ? 1.0f : std::exp2(old_max - new_max);
+  if (first) {
+    V::store(row_sum, sum);
+    *row_max = new_max;
+    return 1.0f;
+  }
+  if (new_max == *row_max) {
+    V::store(row_sum, V::add(V::load(row_sum), sum));
+    return 1.0f;
+  }
+  const float factor = std::exp2(*row_max - new_max);
+  V::store(row_sum, V::fma(V::load(row_sum), V::set1(factor), sum));
   *row_max = new_max;
-  *row_sum = *row_sum * factor + V::sum(sum);
   return factor;
 }
 
 template <class V, class T>
 void attention_forward(const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
-  using Tile = AttentionTile<V>;
+  using Tile = AttentionTile<V, T>;
   using Shape = AttentionShape<V, T>;
   using Dot = typename Shape::Dot;
+  constexpr bool accurate = sizeof(T) == sizeof(float);
+  const typename Dot::Session session{};
+  (void)session;
   const Shape shape(args);
   const AttentionScratch<V, T> s(args, scratch);
   const float scale_log2 = args.softmax_scale * kLog2E;
   const int64_t first_row = block.begin + block.first;
 
   pack_left(Dot{}, rows_of<T>(args.q, first_row, head), args.q.row_stride, block.rows, shape.dim, s.left_a, shape.steps);
-  for (int64_t r = 0; r < block.rows; ++r) {
-    s.row_max[r] = -INFINITY;
-    s.row_sum[r] = 0.0f;
-  }
   for (int64_t key = 0; key < block.length; key += Tile::key_block) {
     const int64_t keys = min_of(Tile::key_block, block.length - key);
-    const int64_t columns = round_up(keys, V::width);
+    const int64_t columns = round_up(keys, Tile::column_multiple);
     pack_right_transposed(Dot{}, rows_of<T>(args.k, block.begin + key, head), args.k.row_stride, keys, shape.dim,
-                          s.right_a, columns);
+                          shape.steps, s.right_a, columns);
     pack_right(Dot{}, rows_of<T>(args.v, block.begin + key, head), args.v.row_stride, keys, columns, shape.dim,
                s.right_c, shape.padded_dim);
     for (int64_t row = 0; row < block.rows; row += Tile::rows) {
@@ -146,11 +162,11 @@ void attention_forward(const AttentionArgs& args, const SegmentBlock& block, int
       product<V, Dot>(rows, columns, shape.steps, s.left_a + row * shape.steps, shape.steps, s.right_a, columns,
                       s.scores, Tile::key_block, false);
       for (int64_t r = 0; r < rows; ++r) {
-        const float factor =
-            softmax_row<V, Dot>(s.scores + r * Tile::key_block, keys, columns, scale_log2, s.row_max + row + r,
-                                s.row_sum + row + r, s.probs + r * shape.block_steps);
-        if (key > 0 && factor != 1.0f) store_row<V>(acc + r * shape.padded_dim, shape.padded_dim, factor,
-                                                    acc + r * shape.padded_dim);
+        const float factor = softmax_row<V, Dot, accurate>(
+            s.scores + r * Tile::key_block, keys, columns, scale_log2, key == 0, s.row_max + row + r,
+            s.row_sum + (row + r) * V::width, s.probs + r * shape.block_steps);
+        float* sums = acc + r * shape.padded_dim;
+        if (factor != 1.0f) store_row<V>(sums, shape.padded_dim, factor, sums);
       }
       product<V, Dot>(rows, shape.padded_dim, columns / Dot::group, s.probs, shape.block_steps, s.right_c,
                       shape.padded_dim, acc, shape.padded_dim, key > 0);
@@ -159,17 +175,21 @@ void attention_forward(const AttentionArgs& args, const SegmentBlock& block, int
   T* out = static_cast<T*>(args.out) + (first_row * args.num_heads + head) * shape.dim;
   float* softmax_lse = args.softmax_lse + head * args.total_nnz + first_row;
   for (int64_t r = 0; r < block.rows; ++r) {
-    store_row<V>(s.acc_a + r * shape.padded_dim, shape.dim, 1.0f / s.row_sum[r], out + r * args.num_heads * shape.dim);
-    softmax_lse[r] = (s.row_max[r] + std::log2(s.row_sum[r])) * kLn2;
+    const float row_sum = V::sum(V::load(s.row_sum + r * V::width));
+    store_row<V>(s.acc_a + r * shape.padded_dim, shape.dim, 1.0f / row_sum, out + r * args.num_heads * shape.dim);
+    softmax_lse[r] = (s.row_max[r] + std::log2(row_sum)) * kLn2;
   }
 }
 
 // grad_q of one query block; also writes delta = rowsum(grad_out * out) - grad_lse of its rows.
 template <class V, class T>
 void attention_backward_query(const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
-  using Tile = AttentionTile<V>;
+  using Tile = AttentionTile<V, T>;
   using Shape = AttentionShape<V, T>;
   using Dot = typename Shape::Dot;
+  constexpr bool accurate = sizeof(T) == sizeof(float);
+  const typename Dot::Session session{};
+  (void)session;
   const Shape shape(args);
   const AttentionScratch<V, T> s(args, scratch);
   const float scale_log2 = args.softmax_scale * kLog2E;
@@ -190,18 +210,18 @@ void attention_backward_query(const AttentionArgs& args, const SegmentBlock& blo
     if (args.grad_lse) delta -= args.grad_lse[lse_row + r];
     args.delta[lse_row + r] = delta;
     s.delta[r] = delta;
-    s.lse[r] = args.softmax_lse[lse_row + r] * kLog2E;
+    s.minus_lse[r] = -args.softmax_lse[lse_row + r] * kLog2E;
   }
   pack_left(Dot{}, rows_of<T>(args.q, first_row, head), args.q.row_stride, block.rows, shape.dim, s.left_a, shape.steps);
   pack_left(Dot{}, grad_out, args.grad_out.row_stride, block.rows, shape.dim, s.left_b, shape.steps);
 
   for (int64_t key = 0; key < block.length; key += Tile::key_block) {
     const int64_t keys = min_of(Tile::key_block, block.length - key);
-    const int64_t columns = round_up(keys, V::width);
+    const int64_t columns = round_up(keys, Tile::column_multiple);
     const T* k = rows_of<T>(args.k, block.begin + key, head);
-    pack_right_transposed(Dot{}, k, args.k.row_stride, keys, shape.dim, s.right_a, columns);
+    pack_right_transposed(Dot{}, k, args.k.row_stride, keys, shape.dim, shape.steps, s.right_a, columns);
     pack_right_transposed(Dot{}, rows_of<T>(args.v, block.begin + key, head), args.v.row_stride, keys, shape.dim,
-                          s.right_b, columns);
+                          shape.steps, s.right_b, columns);
     pack_right(Dot{}, k, args.k.row_stride, keys, columns, shape.dim, s.right_c, shape.padded_dim);
     for (int64_t row = 0; row < block.rows; row += Tile::rows) {
       const int64_t rows = min_of(Tile::rows, block.rows - row);
@@ -210,11 +230,11 @@ void attention_backward_query(const AttentionArgs& args, const SegmentBlock& blo
       product<V, Dot>(rows, columns, shape.steps, s.left_b + row * shape.steps, shape.steps, s.right_b, columns,
                       s.grad_probs, Tile::key_block, false);
       for (int64_t r = 0; r < rows; ++r) {
-        const auto lse = V::set1(s.lse[row + r]);
+        const auto minus_lse = V::set1(s.minus_lse[row + r]);
         const auto delta = V::set1(s.delta[row + r]);
         for_each_vector<V>(columns, [&](int64_t j, int) {
           const auto scores = V::load(s.scores + r * Tile::key_block + j);
-          const auto p = exp2<V>(V::sub(V::mul(scores, V::set1(scale_log2)), lse));
+          const auto p = exp2<V, accurate>(V::fma(scores, V::set1(scale_log2), minus_lse));
           auto ds = V::mul(p, V::sub(V::load(s.grad_probs + r * Tile::key_block + j), delta));
           if (j + V::width > keys) ds = V::keep_first(ds, int(max_of<int64_t>(keys - j, 0)), 0.0f);
           Dot::store(s.grad_scores + r * shape.block_steps, j, ds);
@@ -232,9 +252,12 @@ void attention_backward_query(const AttentionArgs& args, const SegmentBlock& blo
 // grad_k and grad_v of one key block: rows of scores are keys here, columns queries.
 template <class V, class T>
 void attention_backward_key(const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
-  using Tile = AttentionTile<V>;
+  using Tile = AttentionTile<V, T>;
   using Shape = AttentionShape<V, T>;
   using Dot = typename Shape::Dot;
+  constexpr bool accurate = sizeof(T) == sizeof(float);
+  const typename Dot::Session session{};
+  (void)session;
   const Shape shape(args);
   const AttentionScratch<V, T> s(args, scratch);
   const float scale_log2 = args.softmax_scale * kLog2E;
@@ -245,16 +268,16 @@ void attention_backward_key(const AttentionArgs& args, const SegmentBlock& block
   pack_left(Dot{}, rows_of<T>(args.v, first_row, head), args.v.row_stride, block.rows, shape.dim, s.left_b, shape.steps);
   for (int64_t query = 0; query < block.length; query += Tile::key_block) {
     const int64_t queries = min_of(Tile::key_block, block.length - query);
-    const int64_t columns = round_up(queries, V::width);
+    const int64_t columns = round_up(queries, Tile::column_multiple);
     const T* q = rows_of<T>(args.q, block.begin + query, head);
     const T* grad_out = rows_of<T>(args.grad_out, block.begin + query, head);
     const int64_t lse_row = head * args.total_nnz + block.begin + query;
-    pack_right_transposed(Dot{}, q, args.q.row_stride, queries, shape.dim, s.right_a, columns);
-    pack_right_transposed(Dot{}, grad_out, args.grad_out.row_stride, queries, shape.dim, s.right_b, columns);
+    pack_right_transposed(Dot{}, q, args.q.row_stride, queries, shape.dim, shape.steps, s.right_a, columns);
+    pack_right_transposed(Dot{}, grad_out, args.grad_out.row_stride, queries, shape.dim, shape.steps, s.right_b, columns);
     pack_right(Dot{}, q, args.q.row_stride, queries, columns, shape.dim, s.right_c, shape.padded_dim);
     pack_right(Dot{}, grad_out, args.grad_out.row_stride, queries, columns, shape.dim, s.right_d, shape.padded_dim);
     for (int64_t j = 0; j < columns; ++j) {
-      s.lse[j] = j < queries ? args.softmax_lse[lse_row + j] * kLog2E : 0.0f;
+      s.minus_lse[j] = j < queries ? -args.softmax_lse[lse_row + j] * kLog2E : 0.0f;
       s.delta[j] = j < queries ? args.delta[lse_row + j] : 0.0f;
     }
     for (int64_t row = 0; row < block.rows; row += Tile::rows) {
@@ -266,7 +289,7 @@ void attention_backward_key(const AttentionArgs& args, const SegmentBlock& block
       for (int64_t r = 0; r < rows; ++r) {
         for_each_vector<V>(columns, [&](int64_t j, int) {
           const auto scores = V::load(s.scores + r * Tile::key_block + j);
-          auto p = exp2<V>(V::sub(V::mul(scores, V::set1(scale_log2)), V::load(s.lse + j)));
+          auto p = exp2<V, accurate>(V::fma(scores, V::set1(scale_log2), V::load(s.minus_lse + j)));
           const auto dp = V::load(s.grad_probs + r * Tile::key_block + j);
           auto ds = V::mul(p, V::sub(dp, V::load(s.delta + j)));
           if (j + V::width > queries) {
