@@ -93,7 +93,7 @@ def _refuse_reduction(original: Callable[..., None]) -> Callable[..., None]:
 def bf16_interpreter() -> Iterator[None]:
     """Kernels interpreted inside the block compute with bfloat16 as the hardware does."""
     builder = InterpreterBuilder
-    patched = {
+    patched: dict[str, Any] = {
         "binary_op": _elementwise(builder.binary_op),
         "unary_op": _elementwise(builder.unary_op),
         "cast_impl": _cast(builder.cast_impl),

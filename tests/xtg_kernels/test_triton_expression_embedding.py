@@ -101,7 +101,7 @@ def test_logits_keep_what_rounding_hidden_would_lose() -> None:
     ids=["no cells", "empty cells", "one token", "around a block", "empty in between"],
 )
 def test_edges_and_slack(lengths: list[int], slack: int) -> None:
-    """Slack rows hold NaN values, NaN gradients and impossible gene ids: their rows are zero, and nothing reads them."""
+    """Slack rows hold NaN values, NaN gradients and impossible gene ids: they give zeros, and nothing reads them."""
     total = sum(lengths)
     values, gene_ids = cells(lengths, slack)
     weights = leaves(weights_of(20, 12))

@@ -200,7 +200,8 @@ def test_neighbours_are_not_read() -> None:
 
 
 def test_layouts() -> None:
-    """Views of a packed tensor, heads first, and a last dimension that is not contiguous give one result."""
+    """Views of a packed tensor, heads first, a last dimension that is not contiguous and rows off the 16-byte grid that
+    vector loads need give one result."""
     lengths = [40, 9]
     qkv = packed_qkv(lengths, 2, 16, torch.float32).detach()
     cu_seqlens = cu_seqlens_of(lengths).to(DEVICE)
@@ -215,11 +216,16 @@ def test_layouts() -> None:
     heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in qkv.unbind(1)]
     channels_first = [x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in qkv.unbind(1)]
     assert channels_first[0].stride(2) != 1
+    off_grid = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in qkv.unbind(1)]
+    assert off_grid[0].data_ptr() % 16 != 0
+    assert all(triton_kernel._aligned(x).data_ptr() % 16 == 0 for x in off_grid)
+    assert all(triton_kernel._aligned(x) is x for x in (*qkv.unbind(1), *heads_first)), "no copies"
     grad_channels_first = grad_out.permute(2, 0, 1).contiguous().permute(1, 2, 0)
     for got in (
         out_and_grads(*qkv.unbind(1)),
         out_and_grads(*heads_first),
         out_and_grads(*channels_first, grad_channels_first),
+        out_and_grads(*off_grid),
     ):
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a, b)

@@ -43,10 +43,21 @@ def _tile_mask(block_start, num_rows, BLOCK: tl.constexpr, HEAD_DIM: tl.constexp
 
 
 @triton.jit
-def _tile_pointers(segment_pointer, block_start, row_stride, BLOCK: tl.constexpr, HEAD_BLOCK: tl.constexpr):
+def _tile_pointers(
+    segment_pointer,
+    block_start,
+    row_stride,
+    BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+):
     # The block's own offset is 64-bit; offsets inside a tile fit in 32 bits.
     block_pointer = segment_pointer + block_start.to(tl.int64) * row_stride
-    return block_pointer + tl.arange(0, BLOCK)[:, None] * row_stride + tl.arange(0, HEAD_BLOCK)[None, :]
+    pointers = block_pointer + tl.arange(0, BLOCK)[:, None] * row_stride + tl.arange(0, HEAD_BLOCK)[None, :]
+    if HEAD_DIM * segment_pointer.dtype.element_ty.primitive_bitwidth % 128 == 0:
+        # _aligned has seen to it. The compiler finds it out by itself only when strides are multiples of 16 elements.
+        pointers = tl.multiple_of(pointers, (16, 16))
+    return pointers
 
 
 @triton.jit
@@ -61,7 +72,7 @@ def _load_tile(
     IS_TAIL: tl.constexpr,
 ):
     """(BLOCK, HEAD_BLOCK) rows of one head, zero past head_dim and (in a tail block) past num_rows."""
-    pointers = _tile_pointers(segment_pointer, block_start, row_stride, BLOCK, HEAD_BLOCK)
+    pointers = _tile_pointers(segment_pointer, block_start, row_stride, BLOCK, HEAD_DIM, HEAD_BLOCK)
     if IS_TAIL:
         tile = tl.load(pointers, mask=_tile_mask(block_start, num_rows, BLOCK, HEAD_DIM, HEAD_BLOCK), other=0.0)
     elif HEAD_DIM < HEAD_BLOCK:
@@ -86,7 +97,7 @@ def _store_tile(
     HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
 ):
-    pointers = _tile_pointers(segment_pointer, block_start, row_stride, BLOCK, HEAD_BLOCK)
+    pointers = _tile_pointers(segment_pointer, block_start, row_stride, BLOCK, HEAD_DIM, HEAD_BLOCK)
     mask = _tile_mask(block_start, num_rows, BLOCK, HEAD_DIM, HEAD_BLOCK)
     tl.store(pointers, tile.to(segment_pointer.dtype.element_ty), mask=mask)
 
@@ -493,16 +504,23 @@ def _work_list(cu_seqlens: Tensor, total_nnz: int, block: int) -> tuple[Tensor, 
 def _launch_config(kernel: str, dtype: torch.dtype, head_block: int) -> dict[str, int]:
     """Tile sizes, num_warps and num_stages of one kernel for one precision and padded head_dim."""
     precision = "float32" if dtype == torch.float32 else "half"
-    config: dict[str, int] = _CONFIGS[kernel][precision][str(head_block)]
-    return config
+    # Fusing multiply and add was Triton's default up to 3.9; said here, because the default changes.
+    return {"enable_fp_fusion": True, **_CONFIGS[kernel][precision][str(head_block)]}
 
 
 def _rows_and_heads(tensor: Tensor) -> tuple[int, int]:
     return tensor.stride(0), tensor.stride(1)
 
 
-def _last_dim_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy where its last dimension is strided or its rows could start on 16 bytes, as
+    head_dim would have it, and do not."""
+    itemsize = tensor.element_size()
+    starts = (tensor.data_ptr(), tensor.stride(0) * itemsize, tensor.stride(1) * itemsize)
+    wants_16_bytes = tensor.shape[2] * itemsize % 16 == 0
+    if tensor.stride(2) == 1 and not (wants_16_bytes and any(start % 16 for start in starts)):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def forward(
@@ -511,7 +529,8 @@ def forward(
     """Softmax attention inside each segment.
 
     Args:
-        q, k, v: (total_nnz, num_heads, head_dim), float32 / bfloat16 / float16; may be strided views.
+        q, k, v: (total_nnz, num_heads, head_dim), float32 / bfloat16 / float16; may be strided views, which
+            are read in place when their last dimension is contiguous and their rows start on 16 bytes.
         cu_seqlens: (batch + 1,) int32 on the same device; rows past cu_seqlens[-1] are slack.
         max_seqlen: longest segment; not needed by this backend, whose grid follows total_nnz.
         softmax_scale: factor on q k^T.
@@ -521,7 +540,7 @@ def forward(
         both zero in slack rows.
     """
     total_nnz, num_heads, head_dim = q.shape
-    q, k, v = (_last_dim_contiguous(tensor) for tensor in (q, k, v))
+    q, k, v = (_aligned(tensor) for tensor in (q, k, v))
     out = torch.empty((total_nnz, num_heads, head_dim), dtype=q.dtype, device=q.device)
     softmax_lse = torch.empty((num_heads, total_nnz), dtype=torch.float32, device=q.device)
     if total_nnz == 0 or num_heads == 0:
@@ -576,8 +595,8 @@ def backward(
         grad_q, grad_k, grad_v, contiguous, in q's dtype; zero in slack rows.
     """
     total_nnz, num_heads, head_dim = q.shape
-    q, k, v, grad_out = (_last_dim_contiguous(tensor) for tensor in (q, k, v, grad_out))
-    out, softmax_lse = out.contiguous(), softmax_lse.contiguous()
+    q, k, v, grad_out = (_aligned(tensor) for tensor in (q, k, v, grad_out))
+    out, softmax_lse = _aligned(out.contiguous()), softmax_lse.contiguous()
     grad_q, grad_k, grad_v = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     if total_nnz == 0 or num_heads == 0:
         return grad_q, grad_k, grad_v

@@ -1,0 +1,158 @@
+"""Compiles the Triton launches of an op ahead of time for named GPUs, without one; run as a program by test_aot.py.
+
+Launches are recorded from the op's own forward and backward on CPU tensors, then specialised and compiled the way the
+launcher would (same signature, divisibility attributes and options). Says nothing about speed or about races.
+Reads a JSON list of cases from standard input and prints one JSON report a line. Must run without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from xtg_kernels.ops.expression_embedding import triton_kernel as expression_embedding
+from xtg_kernels.ops.ragged_attention import triton_kernel as ragged_attention
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
+
+
+def record_launches(call: Callable[[], object]) -> list[Launch]:
+    """The kernel launches of one call, which are not run."""
+    launches: list[Launch] = []
+    original = JITFunction.run
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append((self, args, kwargs))
+
+    JITFunction.run = record
+    try:
+        call()
+    finally:
+        JITFunction.run = original
+    return launches
+
+
+def attention_launches(dtype: torch.dtype, head_dim: int) -> list[Launch]:
+    """forward, grad_query and grad_key_value on views of a packed qkv."""
+    qkv = torch.zeros((256, 3, 2, head_dim), dtype=dtype)
+    q, k, v = qkv.unbind(1)
+    cu_seqlens = torch.tensor([0, 100, 256], dtype=torch.int32)
+    out, lse = torch.zeros_like(q), torch.zeros((2, 256))
+
+    def call() -> None:
+        ragged_attention.forward(q, k, v, cu_seqlens, 156, 0.125)
+        ragged_attention.backward(out, lse, q, k, v, out, lse, cu_seqlens, 156, 0.125)
+
+    return record_launches(call)
+
+
+def embedding_launches(dtype: torch.dtype, num_bins: int, dim: int) -> list[Launch]:
+    """The forward and every backward kernel, with a gene table and slack rows."""
+    values, gene_ids = torch.zeros(256), torch.zeros(256, dtype=torch.int32)
+    vector, matrix = torch.zeros(num_bins, dtype=dtype), torch.zeros((num_bins, num_bins), dtype=dtype)
+    bin_table, gene_table = torch.zeros((num_bins, dim), dtype=dtype), torch.zeros((300, dim), dtype=dtype)
+    weights = (values, vector, vector, matrix, vector, bin_table, 1.0, gene_ids, gene_table, gene_ids)
+
+    def call() -> None:
+        expression_embedding.forward(*weights)
+        expression_embedding.backward(torch.zeros((256, dim), dtype=dtype), *weights, True)
+
+    return record_launches(call)
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> Any:
+    """The compiled kernel of one recorded launch for one GPU."""
+    kernel, args, kwargs = launch
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound_args, specialization, options = bind(*args, **kwargs)
+    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound_args, specialization, options)
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def _nvidia_report(compiled: Any) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run(
+            [_TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run(
+            [_TOOLS / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {
+        "registers": numbers["REG"],
+        "stack": numbers["STACK"] + numbers["LOCAL"],
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "tensor_core": len(re.findall(r"\b(?:HMMA|HGMMA)\b", sass)),
+        "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
+        "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
+        "atomics": len(re.findall(r"\b(?:ATOMG?|RED|REDG)\b", sass)),
+    }
+
+
+def _amd_report(compiled: Any) -> dict[str, Any]:
+    assembly = compiled.asm["amdgcn"]
+
+    def metadata(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[0])
+
+    return {
+        "registers": metadata("vgpr_count"),
+        "stack": metadata("private_segment_fixed_size"),
+        # Spilled scalar registers go to lanes of vector registers, not to memory.
+        "spills": metadata("vgpr_spill_count"),
+        "tensor_core": len(re.findall(r"\bv_mfma_\w*bf16\w*|\bv_mfma_\w*f16\w*", assembly)),
+        "atomics": len(re.findall(r"\bglobal_atomic_\w+", assembly)),
+    }
+
+
+def report(case: dict[str, Any], launch: Launch) -> dict[str, Any]:
+    """What the compiler made of one launch: registers, stack, spills, shared memory and opcode counts."""
+    target = TARGETS[case["target"]]
+    compiled = compile_launch(launch, target)
+    found = _nvidia_report(compiled) if target.backend == "cuda" else _amd_report(compiled)
+    name = " ".join(str(value) for value in case.values())
+    kernel = launch[0].__name__.strip("_")
+    where = {"case": name, "op": case["op"], "target": case["target"], "kernel": kernel}
+    return {**where, "shared": compiled.metadata.shared, **found}
+
+
+def case_reports(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """The reports of all kernels of one case, {"op", "target", "dtype", sizes}."""
+    dtype = DTYPES[case["dtype"]]
+    if case["op"] == "ragged_attention":
+        launches = attention_launches(dtype, case["head_dim"])
+    else:
+        launches = embedding_launches(dtype, case["num_bins"], case["dim"])
+    return [report(case, launch) for launch in launches]
+
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(case_reports, json.loads(sys.stdin.read())):
+            for kernel_report in found:
+                print(json.dumps(kernel_report), flush=True)
