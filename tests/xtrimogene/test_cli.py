@@ -109,6 +109,20 @@ def test_all_options(checkpoint: Path, path: Path) -> None:
     np.testing.assert_allclose(written.obsm["X_max"], adata.obsm["X_max"], rtol=0.1, atol=0.1)
 
 
+def test_warnings_are_one_line(checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adata = anndata.read_h5ad(path)
+    adata.X.data[adata.X.indptr[3] : adata.X.indptr[4]] = 0
+    adata.write_h5ad(path)
+    capsys.readouterr()
+    assert main(arguments(checkpoint, path)) == 0
+    captured = capsys.readouterr()
+    assert "20 cells, 1 of them empty" in captured.out
+    assert (
+        captured.err
+        == f"xtrimogene: warning: {path}: 1 of 20 cells have no gene of the vocabulary; their embedding is NaN\n"
+    )
+
+
 def test_gene_symbols(checkpoint: Path, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adata = anndata.read_h5ad(path)
     adata.var["symbol"], adata.var_names = GENES, adata.var["id"]

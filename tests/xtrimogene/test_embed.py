@@ -183,6 +183,16 @@ def test_the_callers_model_stays_as_it_was(model: XTrimoGene, expected: np.ndarr
     assert 1e-5 < difference < 2e-2
 
 
+def test_the_models_own_target_sum_is_used(model: XTrimoGene) -> None:
+    other = XTrimoGene.from_preset("3m", model.vocabulary, num_layers=1, dim=DIM, num_heads=2, target_sum=100)
+    other.load_state_dict(model.state_dict())
+    scaled = cells()
+    totals = np.asarray(scaled.X.sum(axis=1)).ravel()
+    scaled.X.data = np.log1p(scaled.X.data / np.repeat(totals, np.diff(scaled.X.indptr)) * 100)
+    ours, by_hand = embed(cells(), other, progress=False), embed(scaled, other, normalized=True, progress=False)
+    np.testing.assert_allclose(ours.embedding, by_hand.embedding, rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
+
+
 def test_a_path_without_output_returns_the_embedding(path: Path, model: XTrimoGene, expected: np.ndarray) -> None:
     before = sorted(path.parent.iterdir())
     report = embed(path, model, progress=False)
