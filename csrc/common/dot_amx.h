@@ -19,19 +19,22 @@ struct DotAmx : DotBf16<V> {
   struct Session {
     alignas(64) unsigned char before[64];
     Session() {
+      // Palette 1: eight tiles of 16 rows of 64 bytes. GCC's intrinsics tell the compiler of the first 8 bytes only,
+      // so the configuration is a constant, and memory is fenced where the whole of `before` is read or written.
+      alignas(64) static constexpr unsigned char config[64] = {
+          1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,
+          0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16};
       _tile_storeconfig(before);
-      alignas(64) unsigned char config[64] = {1};  // palette 1
-      for (int tile = 0; tile < 8; ++tile) {
-        config[16 + 2 * tile] = 64;  // bytes in a row
-        config[48 + tile] = 16;      // rows
-      }
+      __asm__ volatile("" : : "r"(before) : "memory");
       _tile_loadconfig(config);
     }
     ~Session() {
-      if (before[0])
+      if (before[0]) {
+        __asm__ volatile("" : : "r"(before) : "memory");
         _tile_loadconfig(before);
-      else
+      } else {
         _tile_release();
+      }
     }
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;

@@ -11,6 +11,7 @@ struct VecAvx2 {
   static constexpr int width = 8;
   static constexpr int tile_rows = 6;  // 12 accumulators + 2 columns + 1 row of 16 registers
   static constexpr int tile_vectors = 2;
+  static constexpr int score_rows = 24;  // multiple of tile_rows and width
   using reg = __m256;
 
   static reg zero() { return _mm256_setzero_ps(); }

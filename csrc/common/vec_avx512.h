@@ -11,6 +11,7 @@ struct VecAvx512 {
   static constexpr int width = 16;
   static constexpr int tile_rows = 6;  // 24 accumulators + 4 columns + 1 row of 32 registers
   static constexpr int tile_vectors = 4;
+  static constexpr int score_rows = 48;  // multiple of tile_rows and width
   using reg = __m512;
 
   static reg zero() { return _mm512_setzero_ps(); }

@@ -9,6 +9,7 @@ struct VecScalar {
   static constexpr int width = 4;
   static constexpr int tile_rows = 4;  // register tile of the products: tile_rows x tile_vectors accumulators
   static constexpr int tile_vectors = 2;
+  static constexpr int score_rows = 16;  // multiple of tile_rows and width
   typedef float reg __attribute__((vector_size(16)));
   typedef int32_t ireg __attribute__((vector_size(16)));
 

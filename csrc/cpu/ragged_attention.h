@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "../common/exp.h"
 #include "../common/kernels.h"
@@ -22,7 +23,7 @@ struct AttentionTile {
   using Dot = typename DotFor<V, T>::type;
   static constexpr int64_t query_block = 256;                    // stationary rows of one unit of work
   static constexpr int64_t key_block = 128;                      // rows of the operand that streams past, at a time
-  static constexpr int64_t rows = Dot::tiles ? 32 : 4 * V::tile_rows;  // rows whose scores are held at a time
+  static constexpr int64_t rows = Dot::tiles ? 32 : V::score_rows;  // rows whose scores are held at a time
   // A block's rows are padded to this multiple: whole vectors as columns, whole steps as the inner dimension.
   static constexpr int64_t column_multiple = max_of<int64_t>(V::width, Dot::group * Dot::step_multiple);
 };
@@ -70,8 +71,8 @@ struct AttentionScratch {
     grad_scores = cursor.take<elem>(Tile::rows * shape.block_steps);
     acc_a = cursor.take<float>(stationary * shape.padded_dim);
     acc_b = cursor.take<float>(stationary * shape.padded_dim);
-    row_max = cursor.take<float>(Tile::query_block);
-    row_sum = cursor.take<float>(Tile::query_block * V::width);
+    row_max = cursor.take<float>(stationary);
+    row_sum = cursor.take<float>(stationary * V::width);
     minus_lse = cursor.take<float>(max_of(Tile::query_block, Tile::key_block));
     delta = cursor.take<float>(max_of(Tile::query_block, Tile::key_block));
     bytes = cursor.used;
@@ -89,50 +90,57 @@ static inline const T* rows_of(const Operand& x, int64_t row, int64_t head) {
 }
 
 // Calls f(j, valid) for each vector of a row of n columns; valid < width only in the last.
-template <class V, class F>
-static inline void for_each_vector(int64_t n, F f) {
+template <class V, class Columns, class F>
+static inline void for_each_vector(Columns n, F f) {
   int64_t j = 0;
   for (; j + V::width <= n; j += V::width) f(j, V::width);
   if (j < n) f(j, int(n - j));
 }
 
-// One row of raw scores to probs relative to the row_max so far; returns the factor that brings older sums to it.
-// Scores count in units of log2: scale_log2 = softmax_scale * log2(e). Columns n.. of probs are zero.
-template <class V, class Dot, bool accurate>
-static inline float softmax_row(const float* scores, int64_t n, int64_t columns, float scale_log2, bool first,
-                                float* row_max, float* row_sum, typename Dot::elem* probs) {
+// Raw scores of some rows to probs relative to the row_max so far; factors bring each row's older sums to it.
+// row_max counts in units of log2: scale_log2 = softmax_scale * log2(e). Columns n.. of probs are zero. Row maxima are
+// reduced for V::width rows at once, by a transposition: a reduction inside one register would stall every row.
+template <class V, class Dot, bool accurate, bool negative_scale, class Columns>
+static inline void softmax_rows(const float* scores, int64_t ld, int64_t rows, Columns n, int64_t columns,
+                                float scale_log2, bool first, float* row_max, float* row_sum, float* factors,
+                                typename Dot::elem* probs, int64_t probs_ld) {
   const auto scale = V::set1(scale_log2);
-  auto maximum = V::set1(-INFINITY);
-  for_each_vector<V>(n, [&](int64_t j, int valid) {
-    auto x = V::mul(V::load(scores + j), scale);
-    if (valid < V::width) x = V::keep_first(x, valid, -INFINITY);
-    maximum = V::max(maximum, x);
-  });
-  const float block_max = V::maximum(maximum);
-  const float new_max = first ? block_max : max_of(*row_max, block_max);
-  const auto shift = V::set1(-new_max);
-  auto sum = V::zero();
-  for_each_vector<V>(n, [&](int64_t j, int valid) {
-    auto x = V::fma(V::load(scores + j), scale, shift);
-    auto p = exp2<V, accurate>(x);
-    if (valid < V::width) p = V::keep_first(p, valid, 0.0f);
-    sum = V::add(sum, p);
-    Dot::store(probs, j, p);
-  });
-  for (int64_t j = round_up(n, V::width); j < columns; j += V::width) Dot::store(probs, j, V::zero());
-  if (first) {
-    V::store(row_sum, sum);
-    *row_max = new_max;
-    return 1.0f;
+  for (int64_t group = 0; group < rows; group += V::width) {
+    const int64_t end = min_of<int64_t>(group + V::width, rows);
+    typename V::reg maxima[V::width];
+    for (int i = 0; i < V::width; ++i) maxima[i] = V::set1(-INFINITY);
+    for (int64_t r = group; r < end; ++r) {
+      auto maximum = V::set1(-INFINITY);
+      for_each_vector<V>(n, [&](int64_t j, int valid) {
+        auto x = V::load(scores + r * ld + j);
+        if constexpr (negative_scale) x = V::sub(V::zero(), x);  // its largest score is the smallest product
+        if (valid < V::width) x = V::keep_first(x, valid, -INFINITY);
+        maximum = V::max(maximum, x);
+      });
+      maxima[r - group] = maximum;
+    }
+    V::transpose(maxima);
+    for (int step = V::width / 2; step > 0; step /= 2)
+      for (int i = 0; i < step; ++i) maxima[i] = V::max(maxima[i], maxima[i + step]);
+    const auto block_max = V::mul(maxima[0], V::set1(negative_scale ? -scale_log2 : scale_log2));
+    const auto old_max = V::load(row_max + group);
+    const auto new_max = first ? block_max : V::max(old_max, block_max);
+    V::store(row_max + group, new_max);
+    V::store(factors + group, first ? V::set1(1.0f) : exp2<V, true>(V::sub(old_max, new_max)));
+    for (int64_t r = group; r < end; ++r) {
+      const auto shift = V::set1(-row_max[r]);
+      auto sum = first ? V::zero() : V::mul(V::load(row_sum + r * V::width), V::set1(factors[r]));
+      for_each_vector<V>(n, [&](int64_t j, int valid) {
+        auto p = exp2<V, accurate>(V::fma(V::load(scores + r * ld + j), scale, shift));
+        if (valid < V::width) p = V::keep_first(p, valid, 0.0f);
+        sum = V::add(sum, p);
+        Dot::store(probs + r * probs_ld, j, p);
+      });
+      V::store(row_sum + r * V::width, sum);
+      for (int64_t j = round_up(n, V::width); j < columns; j += V::width)
+        Dot::store(probs + r * probs_ld, j, V::zero());
+    }
   }
-  if (new_max == *row_max) {
-    V::store(row_sum, V::add(V::load(row_sum), sum));
-    return 1.0f;
-  }
-  const float factor = std::exp2(*row_max - new_max);
-  V::store(row_sum, V::fma(V::load(row_sum), V::set1(factor), sum));
-  *row_max = new_max;
-  return factor;
 }
 
 template <class V, class T>
@@ -161,13 +169,21 @@ void attention_forward(const AttentionArgs& args, const SegmentBlock& block, int
       float* acc = s.acc_a + row * shape.padded_dim;
       product<V, Dot>(rows, columns, shape.steps, s.left_a + row * shape.steps, shape.steps, s.right_a, columns,
                       s.scores, Tile::key_block, false);
-      for (int64_t r = 0; r < rows; ++r) {
-        const float factor = softmax_row<V, Dot, accurate>(
-            s.scores + r * Tile::key_block, keys, columns, scale_log2, key == 0, s.row_max + row + r,
-            s.row_sum + (row + r) * V::width, s.probs + r * shape.block_steps);
-        float* sums = acc + r * shape.padded_dim;
-        if (factor != 1.0f) store_row<V>(sums, shape.padded_dim, factor, sums);
-      }
+      float factors[Tile::rows];
+      const auto softmax = [&](auto negative_scale, auto n) {
+        softmax_rows<V, Dot, accurate, decltype(negative_scale)::value>(
+            s.scores, Tile::key_block, rows, n, columns, scale_log2, key == 0, s.row_max + row,
+            s.row_sum + row * V::width, factors, s.probs, shape.block_steps);
+      };
+      if (scale_log2 < 0.0f)
+        softmax(std::true_type{}, keys);
+      else if (keys == Tile::key_block)  // almost every block: the compiler unrolls
+        softmax(std::false_type{}, std::integral_constant<int64_t, Tile::key_block>{});
+      else
+        softmax(std::false_type{}, keys);
+      for (int64_t r = 0; r < rows; ++r)
+        if (factors[r] != 1.0f)
+          store_row<V>(acc + r * shape.padded_dim, shape.padded_dim, factors[r], acc + r * shape.padded_dim);
       product<V, Dot>(rows, shape.padded_dim, columns / Dot::group, s.probs, shape.block_steps, s.right_c,
                       shape.padded_dim, acc, shape.padded_dim, key > 0);
     }
