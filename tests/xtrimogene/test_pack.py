@@ -185,6 +185,16 @@ def test_counts_are_normalised_over_the_vocabulary_only(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PACKERS)
+@pytest.mark.parametrize("counts", [[3, 3 + 1e-12, 5, 3], [3 + 1e-12, 3, 3, 5], [300, 300 * (1 + 1e-12), 1, 1]])
+def test_counts_that_round_to_one_value_are_one(name: str, counts: list[float]) -> None:
+    arrays = np.array([0, 4]), np.arange(4), np.array(counts)
+    genes = np.arange(4, dtype=np.int32)
+    packed = packer(name)(*arrays, genes)
+    assert_packed(packed, plain_pack(*arrays, genes), exact=name == "cpp")
+    assert len(np.unique(packed["distinct_index"])) == 2
+
+
+@pytest.mark.parametrize("name", PACKERS)
 def test_a_cell_of_every_gene(name: str) -> None:
     n = 19264
     shuffled = np.random.default_rng(0).permutation(n)
@@ -232,6 +242,17 @@ def test_faults_are_named(name: str, change: dict[str, Any], message: str) -> No
     }
     with pytest.raises(ValueError, match=message):
         packer(name)(**{**matrix, **change}, first_row=10)
+
+
+@pytest.mark.skipif("cpp" not in PACKERS, reason="the C++ extension is not built")
+def test_the_first_fault_is_named_on_any_number_of_threads() -> None:
+    matrix = random_counts()
+    for row in (398, 201, 103, 102):
+        matrix["data"][matrix["indptr"][row]] = -1
+    for threads in (1, 2, 4, 16):
+        for _ in range(20):
+            with pytest.raises(ValueError, match="row 102, column"):
+                packer("cpp")(**matrix, num_threads=threads)
 
 
 @pytest.mark.skipif("cpp" not in PACKERS, reason="the C++ extension is not built")
