@@ -6,7 +6,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # GCC 12 warns of uninitialised values inside its own AVX-512 headers.
 CXXFLAGS := -std=c++17 -O2 -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -ffp-contract=off
 
-.PHONY: setup demo test lint check-kernels check-aarch64 clean
+.PHONY: setup demo test lint check-kernels check-aarch64 sanitize readme-tables clean
 
 setup: $(VENV)/.built
 
@@ -58,6 +58,33 @@ check-aarch64: $(CSRC)
 	aarch64-linux-gnu-g++ $(CXXFLAGS) -static csrc/check/kernels_check.cpp csrc/common/isa.cpp csrc/cpu/isa/scalar.cpp \
 	  -o build/kernels_check_aarch64
 	qemu-aarch64 build/kernels_check_aarch64
+
+# The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their check, then the tests of ops and packer,
+# in a copy of the tree with a build of its own. libstdc++ is preloaded too, so that exceptions are intercepted.
+SANITIZED := build/sanitize
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED_TESTS ?= tests/xtg_kernels/test_ragged_attention.py tests/xtg_kernels/test_expression_embedding.py \
+  tests/xtrimogene/test_pack.py
+
+$(SANITIZED)/isa_%.o: csrc/cpu/isa/%.cpp $(CSRC)
+	@mkdir -p $(SANITIZED)
+	$(CXX) $(CXXFLAGS) $(SANITIZE) $(ISA_$*) -c $< -o $@
+
+$(SANITIZED)/kernels_check: csrc/check/kernels_check.cpp csrc/common/isa.cpp \
+    $(foreach isa,scalar $(X86),$(SANITIZED)/isa_$(isa).o)
+	$(CXX) $(CXXFLAGS) $(SANITIZE) $^ -o $@
+
+sanitize: setup $(SANITIZED)/kernels_check
+	ASAN_OPTIONS=detect_leaks=0 $(SANITIZED)/kernels_check
+	cp -rp setup.py pyproject.toml README.md LICENSE csrc xtg_kernels xtrimogene benchmarks tests $(SANITIZED)/
+	rm -f $(SANITIZED)/xtg_kernels/_C*.so
+	cd $(SANITIZED) && XTG_SANITIZE=1 $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider $(SANITIZED_TESTS)
+
+readme-tables: setup
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf build dist demo_output *.egg-info xtg_kernels/_C*.so

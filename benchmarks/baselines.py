@@ -1,0 +1,131 @@
+"""What a skilled user of plain PyTorch would write for the same work, and the same work in float64 as the truth.
+
+The baseline of every ratio is the packed form: linear layers over all tokens of the batch at once, and
+``q.split(lengths)`` with F.scaled_dot_product_attention cell by cell. (Slices q[a:b] in a loop are slower to train: the
+backward of each allocates a gradient of the whole.) Padded and dense forms are what most published code runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xtrimogene.encoder import RaggedTransformerEncoder
+
+_QUERY_ROWS = 1024  # rows of scores at a time in float64
+
+
+def attention_split(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(total_nnz, num_heads, head_dim): SDPA on each cell by itself."""
+    parts = zip(*(x.split(list(lengths)) for x in (q, k, v)), strict=True)
+    return torch.cat(
+        [F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part))[0].transpose(0, 1) for part in parts]
+    )
+
+
+def attention_padded(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(total_nnz, num_heads, head_dim): one SDPA on the batch padded to its longest cell, with a mask."""
+    used = _used_slots(lengths, max(lengths))
+    q, k, v = (_padded(x, lengths, max(lengths)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=used[:, None, None])
+    return out.transpose(1, 2)[used]
+
+
+def embedding_unfused(
+    values: Tensor,
+    gene_ids: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    bin_table: Tensor,
+    gene_table: Tensor,
+) -> Tensor:
+    """(total_nnz, dim): the formula of the value embedding, one PyTorch call a step, with (total_nnz, bins) tensors."""
+    hidden = F.leaky_relu(values.to(w1.dtype)[:, None] * w1 + b1, 0.1)
+    bin_weights = (hidden + F.linear(hidden, w2, b2)).softmax(-1)
+    return bin_weights @ bin_table + F.embedding(gene_ids, gene_table)
+
+
+def encoder_packed(encoder: RaggedTransformerEncoder, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(total_nnz, dim): the layers with our encoder's weights in plain PyTorch, packed; attention_split attends."""
+    layer: Any
+    for layer in encoder.layers:
+        attention = layer.self_attn
+        qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        q, k, v = qkv.view(len(x), 3, attention.num_heads, -1).unbind(1)
+        attended = attention_split(q, k, v, lengths).flatten(1)
+        x = _norm(layer.norm1, x + F.linear(attended, attention.out_proj.weight, attention.out_proj.bias))
+        hidden = F.relu(F.linear(x, layer.linear1.weight, layer.linear1.bias))
+        x = _norm(layer.norm2, x + F.linear(hidden, layer.linear2.weight, layer.linear2.bias))
+    return _norm(encoder.norm, x)
+
+
+def torch_encoder(encoder: RaggedTransformerEncoder) -> nn.TransformerEncoder:
+    """torch.nn.TransformerEncoder with the weights of ours, in evaluation mode."""
+    first: Any = encoder.layers[0]
+    dim, heads, ffn = first.norm1.normalized_shape[0], first.self_attn.num_heads, first.linear1.out_features
+    layer = nn.TransformerEncoderLayer(dim, heads, ffn, dropout=0.0, batch_first=True)
+    theirs = nn.TransformerEncoder(layer, len(encoder.layers), norm=nn.LayerNorm(dim), enable_nested_tensor=False)
+    theirs.to(encoder.norm.weight.dtype).load_state_dict(encoder.state_dict())
+    return theirs.eval()
+
+
+def encoder_padded(theirs: nn.TransformerEncoder, x: Tensor, lengths: Sequence[int], width: int) -> Tensor:
+    """(total_nnz, dim): torch's encoder on every cell padded to ``width`` slots, the unused ones masked.
+
+    With the longest cell as width this is the usual padded batch, with all genes of the vocabulary the dense form.
+    """
+    used = _used_slots(lengths, width)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the fused inference path stores all scores
+    try:
+        return theirs(_padded(x, lengths, width), src_key_padding_mask=~used)[used]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def exact_attention(
+    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lengths: Sequence[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """Attention and its gradients to q, k, v in float64, some rows of scores at a time: long cells fit in memory."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    grads = [torch.zeros(q.shape, dtype=torch.float64) for _ in range(3)]
+    scale = q.shape[2] ** -0.5
+    start = 0
+    for length in lengths:
+        cell = slice(start, start + length)
+        start += length
+        for head in range(q.shape[1]):
+            k_s, v_s = (x[cell, head].detach().double() for x in (k, v))
+            for first in range(cell.start, cell.stop, _QUERY_ROWS):
+                rows = slice(first, min(first + _QUERY_ROWS, cell.stop))
+                q_s, grad_s = (x[rows, head].detach().double() for x in (q, grad_out))
+                probs = (scale * q_s @ k_s.T).softmax(-1)
+                out[rows, head] = probs @ v_s
+                grad_probs = grad_s @ v_s.T
+                delta = (grad_s * out[rows, head]).sum(-1, keepdim=True)
+                grad_scores = scale * probs * (grad_probs - delta)
+                grads[0][rows, head] = grad_scores @ k_s
+                grads[1][cell, head] += grad_scores.T @ q_s
+                grads[2][cell, head] += probs.T @ grad_s
+    return out, grads
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _used_slots(lengths: Sequence[int], width: int) -> Tensor:
+    """(cells, width) bool: the first slots of each row, as many as the cell has tokens."""
+    return torch.arange(width) < torch.tensor(lengths)[:, None]
+
+
+def _padded(x: Tensor, lengths: Sequence[int], width: int) -> Tensor:
+    """(total_nnz, ...) -> (cells, width, ...), zero in unused slots."""
+    rows = nn.utils.rnn.pad_sequence(x.split(list(lengths)), batch_first=True)
+    return F.pad(rows, [0, 0] * (x.dim() - 1) + [0, width - rows.shape[1]])

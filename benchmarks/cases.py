@@ -1,0 +1,242 @@
+"""What is measured: ragged shapes from real cell lengths, and the tasks made of them. A task is data, not a class tree.
+
+Cell lengths are those of benchmarks/cell_lengths.json (genes of the 19,264-gene vocabulary with a count, in 906 real
+cells); which of them make a case is drawn with a fixed seed. Weights and inputs are random with a fixed seed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import baselines
+from xtg_kernels import distinct_index, expression_embedding, ragged_attention
+from xtrimogene.config import XTrimoGeneConfig
+from xtrimogene.embedding import ExpressionEmbedding
+from xtrimogene.encoder import RaggedTransformerEncoder
+from xtrimogene.flops import encoder_backward_flops, encoder_flops
+
+NUM_HEADS, HEAD_DIM = 12, 64  # attention of the 100m model
+NUM_GENES = 19_264
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+
+Lengths = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do a task: ``run()`` makes the output from tensors that ``inputs`` (those with gradients) are of."""
+
+    run: Callable[[], Tensor]
+    inputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One case in one dtype, done by several providers on the same numbers.
+
+    providers     name -> Provider; "plain" is the baseline of every ratio and error
+    grad_out      gradient of the output
+    exact         the output and gradients in float64: () -> (out rows, gradients in the order of inputs)
+    checked_rows  how many first rows ``exact`` computes; each cell is right or wrong by itself
+    flops         closed-form FLOPs of each direction
+    """
+
+    benchmark: str
+    case: str
+    lengths: Lengths
+    dtype: str
+    providers: dict[str, Provider]
+    grad_out: Tensor
+    exact: Callable[[], tuple[Tensor, list[Tensor]]]
+    checked_rows: int
+    flops: dict[str, int]
+
+
+def real_lengths(count: int, seed: int = 0) -> Lengths:
+    """Lengths of ``count`` different real cells."""
+    known = json.loads((Path(__file__).parent / "cell_lengths.json").read_text(encoding="utf-8"))["lengths"]
+    return tuple(int(n) for n in np.random.default_rng(seed).choice(known, count, replace=False))
+
+
+def short_lengths(count: int, seed: int = 0) -> Lengths:
+    """Cells of 20 to 120 genes, as targeted panels and very shallow sequencing give."""
+    return tuple(int(n) for n in np.random.default_rng(seed).integers(20, 121, count))
+
+
+def cells(quick: bool) -> dict[str, Lengths]:
+    """Name -> lengths of the attention cases; quick: every cell an eighth as long, and the name says so."""
+    short = short_lengths(64)
+    lengths = {
+        "8 cells": real_lengths(8),
+        "1 x 2048": (2048,),
+        "64 short cells": short,
+        "15,000 genes among short cells": (*short[:32], 15_000, *short[32:]),
+    }
+    if quick:
+        return {f"{name} / 8": tuple(max(1, n // 8) for n in case) for name, case in lengths.items()}
+    return lengths
+
+
+def offsets(lengths: Lengths) -> Tensor:
+    """cu_seqlens (batch + 1,) int32."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def attention_task(case: str, lengths: Lengths, dtype: str) -> Task:
+    """ragged_attention on q, k and v that are strided views of one packed tensor, as an encoder has them."""
+    generator = torch.Generator().manual_seed(0)
+    total, cu_seqlens, longest = sum(lengths), offsets(lengths), max(lengths)
+    qkv = torch.randn(total, 3, NUM_HEADS, HEAD_DIM, generator=generator).to(DTYPES[dtype]).requires_grad_()
+    q, k, v = qkv.unbind(1)
+    grad_out = torch.randn(total, NUM_HEADS, HEAD_DIM, generator=generator).to(DTYPES[dtype])
+    ways: dict[str, Callable[[], Tensor]] = {
+        "plain": lambda: baselines.attention_split(q, k, v, lengths),
+        "xtg": lambda: ragged_attention(q, k, v, cu_seqlens, longest),
+    }
+    # Where padding makes the work many times as much, it only costs the patience of whoever runs this.
+    if len(lengths) > 1 and len(lengths) * longest <= 4 * total:
+        ways["padded"] = lambda: baselines.attention_padded(q, k, v, lengths)
+    products = NUM_HEADS * HEAD_DIM * sum(n * n for n in lengths)
+    return Task(
+        "attention", case, lengths, dtype,
+        {name: Provider(run, (q, k, v)) for name, run in ways.items()}, grad_out,
+        lambda: baselines.exact_attention(q, k, v, grad_out, lengths), total, _with_both(4 * products, 10 * products),
+    )  # fmt: skip
+
+
+def embedding_task(case: str, lengths: Lengths, dtype: str) -> Task:
+    """expression_embedding of the 100m model on UMI cells; the index of equal values comes with the batch (packer)."""
+    generator = torch.Generator().manual_seed(0)
+    config = XTrimoGeneConfig.preset("100m", num_genes=NUM_GENES)
+    counts, ids = umi_counts(lengths)
+    cell_of = np.repeat(np.arange(len(lengths)), lengths)
+    totals = np.bincount(cell_of, weights=counts)
+    values = torch.from_numpy(np.log1p(counts / totals[cell_of] * 1e4).astype(np.float32))
+    gene_ids = torch.from_numpy(ids)
+    torch.manual_seed(0)
+    module = ExpressionEmbedding(config.num_genes, config.dim).to(DTYPES[dtype])
+    index = distinct_index(values, offsets(lengths))
+    weights = (module.w1, module.b1, module.w2, module.b2, module.bin_table)
+    inputs = (*weights, module.gene_table)
+    grad_out = torch.randn(len(values), config.dim, generator=generator).to(DTYPES[dtype])
+
+    def fused() -> Tensor:
+        return expression_embedding(
+            values, *weights, gene_ids=gene_ids, gene_table=module.gene_table, distinct_index=index
+        )
+
+    def unfused() -> Tensor:
+        return baselines.embedding_unfused(values, gene_ids, *inputs)
+
+    def exact() -> tuple[Tensor, list[Tensor]]:
+        exactly = [x.detach().double().requires_grad_() for x in inputs]
+        out = baselines.embedding_unfused(values.double(), gene_ids, *exactly)
+        return out.detach(), list(torch.autograd.grad(out, exactly, grad_out.double()))
+
+    distinct = [int((index == torch.arange(len(index))).sum())]
+    forward = encoder_flops(config, [len(values)], distinct).embedding
+    backward = encoder_backward_flops(config, [len(values)], distinct).embedding
+    return Task(
+        "embedding", case, lengths, dtype, {"plain": Provider(unfused, inputs), "xtg": Provider(fused, inputs)},
+        grad_out, exact, len(values), _with_both(forward, backward),
+    )  # fmt: skip
+
+
+def encoder_task(preset: str, lengths: Lengths, dtype: str, *, dense: bool = False, check_cells: int = 8) -> Task:
+    """The Transformer layers of a preset. dense adds the form that runs all genes of the vocabulary, masked."""
+    config = XTrimoGeneConfig.preset(preset, num_genes=NUM_GENES, dropout=0.0)
+    torch.manual_seed(0)
+    encoder = RaggedTransformerEncoder(
+        config.dim, config.num_heads, config.num_layers, ffn_dim=config.ffn_dim, dropout=0.0
+    ).to(DTYPES[dtype])
+    total, cu_seqlens, longest = sum(lengths), offsets(lengths), max(lengths)
+    x = torch.randn(total, config.dim).to(DTYPES[dtype]).requires_grad_()
+    grad_out = torch.randn(total, config.dim).to(DTYPES[dtype])
+    weights = (x, *encoder.parameters())
+    twin = baselines.torch_encoder(encoder)
+    providers = {
+        "plain": Provider(lambda: baselines.encoder_packed(encoder, x, lengths), weights),
+        "xtg": Provider(lambda: encoder(x, cu_seqlens, longest), weights),
+    }
+    widths = {"padded": longest} if len(lengths) > 1 else {}
+    widths |= {"dense": NUM_GENES} if dense else {}
+    # Both have the names of ours, in torch's order: gradients line up.
+    named = dict(twin.named_parameters())
+    twins = (x, *(named[name] for name, _ in encoder.named_parameters()))
+    for name, width in widths.items():
+        run = functools.partial(baselines.encoder_padded, twin, x, lengths, width)
+        providers[name] = Provider(run, twins)
+    checked = lengths[:check_cells]
+
+    def exact() -> tuple[Tensor, list[Tensor]]:
+        exactly = RaggedTransformerEncoder(
+            config.dim, config.num_heads, config.num_layers, ffn_dim=config.ffn_dim, dropout=0.0
+        ).double()
+        exactly.load_state_dict(encoder.state_dict())
+        rows = x[: sum(checked)].detach().double().requires_grad_()
+        out = baselines.encoder_packed(exactly, rows, checked)
+        grads = torch.autograd.grad(out, (rows, *exactly.parameters()), grad_out[: sum(checked)].double())
+        return out.detach(), list(grads)
+
+    forward, backward = encoder_flops(config, lengths), encoder_backward_flops(config, lengths)
+    name = f"{preset}, {len(lengths)} cell{'s' if len(lengths) > 1 else ''}"
+    return Task(
+        "encoder", name, lengths, dtype, providers, grad_out, exact, sum(checked),
+        _with_both(forward.linear + forward.attention, backward.linear + backward.attention),
+    )  # fmt: skip
+
+
+def umi_counts(lengths: Lengths) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and gene ids (both (total_nnz,) int32) of cells of these lengths; ids ascend within a cell.
+
+    Counts follow a heavy-tailed law (Zipf, exponent 2): six in ten are 1, a few are hundreds, as in UMI data.
+    """
+    rng = np.random.default_rng(0)
+    counts = np.minimum(rng.zipf(2.0, sum(lengths)), 5000).astype(np.int32)
+    gene_ids = [np.sort(rng.choice(NUM_GENES, length, replace=False)) for length in lengths]
+    return counts, np.concatenate(gene_ids).astype(np.int32)
+
+
+def _with_both(forward: int, backward: int) -> dict[str, int]:
+    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
+
+
+def attention_tasks(quick: bool) -> Iterator[Task]:
+    """Every attention case in both dtypes."""
+    for (name, lengths), dtype in itertools.product(cells(quick).items(), DTYPES):
+        yield attention_task(name, lengths, dtype)
+
+
+def embedding_tasks(quick: bool) -> Iterator[Task]:
+    """UMI cells of real lengths, and short ones."""
+    chosen = {name: lengths for name, lengths in cells(quick).items() if "15,000" not in name and len(lengths) > 1}
+    for (name, lengths), dtype in itertools.product(chosen.items(), DTYPES):
+        yield embedding_task(name, lengths, dtype)
+
+
+def encoder_tasks(quick: bool) -> Iterator[Task]:
+    """The presets on 8 real cells, and the smallest one beside its dense form on one cell."""
+    eight = next(iter(cells(quick).values()))
+    for preset, dtype in itertools.product(("3m",) if quick else ("3m", "10m", "100m"), DTYPES):
+        # In float64 the 100m model takes minutes on eight cells.
+        yield encoder_task(preset, eight, dtype, check_cells=2 if preset == "100m" else 8)
+    if not quick:
+        yield encoder_task("3m", eight[:1], "float32", dense=True)
+
+
+# Benchmarks of differentiable ops; run.py adds pack, embed and memory, which are of another kind.
+TASKS: dict[str, Callable[[bool], Iterator[Task]]] = {
+    "attention": attention_tasks,
+    "embedding": embedding_tasks,
+    "encoder": encoder_tasks,
+}

@@ -1,0 +1,122 @@
+"""Writes the measured tables of README.md from benchmarks/results/*.csv: python -m benchmarks.readme"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+OPENING, CLOSING = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+Rows = list[dict[str, str]]
+
+
+def read_rows(path: Path) -> Rows:
+    """The rows of a CSV file, as text."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def with_tables(text: str, results: Path = RESULTS) -> str:
+    """The text with what stands between the two markers made anew. A result that is not there makes no table."""
+    parts = []
+    for name, section in SECTIONS.items():
+        path = results / f"{name}.csv"
+        if path.is_file():
+            rows = read_rows(path)
+            parts += [section(rows), _where(rows)]
+    body = "\n\n".join(parts)
+    found = re.compile(f"{OPENING}\n.*?{CLOSING}", flags=re.DOTALL)
+    if not found.search(text):
+        raise ValueError(f"expected the markers {OPENING} and {CLOSING}, got a text without them")
+    return found.sub(lambda _: f"{OPENING}\n{body}\n{CLOSING}", text)
+
+
+def _memory(rows: Rows) -> str:
+    header = ["cells", "peak memory above the loaded model", "time"]
+    body = [[f"{int(r['cells']):,}", f"{float(r['peak_mib']):,.0f} MiB", f"{float(r['median_ms']) / 1e3:,.1f} s"]
+            for r in rows]  # fmt: skip
+    return f"**Memory of `embed`** on a file ({rows[0]['case']}): flat in the number of cells.\n\n" + _table(
+        header, body
+    )
+
+
+def _ops(title: str) -> Callable[[Rows], str]:
+    def section(rows: Rows) -> str:
+        header = ["case", "dtype", "direction", "time", "against plain PyTorch", "share of GEMM rate"]
+        body = [
+            [
+                r["case"], r["dtype"], r["direction"].replace("+", " + "), _milliseconds(r["median_ms"]),
+                f"{float(r['speedup']):.2f}x", f"{100 * float(r['share_of_gemm']):.0f} %",
+            ]
+            for r in rows
+            if r["provider"] == "xtg"
+        ]  # fmt: skip
+        others = [
+            f"{r['provider']} {r['case']} {r['dtype']} {float(r['speedup']):.2f}x"
+            for r in rows
+            if r["provider"] not in ("xtg", "plain") and r["direction"] == "forward"
+        ]
+        more = f"\n\nOther forms, forward, against the same plain PyTorch: {'; '.join(others)}." if others else ""
+        return f"**{title}\n\n" + _table(header, body) + more
+
+    return section
+
+
+def _pack(rows: Rows) -> str:
+    header = ["packer", "cells/s"]
+    names = {"xtg": "C++", "numpy": "NumPy (without the extension)"}
+    body = [[names[r["provider"]], f"{float(r['cells_per_second']):,.0f}"] for r in rows]
+    return f"**Packing** CSR rows in memory ({rows[0]['case']}):\n\n" + _table(header, body)
+
+
+def _embed(rows: Rows) -> str:
+    header = ["cells, model, dtype asked for", "dtype", "cells/s", "in the encoder", "packing", "reading"]
+    body = [
+        [r["case"], r["dtype"], f"{float(r['cells_per_second']):,.0f}"]
+        + [f"{100 * float(r[f'{part}_share']):.1f} %" for part in ("encoder", "packing", "reading")]
+        for r in rows
+    ]
+    return "**`embed`, file to file**\n\n" + _table(header, body)
+
+
+SECTIONS: dict[str, Callable[[Rows], str]] = {
+    "memory": _memory,
+    "embed": _embed,
+    "encoder": _ops("Layers of the encoder**, cells of real lengths:"),
+    "attention": _ops("Attention**, 12 heads of 64 channels, as in the 100m model:"),
+    "embedding": _ops("Embedding of expression values**, 768 channels, UMI-like counts:"),
+    "pack": _pack,
+}
+
+
+def _milliseconds(text: str) -> str:
+    value = float(text)
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def _table(header: list[str], body: list[list[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
+
+
+def _where(rows: Rows) -> str:
+    first = rows[0]
+    dirty = ", with changes that are not committed" if first["dirty"] == "True" else ""
+    quick = " Quick shapes: not for comparison." if first["quick"] == "True" else ""
+    return (
+        f"Measured on {first['date']} at commit {first['commit']}{dirty}: {first['machine']}, {first['isa']} kernels, "
+        f"{first['threads']} threads, torch {first['torch']}.{quick}"
+    )
+
+
+def main() -> None:
+    """Rewrites README.md in place."""
+    path = ROOT / "README.md"
+    path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The runner: python -m benchmarks.run attention|embedding|encoder|pack|embed|memory [--quick] [--out FILE]
+
+Each benchmark yields rows for a CSV file. Providers of a case run in one process, taking turns, so that a noisy machine
+is noisy for all of them: ratios inside one run are what counts. A provider whose result is not right against float64
+gets a row that says so and no time, and the run ends with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import end_to_end
+from benchmarks.cases import BACKWARD, BOTH, DTYPES, FORWARD, TASKS, Provider, Task
+from xtg_kernels.info import info
+
+Row = dict[str, Any]
+GEMM_SIZE = 2048
+# An approximated exp cannot be as good as a correctly rounded one on inputs where PyTorch is nearly exact.
+FLOAT32_FLOOR = 2e-6
+# The baseline itself: what its dtype can do, with room for a deep encoder's gradients.
+PLAIN_LIMIT = {"float32": 1e-4, "bfloat16": 0.1}
+
+
+def check(task: Task) -> dict[str, dict[str, tuple[float, float]]]:
+    """Provider -> direction -> (error, limit) against float64; a provider is right where no error exceeds its limit.
+
+    The error is ||x - exact|| / ||exact||, of the output, and for the backward the largest over the gradients. The
+    limit is twice (backward: three times) the error of the plain provider, and for that one a constant of the dtype.
+    """
+    exact_out, exact_grads = task.exact()
+    grad_out = task.grad_out.clone()
+    grad_out[task.checked_rows :] = 0
+    errors = {}
+    for name, provider in task.providers.items():
+        out = provider.run()
+        grads = torch.autograd.grad(out, provider.inputs, grad_out)
+        worst = max(_error(_rows_of(g, e), e) for g, e in zip(grads, exact_grads, strict=True))
+        errors[name] = {FORWARD: _error(out.detach()[: task.checked_rows], exact_out), BACKWARD: worst}
+    floor = FLOAT32_FLOOR if task.dtype == "float32" else 0.0
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, by_direction in errors.items():
+        found[name] = {}
+        for direction, factor in ((FORWARD, 2), (BACKWARD, 3)):
+            limit = max(factor * errors["plain"][direction], floor) if name != "plain" else PLAIN_LIMIT[task.dtype]
+            found[name][direction] = (by_direction[direction], limit)
+        found[name][BOTH] = max(found[name].values(), key=lambda pair: pair[0] / pair[1])
+    return found
+
+
+def _rows_of(gradient: Tensor, exact: Tensor) -> Tensor:
+    """Gradients to token rows cover all cells, the exact ones only the cells that are checked."""
+    return gradient[: len(exact)]
+
+
+def _error(x: Tensor, exact: Tensor) -> float:
+    return float((x.double() - exact).norm() / exact.norm())
+
+
+def measure(task: Task, names: Sequence[str], seconds: float) -> dict[str, dict[str, list[float]]]:
+    """Provider -> direction -> times (s), the providers taking turns; "gemm" is a matrix product of the same dtype."""
+    square = torch.randn(GEMM_SIZE, GEMM_SIZE, dtype=DTYPES[task.dtype])
+    times: dict[str, dict[str, list[float]]] = {name: {FORWARD: [], BACKWARD: [], BOTH: []} for name in names}
+    times["gemm"] = {FORWARD: []}
+    started, rounds = time.perf_counter(), 0
+    while rounds < 4 or (rounds < 60 and time.perf_counter() - started < seconds):
+        for name in (*names[rounds % len(names) :], *names[: rounds % len(names)]):
+            forward, backward, both = _time_once(task.providers[name], task.grad_out)
+            # The first round warms caches, allocators and oneDNN's kernels.
+            if rounds:
+                times[name][FORWARD].append(forward)
+                times[name][BACKWARD].append(backward)
+                times[name][BOTH].append(both)
+        clock = time.perf_counter()
+        torch.mm(square, square)
+        if rounds:
+            times["gemm"][FORWARD].append(time.perf_counter() - clock)
+        rounds += 1
+    return times
+
+
+def _time_once(provider: Provider, grad_out: Tensor) -> tuple[float, float, float]:
+    """Seconds of a forward for inference, of a backward alone, and of a forward and backward for training."""
+    clock = time.perf_counter()
+    with torch.no_grad():
+        provider.run()
+    inference = time.perf_counter() - clock
+    clock = time.perf_counter()
+    out = provider.run()
+    middle = time.perf_counter()
+    torch.autograd.grad(out, provider.inputs, grad_out)
+    end = time.perf_counter()
+    return inference, end - middle, end - clock
+
+
+def task_rows(task: Task, seconds: float) -> Iterator[Row]:
+    """The rows of one task: every provider and direction, speeds only where the result is right."""
+    checked = check(task)
+    right = [name for name, found in checked.items() if all(error <= limit for error, limit in found.values())]
+    times = measure(task, right, seconds) if right else {}
+    for name in task.providers:
+        for direction in (FORWARD, BACKWARD, BOTH):
+            error, limit = checked[name][direction]
+            row: Row = {
+                "benchmark": task.benchmark,
+                "case": task.case,
+                "cells": len(task.lengths),
+                "tokens": sum(task.lengths),
+                "dtype": task.dtype,
+                "direction": direction,
+                "provider": name,
+                "correct": name in right,
+                "error": f"{error:.2e}",
+                "error_limit": f"{limit:.2e}",
+            }
+            if name in right:
+                row |= _speed(times[name][direction])
+                median = row["median_ms"]
+                gflops = task.flops[direction] / (1e6 * median)
+                gemm = 2 * GEMM_SIZE**3 / (1e9 * statistics.median(times["gemm"][FORWARD]))
+                row |= {
+                    "gflops": _digits(gflops),
+                    "gemm_gflops": _digits(gemm),
+                    "share_of_gemm": _digits(gflops / gemm),
+                }
+                if "plain" in right:
+                    row["speedup"] = _digits(1e3 * statistics.median(times["plain"][direction]) / median)
+            yield row
+
+
+def _speed(times: Sequence[float]) -> Row:
+    low, median, high = (statistics.quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7))
+    return {
+        "runs": len(times),
+        "median_ms": _digits(1e3 * median),
+        "q20_ms": _digits(1e3 * low),
+        "q80_ms": _digits(1e3 * high),
+    }
+
+
+def _digits(x: float) -> float:
+    """Four digits: more would be noise."""
+    return float(f"{x:.4g}")
+
+
+def machine() -> Row:
+    """What every row says of where and when it was measured."""
+    found = info()
+    return {
+        "machine": found["cpu"],
+        "isa": found["isa"] or "reference",
+        "threads": found["threads"],
+        "torch": found["torch"],
+        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
+        # What is measured is the code: results and documents may change.
+        "dirty": bool(_git("status", "--porcelain", "--", "csrc", "xtg_kernels", "xtrimogene", "benchmarks/*.py")),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).parents[1]
+    done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+# Columns in which no two rows of a table need agree, and those that a person wants to see while a run is on.
+SHOWN = (
+    "case", "cells", "dtype", "direction", "provider", "correct", "median_ms", "speedup", "share_of_gemm",
+    "cells_per_second", "encoder_share", "peak_mib",
+)  # fmt: skip
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """One header for all rows; a column that a row lacks is empty there."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _rows(name: str, quick: bool, seconds: float) -> Iterator[Row]:
+    if name in TASKS:
+        for task in TASKS[name](quick):
+            yield from task_rows(task, seconds)
+    else:
+        yield from OTHERS[name](quick)
+
+
+OTHERS: dict[str, Callable[[bool], Iterator[Row]]] = {
+    "pack": end_to_end.pack,
+    "embed": end_to_end.embed_share,
+    "memory": end_to_end.memory,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one benchmark; returns 1 when a provider was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("benchmark", choices=[*TASKS, *OTHERS])
+    parser.add_argument("--quick", action="store_true", help="small shapes and few runs: does it work, not how fast")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="CSV file to write")
+    parser.add_argument("--seconds", type=float, help="time for each case (default: 20, quick: 0)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    options = parser.parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    seconds = options.seconds if options.seconds is not None else 0.0 if options.quick else 20.0
+    here = machine()
+    print(", ".join(f"{name} {value}" for name, value in here.items()), flush=True)
+    rows = []
+    for row in _rows(options.benchmark, options.quick, seconds):
+        rows.append({**row, "quick": options.quick, **here})
+        print("  ".join(f"{row[name]}" for name in SHOWN if name in row), flush=True)
+    if options.out is not None:
+        write_csv(options.out, rows)
+    wrong = [row for row in rows if not row["correct"]]
+    for row in wrong:
+        print(f"WRONG: {row}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
