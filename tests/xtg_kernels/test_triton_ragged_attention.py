@@ -242,12 +242,13 @@ def test_gradient_with_stride_zero() -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a sparse file stands in for a tensor of 4.5 GB")
 def test_offsets_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Rows 2^23 elements apart: row 256 starts past 2^31. Only the pages of these rows are ever touched."""
+    """Rows 2^23 elements apart: the second cell, and the third block of the first, start past 2^31 elements. Only the
+    pages of these rows are ever touched."""
     from triton.runtime import interpreter
 
     # The interpreter copies every storage back onto itself at the end, which would touch all of it.
     monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
-    lengths, row_stride = [120, 150], 2**23
+    lengths, row_stride = [260, 10], 2**23
     size = 270 * row_stride * 2
     with (tmp_path / "sparse").open("w+b") as file:
         file.truncate(size)
@@ -258,10 +259,10 @@ def test_offsets_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for sparse, part in ((q, 0), (k, 1), (v, 2), (grad_out, 0)):
         sparse.copy_(dense[:, part])
     cu_seqlens = cu_seqlens_of(lengths)
-    out, lse = triton_kernel.forward(q, k, v, cu_seqlens, 150, 0.25)
-    got = triton_kernel.backward(grad_out, None, q, k, v, out, lse, cu_seqlens, 150, 0.25)
-    dense_out, dense_lse = triton_kernel.forward(*dense.unbind(1), cu_seqlens, 150, 0.25)
-    want = triton_kernel.backward(dense[:, 0], None, *dense.unbind(1), dense_out, dense_lse, cu_seqlens, 150, 0.25)
+    out, lse = triton_kernel.forward(q, k, v, cu_seqlens, 260, 0.25)
+    got = triton_kernel.backward(grad_out, None, q, k, v, out, lse, cu_seqlens, 260, 0.25)
+    dense_out, dense_lse = triton_kernel.forward(*dense.unbind(1), cu_seqlens, 260, 0.25)
+    want = triton_kernel.backward(dense[:, 0], None, *dense.unbind(1), dense_out, dense_lse, cu_seqlens, 260, 0.25)
     assert torch.equal(out, dense_out)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
