@@ -72,7 +72,7 @@ void check_attention(const Kernels& kernels, int64_t head_dim) {
   args.grad_v = grad_v.data();
   auto scratch = poisoned(kernels.attention_scratch(args) + 64);
   for (auto kernel : {kernels.attention_forward, kernels.attention_backward_query, kernels.attention_backward_key})
-    for (const SegmentBlock& block : segment_blocks(cu_seqlens.data(), batch, kernels.query_block))
+    for (const SegmentBlock& block : segment_blocks(cu_seqlens.data(), batch, heads, 1))
       for (int64_t h = 0; h < heads; ++h) kernel(args, block, h, aligned(scratch));
 
   const auto at = [&](int part, int64_t t, int64_t h, int64_t d) {

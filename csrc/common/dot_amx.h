@@ -9,40 +9,41 @@ namespace xtg {
 
 struct VecAmx : VecAvx512Bf16 {};
 
+// Tiles are configured for this thread while the object lives; what was configured before comes back after.
+struct TileSession {
+  alignas(64) unsigned char before[64];
+  TileSession() {
+    // Palette 1: eight tiles of 16 rows of 64 bytes. GCC's intrinsics tell the compiler of the first 8 bytes only,
+    // so the configuration is a constant, and memory is fenced where the whole of `before` is read or written.
+    alignas(64) static constexpr unsigned char config[64] = {
+        1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16};
+    _tile_storeconfig(before);
+    __asm__ volatile("" : : "r"(before) : "memory");
+    _tile_loadconfig(config);
+  }
+  ~TileSession() {
+    if (before[0]) {
+      __asm__ volatile("" : : "r"(before) : "memory");
+      _tile_loadconfig(before);
+    } else {
+      _tile_release();
+    }
+  }
+  TileSession(const TileSession&) = delete;
+  TileSession& operator=(const TileSession&) = delete;
+};
+
 template <class V>
 struct DotAmx : DotBf16<V> {
   using elem = uint32_t;
   static constexpr int step_multiple = 16;
   static constexpr bool tiles = true;
+  using Session = TileSession;
 
-  // Tiles are configured for this thread while the object lives; what was configured before comes back after.
-  struct Session {
-    alignas(64) unsigned char before[64];
-    Session() {
-      // Palette 1: eight tiles of 16 rows of 64 bytes. GCC's intrinsics tell the compiler of the first 8 bytes only,
-      // so the configuration is a constant, and memory is fenced where the whole of `before` is read or written.
-      alignas(64) static constexpr unsigned char config[64] = {
-          1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,
-          0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16};
-      _tile_storeconfig(before);
-      __asm__ volatile("" : : "r"(before) : "memory");
-      _tile_loadconfig(config);
-    }
-    ~Session() {
-      if (before[0]) {
-        __asm__ volatile("" : : "r"(before) : "memory");
-        _tile_loadconfig(before);
-      } else {
-        _tile_release();
-      }
-    }
-    Session(const Session&) = delete;
-    Session& operator=(const Session&) = delete;
-  };
-
-  // c of Rows x Columns tiles, (+)= a b over k elements.
+  // Rows x Columns tiles of c.
   template <int Rows, int Columns>
-  static inline void product_block(int64_t k, const elem* a, int64_t lda, const elem* b, int64_t ldb, float* c,
+  static inline void product_tiles(int64_t k, const elem* a, int64_t lda, const elem* b, int64_t ldb, float* c,
                                    int64_t ldc, bool accumulate) {
     const int64_t a_bytes = lda * 4, b_bytes = ldb * 4, c_bytes = ldc * 4;
     if (accumulate) {
@@ -80,8 +81,8 @@ struct DotAmx : DotBf16<V> {
   static inline void product_rows(int64_t n, int64_t k, const elem* a, int64_t lda, const elem* b, int64_t ldb,
                                   float* c, int64_t ldc, bool accumulate) {
     int64_t j = 0;
-    for (; j + 32 <= n; j += 32) product_block<Rows, 2>(k, a, lda, b + j, ldb, c + j, ldc, accumulate);
-    if (j < n) product_block<Rows, 1>(k, a, lda, b + j, ldb, c + j, ldc, accumulate);
+    for (; j + 32 <= n; j += 32) product_tiles<Rows, 2>(k, a, lda, b + j, ldb, c + j, ldc, accumulate);
+    if (j < n) product_tiles<Rows, 1>(k, a, lda, b + j, ldb, c + j, ldc, accumulate);
   }
 
   static inline void product(int64_t m, int64_t n, int64_t k, const elem* a, int64_t lda, const elem* b, int64_t ldb,

@@ -28,6 +28,10 @@ struct DotBf16 {
   }
   static __m512i load(const elem* b) { return _mm512_loadu_si512(b); }
   static void store(elem* row, int64_t j, typename V::reg x) { V::store(reinterpret_cast<bf16*>(row) + j, x); }
+  static void store_pair(elem* row, int64_t j, typename V::reg x, typename V::reg y) {
+    const __m512bh packed = _mm512_cvtne2ps_pbh(y, x);
+    std::memcpy(reinterpret_cast<bf16*>(row) + j, &packed, sizeof(packed));
+  }
 };
 
 template <>

@@ -9,6 +9,9 @@
 
 namespace xtg {
 
+// Rows that one unit of attention work may own, and the multiple that keeps every group of rows in the kernels whole.
+constexpr int64_t kMaxBlockRows = 1056, kBlockRowMultiple = 96;
+
 // One unit of work of ragged attention: rows [begin + first, begin + first + rows) of a segment, for every head.
 struct SegmentBlock {
   int64_t begin;  // first row of the segment
@@ -69,7 +72,6 @@ struct EmbeddingGrads {
 struct Kernels {
   const char* name;
   int width;  // floats in a vector register: rows handed to the kernels are padded to a multiple of it
-  int64_t query_block, key_block;  // rows of one unit of attention work: forward and grad_q; grad_k and grad_v
   size_t (*attention_scratch)(const AttentionArgs&);
   void (*attention_forward)(const AttentionArgs&, const SegmentBlock&, int64_t head, void* scratch);
   void (*attention_backward_query)(const AttentionArgs&, const SegmentBlock&, int64_t head, void* scratch);

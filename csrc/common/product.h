@@ -25,6 +25,10 @@ struct DotFloat {
   static typename V::reg load(const elem* b) { return V::load(b); }
   // Floats as elements j.. of a left-operand row.
   static void store(elem* row, int64_t j, typename V::reg x) { V::store(row + j, x); }
+  static void store_pair(elem* row, int64_t j, typename V::reg x, typename V::reg y) {
+    V::store(row + j, x);
+    V::store(row + j + V::width, y);
+  }
 };
 
 // The product that a vector type uses for operands of type T.

@@ -61,9 +61,11 @@ struct VecAvx2 {
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
   }
-  static reg scale_by_power(reg x, reg n) {
-    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-    return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  static constexpr bool scaling_underflows = false;
+  static reg fraction(reg x) { return _mm256_sub_ps(x, _mm256_floor_ps(x)); }
+  static reg scale_by_floor(reg y, reg x) {
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(x)), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
   static void transpose(reg* x) {
     reg a[8];

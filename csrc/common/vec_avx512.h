@@ -50,7 +50,9 @@ struct VecAvx512 {
   }
   static float sum(reg x) { return _mm512_reduce_add_ps(x); }
   static float maximum(reg x) { return _mm512_reduce_max_ps(x); }
-  static reg scale_by_power(reg x, reg n) { return _mm512_scalef_ps(x, n); }
+  static constexpr bool scaling_underflows = true;
+  static reg fraction(reg x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static reg scale_by_floor(reg y, reg x) { return _mm512_scalef_ps(y, x); }
   static void transpose(reg* x) {
     reg a[16];
 #pragma GCC unroll 8

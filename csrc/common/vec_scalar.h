@@ -44,12 +44,20 @@ struct VecScalar {
   static reg select_positive(reg gate, reg x, reg y) { return gate > 0.0f ? x : y; }
   static float sum(reg x) { return (x[0] + x[1]) + (x[2] + x[3]); }
   static float maximum(reg x) { return max_of(max_of(x[0], x[1]), max_of(x[2], x[3])); }
-  // x * 2^n for integral n in [-126, 127].
-  static reg scale_by_power(reg x, reg n) {
-    const ireg exponent = (__builtin_convertvector(n, ireg) + 127) << 23;
+  static reg floor(reg x) {
+    // Adding 1.5 * 2^23 and taking it away rounds to the nearest integer.
+    const reg magic = set1(12582912.0f);
+    const reg nearest = (x + magic) - magic;
+    return nearest > x ? nearest - 1.0f : nearest;
+  }
+  static constexpr bool scaling_underflows = false;  // scale_by_floor takes x in [-126, 128)
+  static reg fraction(reg x) { return x - floor(x); }
+  // y * 2^floor(x).
+  static reg scale_by_floor(reg y, reg x) {
+    const ireg exponent = (__builtin_convertvector(floor(x), ireg) + 127) << 23;
     reg power;
     std::memcpy(&power, &exponent, sizeof(power));
-    return x * power;
+    return y * power;
   }
   // The square of width rows, transposed in place.
   static void transpose(reg* x) {

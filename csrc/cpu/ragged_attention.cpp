@@ -32,8 +32,8 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, 
 using BlockKernel = void (*)(const AttentionArgs&, const SegmentBlock&, int64_t, void*);
 
 void run_blocks(const Kernels& kernels, BlockKernel kernel, const AttentionArgs& args, const int32_t* cu_seqlens,
-                int64_t batch, int64_t block) {
-  const auto blocks = segment_blocks(cu_seqlens, batch, block);
+                int64_t batch) {
+  const auto blocks = segment_blocks(cu_seqlens, batch, args.num_heads, torch::stable::get_num_threads());
   for_each_unit(int64_t(blocks.size()) * args.num_heads, kernels.attention_scratch(args),
                 [&](int64_t unit, void* scratch) {
                   kernel(args, blocks[size_t(unit / args.num_heads)], unit % args.num_heads, scratch);
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> ragged_attention(const Tensor& q_in, const Tensor& k_
   for (int64_t h = 0; h < args.num_heads; ++h)
     for (int64_t t = used; t < args.total_nnz; ++t) args.softmax_lse[h * args.total_nnz + t] = 0.0f;
   const Kernels& kernels = active_kernels();
-  run_blocks(kernels, kernels.attention_forward, args, cu, batch, kernels.query_block);
+  run_blocks(kernels, kernels.attention_forward, args, cu, batch);
   return {out, lse};
 }
 
@@ -99,8 +99,8 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_backward(
   args.grad_k = grad_k.data_ptr();
   args.grad_v = grad_v.data_ptr();
   const Kernels& kernels = active_kernels();
-  run_blocks(kernels, kernels.attention_backward_query, args, cu, batch, kernels.query_block);
-  run_blocks(kernels, kernels.attention_backward_key, args, cu, batch, kernels.key_block);
+  run_blocks(kernels, kernels.attention_backward_query, args, cu, batch);
+  run_blocks(kernels, kernels.attention_backward_key, args, cu, batch);
   return {grad_q, grad_k, grad_v};
 }
 

@@ -17,13 +17,17 @@
 
 namespace xtg {
 
-// Blocking. Rows of scores live in L1, the packed block that streams past in L1 or L2, sums of the stationary rows in L2.
+// Blocking. The rows that a unit of work owns stay; the other rows of the segment stream past. A panel of them is packed
+// at a time (in L2) and serves every group of stationary rows; a group meets the panel block by block, so that its sums,
+// its scores and the block are in L1.
 template <class V, class T>
 struct AttentionTile {
   using Dot = typename DotFor<V, T>::type;
-  static constexpr int64_t query_block = 256;                    // stationary rows of one unit of work
-  static constexpr int64_t key_block = 128;                      // rows of the operand that streams past, at a time
-  static constexpr int64_t rows = Dot::tiles ? 32 : V::score_rows;  // rows whose scores are held at a time
+  static constexpr int64_t max_rows = kMaxBlockRows;                // stationary rows of one unit of work, at most
+  static constexpr int64_t rows = Dot::tiles ? 32 : V::score_rows;  // stationary rows of one group
+  static constexpr int64_t key_block = Dot::tiles ? 96 : 128;       // rows of a block that streams past
+  static constexpr int64_t panel_blocks = Dot::tiles ? 16 : 4;      // blocks of a packed panel
+  static constexpr int64_t panel = panel_blocks * key_block;
   // A block's rows are padded to this multiple: whole vectors as columns, whole steps as the inner dimension.
   static constexpr int64_t column_multiple = max_of<int64_t>(V::width, Dot::group * Dot::step_multiple);
 };
@@ -33,48 +37,51 @@ struct AttentionShape {
   using Dot = typename DotFor<V, T>::type;
   using elem = typename Dot::elem;
   using Tile = AttentionTile<V, T>;
-  int64_t dim, steps, padded_dim, block_steps;  // steps: elements of a left row of head_dim, block_steps: of a key block
+  int64_t dim, steps, padded_dim;
+  static constexpr int64_t block_steps = Tile::key_block / Dot::group;  // elements of a row of probs
   explicit AttentionShape(const AttentionArgs& args)
       : dim(args.head_dim),
-        steps(round_up(ceil_div(dim, Dot::group), Dot::step_multiple)),
-        padded_dim(round_up(dim, V::width)),
-        block_steps(Tile::key_block / Dot::group) {}
+        steps(round_up(ceil_div(dim, Dot::group), Dot::step_multiple)),  // elements of a row of q
+        padded_dim(round_up(dim, V::width)) {}
 };
 
 template <class V, class T>
 struct AttentionScratch {
   using Tile = AttentionTile<V, T>;
-  using elem = typename AttentionShape<V, T>::elem;
-  elem *left_a, *left_b;    // stationary rows: queries (and grad_out), or keys and values
-  elem *right_a, *right_b;  // streaming block, transposed: right operands of scores and of grad_probs
-  elem *right_c, *right_d;  // streaming block, plain: right operands of the sums
+  using Shape = AttentionShape<V, T>;
+  using elem = typename Shape::elem;
+  elem *left_a, *left_b;  // stationary rows: queries (and grad_out), or keys and values
+  elem *right_a, *right_b;  // panel, each block transposed: right operands of scores and grad_probs
+  elem *right_c, *right_d;  // panel as it is: right operands of the sums
   float *scores, *grad_probs;
   elem *probs, *grad_scores;
-  float *acc_a, *acc_b;  // (query_block, padded_dim)
-  float *row_max, *row_sum;  // (query_block,), (query_block, V::width): the sums stay spread over the lanes
-  float *minus_lse, *delta;  // minus_lse in units of log2
+  float* factors;
+  float *acc_a, *acc_b;             // (stationary, padded_dim)
+  float *row_max, *row_sum;         // (stationary,), (stationary, V::width): the sums stay spread over the lanes
+  float *minus_lse, *delta;         // of the queries: stationary or streaming; minus_lse in units of log2
   size_t bytes;
 
   AttentionScratch(const AttentionArgs& args, void* base) {
-    const AttentionShape<V, T> shape(args);
+    const Shape shape(args);
     ScratchCursor cursor{static_cast<char*>(base), 0};
-    const int64_t stationary = round_up(Tile::query_block, Tile::rows);
+    const int64_t stationary = round_up(Tile::max_rows, Tile::rows), block = Tile::key_block;
     left_a = cursor.take<elem>(stationary * shape.steps);
     left_b = cursor.take<elem>(stationary * shape.steps);
-    right_a = cursor.take<elem>(shape.steps * Tile::key_block);
-    right_b = cursor.take<elem>(shape.steps * Tile::key_block);
-    right_c = cursor.take<elem>(shape.block_steps * shape.padded_dim);
-    right_d = cursor.take<elem>(shape.block_steps * shape.padded_dim);
-    scores = cursor.take<float>(Tile::rows * Tile::key_block);
-    grad_probs = cursor.take<float>(Tile::rows * Tile::key_block);
-    probs = cursor.take<elem>(Tile::rows * shape.block_steps);
-    grad_scores = cursor.take<elem>(Tile::rows * shape.block_steps);
+    right_a = cursor.take<elem>(Tile::panel_blocks * shape.steps * block);
+    right_b = cursor.take<elem>(Tile::panel_blocks * shape.steps * block);
+    right_c = cursor.take<elem>(Tile::panel_blocks * Shape::block_steps * shape.padded_dim);
+    right_d = cursor.take<elem>(Tile::panel_blocks * Shape::block_steps * shape.padded_dim);
+    scores = cursor.take<float>(Tile::rows * block);
+    grad_probs = cursor.take<float>(Tile::rows * block);
+    probs = cursor.take<elem>(Tile::rows * Shape::block_steps);
+    grad_scores = cursor.take<elem>(Tile::rows * Shape::block_steps);
+    factors = cursor.take<float>(round_up(Tile::rows, V::width));
     acc_a = cursor.take<float>(stationary * shape.padded_dim);
     acc_b = cursor.take<float>(stationary * shape.padded_dim);
     row_max = cursor.take<float>(stationary);
     row_sum = cursor.take<float>(stationary * V::width);
-    minus_lse = cursor.take<float>(max_of(Tile::query_block, Tile::key_block));
-    delta = cursor.take<float>(max_of(Tile::query_block, Tile::key_block));
+    minus_lse = cursor.take<float>(max_of(Tile::max_rows, Tile::panel));
+    delta = cursor.take<float>(max_of(Tile::max_rows, Tile::panel));
     bytes = cursor.used;
   }
 };
@@ -89,12 +96,75 @@ static inline const T* rows_of(const Operand& x, int64_t row, int64_t head) {
   return static_cast<const T*>(x.data) + row * x.row_stride + head * x.head_stride;
 }
 
+// One group of stationary rows against one block of the panel.
+struct Step {
+  int64_t row, rows;     // the group: first stationary row and how many
+  int64_t slot, count;   // the block: its place in the panel and how many rows
+  bool first;            // the group has met no block before
+};
+
+// Runs pack(first, count) for each panel of the streaming rows, then scores(step), softmax(step) and sums(step) for each
+// group and each block of the panel. The scores of the next step come between softmax and sums: what softmax has written
+// has then left the store buffer, which a tile load cannot read from.
+template <class V, class T, class Pack, class Scores, class Softmax, class Sums>
+static inline void for_each_step(int64_t stationary, int64_t streaming, Pack pack, Scores scores, Softmax softmax,
+                                 Sums sums) {
+  using Tile = AttentionTile<V, T>;
+  const typename Tile::Dot::Session session;
+  (void)session;
+  for (int64_t panel = 0; panel < streaming; panel += Tile::panel) {
+    const int64_t panel_rows = min_of(Tile::panel, streaming - panel);
+    const int64_t blocks = ceil_div(panel_rows, Tile::key_block), all = ceil_div(stationary, Tile::rows) * blocks;
+    const auto step = [&](int64_t i) {
+      const int64_t row = i / blocks * Tile::rows, slot = i % blocks;
+      return Step{row, min_of(Tile::rows, stationary - row), slot,
+                  min_of(Tile::key_block, panel_rows - slot * Tile::key_block), panel == 0 && slot == 0};
+    };
+    pack(panel, panel_rows);
+    scores(step(0));
+    for (int64_t i = 0; i < all; ++i) {
+      softmax(step(i));
+      if (i + 1 < all) scores(step(i + 1));
+      sums(step(i));
+    }
+  }
+}
+
+// Packs rows [first, first + count) of x, block by block: transposed for the scores, or as they are for the sums.
+template <class V, class T>
+static inline void pack_panel_transposed(const AttentionShape<V, T>& shape, const Operand& x, int64_t first,
+                                         int64_t count, int64_t head, typename AttentionShape<V, T>::elem* dst) {
+  using Tile = AttentionTile<V, T>;
+  for (int64_t r = 0; r < count; r += Tile::key_block) {
+    const int64_t rows = min_of(Tile::key_block, count - r);
+    pack_right_transposed(typename Tile::Dot{}, rows_of<T>(x, first + r, head), x.row_stride, rows, shape.dim,
+                          shape.steps, dst + r * shape.steps, round_up(rows, Tile::column_multiple));
+  }
+}
+
+template <class V, class T>
+static inline void pack_panel(const AttentionShape<V, T>& shape, const Operand& x, int64_t first, int64_t count,
+                              int64_t head, typename AttentionShape<V, T>::elem* dst) {
+  using Tile = AttentionTile<V, T>;
+  pack_right(typename Tile::Dot{}, rows_of<T>(x, first, head), x.row_stride, count,
+             round_up(count, Tile::column_multiple), shape.dim, dst, shape.padded_dim);
+}
+
 // Calls f(j, valid) for each vector of a row of n columns; valid < width only in the last.
 template <class V, class Columns, class F>
 static inline void for_each_vector(Columns n, F f) {
   int64_t j = 0;
   for (; j + V::width <= n; j += V::width) f(j, V::width);
   if (j < n) f(j, int(n - j));
+}
+
+// Calls f with n, as a constant where it is the whole of a block: almost every block, which the compiler unrolls.
+template <int64_t whole, class F>
+static inline void with_columns(int64_t n, F f) {
+  if (n == whole)
+    f(std::integral_constant<int64_t, whole>{});
+  else
+    f(n);
 }
 
 // Raw scores of some rows to probs relative to the row_max so far; factors bring each row's older sums to it.
@@ -130,12 +200,20 @@ static inline void softmax_rows(const float* scores, int64_t ld, int64_t rows, C
     for (int64_t r = group; r < end; ++r) {
       const auto shift = V::set1(-row_max[r]);
       auto sum = first ? V::zero() : V::mul(V::load(row_sum + r * V::width), V::set1(factors[r]));
-      for_each_vector<V>(n, [&](int64_t j, int valid) {
-        auto p = exp2<V, accurate>(V::fma(V::load(scores + r * ld + j), scale, shift));
-        if (valid < V::width) p = V::keep_first(p, valid, 0.0f);
+      const auto prob = [&](int64_t j) {
+        return exp2<V, accurate>(V::fma(V::load(scores + r * ld + j), scale, shift));
+      };
+      int64_t paired = 0;
+      for (; paired + 2 * V::width <= n; paired += 2 * V::width) {
+        const auto p = prob(paired), q = prob(paired + V::width);
+        sum = V::add(sum, V::add(p, q));
+        Dot::store_pair(probs + r * probs_ld, paired, p, q);
+      }
+      for (int64_t j = paired; j < n; j += V::width) {
+        const auto p = V::keep_first(prob(j), int(min_of<int64_t>(n - j, V::width)), 0.0f);
         sum = V::add(sum, p);
         Dot::store(probs + r * probs_ld, j, p);
-      });
+      }
       V::store(row_sum + r * V::width, sum);
       for (int64_t j = round_up(n, V::width); j < columns; j += V::width)
         Dot::store(probs + r * probs_ld, j, V::zero());
@@ -148,46 +226,47 @@ void attention_forward(const AttentionArgs& args, const SegmentBlock& block, int
   using Tile = AttentionTile<V, T>;
   using Shape = AttentionShape<V, T>;
   using Dot = typename Shape::Dot;
-  constexpr bool accurate = sizeof(T) == sizeof(float);
-  const typename Dot::Session session{};
-  (void)session;
+  constexpr bool accurate = std::is_same_v<T, float>;
   const Shape shape(args);
   const AttentionScratch<V, T> s(args, scratch);
   const float scale_log2 = args.softmax_scale * kLog2E;
   const int64_t first_row = block.begin + block.first;
 
   pack_left(Dot{}, rows_of<T>(args.q, first_row, head), args.q.row_stride, block.rows, shape.dim, s.left_a, shape.steps);
-  for (int64_t key = 0; key < block.length; key += Tile::key_block) {
-    const int64_t keys = min_of(Tile::key_block, block.length - key);
-    const int64_t columns = round_up(keys, Tile::column_multiple);
-    pack_right_transposed(Dot{}, rows_of<T>(args.k, block.begin + key, head), args.k.row_stride, keys, shape.dim,
-                          shape.steps, s.right_a, columns);
-    pack_right(Dot{}, rows_of<T>(args.v, block.begin + key, head), args.v.row_stride, keys, columns, shape.dim,
-               s.right_c, shape.padded_dim);
-    for (int64_t row = 0; row < block.rows; row += Tile::rows) {
-      const int64_t rows = min_of(Tile::rows, block.rows - row);
-      float* acc = s.acc_a + row * shape.padded_dim;
-      product<V, Dot>(rows, columns, shape.steps, s.left_a + row * shape.steps, shape.steps, s.right_a, columns,
-                      s.scores, Tile::key_block, false);
-      float factors[Tile::rows];
-      const auto softmax = [&](auto negative_scale, auto n) {
-        softmax_rows<V, Dot, accurate, decltype(negative_scale)::value>(
-            s.scores, Tile::key_block, rows, n, columns, scale_log2, key == 0, s.row_max + row,
-            s.row_sum + row * V::width, factors, s.probs, shape.block_steps);
-      };
-      if (scale_log2 < 0.0f)
-        softmax(std::true_type{}, keys);
-      else if (keys == Tile::key_block)  // almost every block: the compiler unrolls
-        softmax(std::false_type{}, std::integral_constant<int64_t, Tile::key_block>{});
-      else
-        softmax(std::false_type{}, keys);
-      for (int64_t r = 0; r < rows; ++r)
-        if (factors[r] != 1.0f)
-          store_row<V>(acc + r * shape.padded_dim, shape.padded_dim, factors[r], acc + r * shape.padded_dim);
-      product<V, Dot>(rows, shape.padded_dim, columns / Dot::group, s.probs, shape.block_steps, s.right_c,
-                      shape.padded_dim, acc, shape.padded_dim, key > 0);
-    }
-  }
+  for_each_step<V, T>(
+      block.rows, block.length,
+      [&](int64_t first, int64_t count) {
+        pack_panel_transposed<V, T>(shape, args.k, block.begin + first, count, head, s.right_a);
+        pack_panel<V, T>(shape, args.v, block.begin + first, count, head, s.right_c);
+      },
+      [&](const Step& g) {
+        const int64_t columns = round_up(g.count, Tile::column_multiple);
+        product<V, Dot>(g.rows, columns, shape.steps, s.left_a + g.row * shape.steps, shape.steps, s.right_a + g.slot * Tile::key_block * shape.steps,
+                  columns, s.scores, Tile::key_block, false);
+      },
+      [&](const Step& g) {
+        const int64_t columns = round_up(g.count, Tile::column_multiple);
+        const auto softmax = [&](auto negative_scale, auto n) {
+          softmax_rows<V, Dot, accurate, decltype(negative_scale)::value>(
+              s.scores, Tile::key_block, g.rows, n, columns, scale_log2, g.first, s.row_max + g.row,
+              s.row_sum + g.row * V::width, s.factors, s.probs, Shape::block_steps);
+        };
+        if (scale_log2 < 0.0f)
+          softmax(std::true_type{}, g.count);
+        else
+          with_columns<Tile::key_block>(g.count, [&](auto n) { softmax(std::false_type{}, n); });
+      },
+      [&](const Step& g) {
+        const int64_t columns = round_up(g.count, Tile::column_multiple);
+        float* acc = s.acc_a + g.row * shape.padded_dim;
+        for (int64_t r = 0; r < g.rows; ++r)
+          if (s.factors[r] != 1.0f)
+            store_row<V>(acc + r * shape.padded_dim, shape.padded_dim, s.factors[r],
+                         acc + r * shape.padded_dim);
+        product<V, Dot>(g.rows, shape.padded_dim, columns / Dot::group, s.probs, Shape::block_steps,
+                  s.right_c + g.slot * Shape::block_steps * shape.padded_dim, shape.padded_dim, acc, shape.padded_dim, !g.first);
+      });
+
   T* out = static_cast<T*>(args.out) + (first_row * args.num_heads + head) * shape.dim;
   float* softmax_lse = args.softmax_lse + head * args.total_nnz + first_row;
   for (int64_t r = 0; r < block.rows; ++r) {
@@ -203,9 +282,7 @@ void attention_backward_query(const AttentionArgs& args, const SegmentBlock& blo
   using Tile = AttentionTile<V, T>;
   using Shape = AttentionShape<V, T>;
   using Dot = typename Shape::Dot;
-  constexpr bool accurate = sizeof(T) == sizeof(float);
-  const typename Dot::Session session{};
-  (void)session;
+  constexpr bool accurate = std::is_same_v<T, float>;
   const Shape shape(args);
   const AttentionScratch<V, T> s(args, scratch);
   const float scale_log2 = args.softmax_scale * kLog2E;
@@ -230,36 +307,45 @@ void attention_backward_query(const AttentionArgs& args, const SegmentBlock& blo
   }
   pack_left(Dot{}, rows_of<T>(args.q, first_row, head), args.q.row_stride, block.rows, shape.dim, s.left_a, shape.steps);
   pack_left(Dot{}, grad_out, args.grad_out.row_stride, block.rows, shape.dim, s.left_b, shape.steps);
-
-  for (int64_t key = 0; key < block.length; key += Tile::key_block) {
-    const int64_t keys = min_of(Tile::key_block, block.length - key);
-    const int64_t columns = round_up(keys, Tile::column_multiple);
-    const T* k = rows_of<T>(args.k, block.begin + key, head);
-    pack_right_transposed(Dot{}, k, args.k.row_stride, keys, shape.dim, shape.steps, s.right_a, columns);
-    pack_right_transposed(Dot{}, rows_of<T>(args.v, block.begin + key, head), args.v.row_stride, keys, shape.dim,
-                          shape.steps, s.right_b, columns);
-    pack_right(Dot{}, k, args.k.row_stride, keys, columns, shape.dim, s.right_c, shape.padded_dim);
-    for (int64_t row = 0; row < block.rows; row += Tile::rows) {
-      const int64_t rows = min_of(Tile::rows, block.rows - row);
-      product<V, Dot>(rows, columns, shape.steps, s.left_a + row * shape.steps, shape.steps, s.right_a, columns,
-                      s.scores, Tile::key_block, false);
-      product<V, Dot>(rows, columns, shape.steps, s.left_b + row * shape.steps, shape.steps, s.right_b, columns,
-                      s.grad_probs, Tile::key_block, false);
-      for (int64_t r = 0; r < rows; ++r) {
-        const auto minus_lse = V::set1(s.minus_lse[row + r]);
-        const auto delta = V::set1(s.delta[row + r]);
-        for_each_vector<V>(columns, [&](int64_t j, int) {
-          const auto scores = V::load(s.scores + r * Tile::key_block + j);
-          const auto p = exp2<V, accurate>(V::fma(scores, V::set1(scale_log2), minus_lse));
-          auto ds = V::mul(p, V::sub(V::load(s.grad_probs + r * Tile::key_block + j), delta));
-          if (j + V::width > keys) ds = V::keep_first(ds, int(max_of<int64_t>(keys - j, 0)), 0.0f);
-          Dot::store(s.grad_scores + r * shape.block_steps, j, ds);
+  for_each_step<V, T>(
+      block.rows, block.length,
+      [&](int64_t first, int64_t count) {
+        pack_panel_transposed<V, T>(shape, args.k, block.begin + first, count, head, s.right_a);
+        pack_panel_transposed<V, T>(shape, args.v, block.begin + first, count, head, s.right_b);
+        pack_panel<V, T>(shape, args.k, block.begin + first, count, head, s.right_c);
+      },
+      [&](const Step& g) {
+        const int64_t columns = round_up(g.count, Tile::column_multiple);
+        product<V, Dot>(g.rows, columns, shape.steps, s.left_a + g.row * shape.steps, shape.steps, s.right_a + g.slot * Tile::key_block * shape.steps,
+                  columns, s.scores, Tile::key_block, false);
+        product<V, Dot>(g.rows, columns, shape.steps, s.left_b + g.row * shape.steps, shape.steps, s.right_b + g.slot * Tile::key_block * shape.steps,
+                  columns, s.grad_probs, Tile::key_block, false);
+      },
+      [&](const Step& g) {
+        const int64_t columns = round_up(g.count, Tile::column_multiple);
+        const auto scale = V::set1(scale_log2);
+        with_columns<Tile::key_block>(columns, [&](auto n) {
+          for (int64_t r = 0; r < g.rows; ++r) {
+            const auto minus_lse = V::set1(s.minus_lse[g.row + r]);
+            const auto delta = V::set1(s.delta[g.row + r]);
+            const float* scores = s.scores + r * Tile::key_block;
+            const float* grad_probs = s.grad_probs + r * Tile::key_block;
+            for_each_vector<V>(n, [&](int64_t j, int) {
+              const auto p = exp2<V, accurate>(V::fma(V::load(scores + j), scale, minus_lse));
+              auto ds = V::mul(p, V::sub(V::load(grad_probs + j), delta));
+              if (j + V::width > g.count) ds = V::keep_first(ds, int(max_of<int64_t>(g.count - j, 0)), 0.0f);
+              Dot::store(s.grad_scores + r * Shape::block_steps, j, ds);
+            });
+          }
         });
-      }
-      product<V, Dot>(rows, shape.padded_dim, columns / Dot::group, s.grad_scores, shape.block_steps, s.right_c,
-                      shape.padded_dim, s.acc_a + row * shape.padded_dim, shape.padded_dim, key > 0);
-    }
-  }
+      },
+      [&](const Step& g) {
+        const int64_t columns = round_up(g.count, Tile::column_multiple);
+        product<V, Dot>(g.rows, shape.padded_dim, columns / Dot::group, s.grad_scores, Shape::block_steps,
+                  s.right_c + g.slot * Shape::block_steps * shape.padded_dim, shape.padded_dim, s.acc_a + g.row * shape.padded_dim, shape.padded_dim,
+                  !g.first);
+      });
+
   T* grad_q = static_cast<T*>(args.grad_q) + first_row * out_stride + head * shape.dim;
   for (int64_t r = 0; r < block.rows; ++r)
     store_row<V>(s.acc_a + r * shape.padded_dim, shape.dim, args.softmax_scale, grad_q + r * out_stride);
@@ -271,9 +357,7 @@ void attention_backward_key(const AttentionArgs& args, const SegmentBlock& block
   using Tile = AttentionTile<V, T>;
   using Shape = AttentionShape<V, T>;
   using Dot = typename Shape::Dot;
-  constexpr bool accurate = sizeof(T) == sizeof(float);
-  const typename Dot::Session session{};
-  (void)session;
+  constexpr bool accurate = std::is_same_v<T, float>;
   const Shape shape(args);
   const AttentionScratch<V, T> s(args, scratch);
   const float scale_log2 = args.softmax_scale * kLog2E;
@@ -282,48 +366,58 @@ void attention_backward_key(const AttentionArgs& args, const SegmentBlock& block
 
   pack_left(Dot{}, rows_of<T>(args.k, first_row, head), args.k.row_stride, block.rows, shape.dim, s.left_a, shape.steps);
   pack_left(Dot{}, rows_of<T>(args.v, first_row, head), args.v.row_stride, block.rows, shape.dim, s.left_b, shape.steps);
-  for (int64_t query = 0; query < block.length; query += Tile::key_block) {
-    const int64_t queries = min_of(Tile::key_block, block.length - query);
-    const int64_t columns = round_up(queries, Tile::column_multiple);
-    const T* q = rows_of<T>(args.q, block.begin + query, head);
-    const T* grad_out = rows_of<T>(args.grad_out, block.begin + query, head);
-    const int64_t lse_row = head * args.total_nnz + block.begin + query;
-    pack_right_transposed(Dot{}, q, args.q.row_stride, queries, shape.dim, shape.steps, s.right_a, columns);
-    pack_right_transposed(Dot{}, grad_out, args.grad_out.row_stride, queries, shape.dim, shape.steps, s.right_b, columns);
-    pack_right(Dot{}, q, args.q.row_stride, queries, columns, shape.dim, s.right_c, shape.padded_dim);
-    pack_right(Dot{}, grad_out, args.grad_out.row_stride, queries, columns, shape.dim, s.right_d, shape.padded_dim);
-    for (int64_t j = 0; j < columns; ++j) {
-      s.minus_lse[j] = j < queries ? -args.softmax_lse[lse_row + j] * kLog2E : 0.0f;
-      s.delta[j] = j < queries ? args.delta[lse_row + j] : 0.0f;
-    }
-    for (int64_t row = 0; row < block.rows; row += Tile::rows) {
-      const int64_t rows = min_of(Tile::rows, block.rows - row);
-      product<V, Dot>(rows, columns, shape.steps, s.left_a + row * shape.steps, shape.steps, s.right_a, columns,
-                      s.scores, Tile::key_block, false);
-      product<V, Dot>(rows, columns, shape.steps, s.left_b + row * shape.steps, shape.steps, s.right_b, columns,
-                      s.grad_probs, Tile::key_block, false);
-      for (int64_t r = 0; r < rows; ++r) {
-        for_each_vector<V>(columns, [&](int64_t j, int) {
-          const auto scores = V::load(s.scores + r * Tile::key_block + j);
-          auto p = exp2<V, accurate>(V::fma(scores, V::set1(scale_log2), V::load(s.minus_lse + j)));
-          const auto dp = V::load(s.grad_probs + r * Tile::key_block + j);
-          auto ds = V::mul(p, V::sub(dp, V::load(s.delta + j)));
-          if (j + V::width > queries) {
-            const int valid = int(max_of<int64_t>(queries - j, 0));
-            p = V::keep_first(p, valid, 0.0f);
-            ds = V::keep_first(ds, valid, 0.0f);
+  for_each_step<V, T>(
+      block.rows, block.length,
+      [&](int64_t first, int64_t count) {
+        pack_panel_transposed<V, T>(shape, args.q, block.begin + first, count, head, s.right_a);
+        pack_panel_transposed<V, T>(shape, args.grad_out, block.begin + first, count, head, s.right_b);
+        pack_panel<V, T>(shape, args.q, block.begin + first, count, head, s.right_c);
+        pack_panel<V, T>(shape, args.grad_out, block.begin + first, count, head, s.right_d);
+        const int64_t lse_row = head * args.total_nnz + block.begin + first;
+        for (int64_t j = 0; j < round_up(count, Tile::column_multiple); ++j) {
+          s.minus_lse[j] = j < count ? -args.softmax_lse[lse_row + j] * kLog2E : 0.0f;
+          s.delta[j] = j < count ? args.delta[lse_row + j] : 0.0f;
+        }
+      },
+      [&](const Step& g) {
+        const int64_t columns = round_up(g.count, Tile::column_multiple);
+        product<V, Dot>(g.rows, columns, shape.steps, s.left_a + g.row * shape.steps, shape.steps, s.right_a + g.slot * Tile::key_block * shape.steps,
+                  columns, s.scores, Tile::key_block, false);
+        product<V, Dot>(g.rows, columns, shape.steps, s.left_b + g.row * shape.steps, shape.steps, s.right_b + g.slot * Tile::key_block * shape.steps,
+                  columns, s.grad_probs, Tile::key_block, false);
+      },
+      [&](const Step& g) {
+        const int64_t columns = round_up(g.count, Tile::column_multiple);
+        const auto scale = V::set1(scale_log2);
+        const float* minus_lse = s.minus_lse + g.slot * Tile::key_block;
+        const float* delta = s.delta + g.slot * Tile::key_block;
+        with_columns<Tile::key_block>(columns, [&](auto n) {
+          for (int64_t r = 0; r < g.rows; ++r) {
+            const float* scores = s.scores + r * Tile::key_block;
+            const float* grad_probs = s.grad_probs + r * Tile::key_block;
+            for_each_vector<V>(n, [&](int64_t j, int) {
+              auto p = exp2<V, accurate>(V::fma(V::load(scores + j), scale, V::load(minus_lse + j)));
+              auto ds = V::mul(p, V::sub(V::load(grad_probs + j), V::load(delta + j)));
+              if (j + V::width > g.count) {
+                const int valid = int(max_of<int64_t>(g.count - j, 0));
+                p = V::keep_first(p, valid, 0.0f);
+                ds = V::keep_first(ds, valid, 0.0f);
+              }
+              Dot::store(s.probs + r * Shape::block_steps, j, p);
+              Dot::store(s.grad_scores + r * Shape::block_steps, j, ds);
+            });
           }
-          Dot::store(s.probs + r * shape.block_steps, j, p);
-          Dot::store(s.grad_scores + r * shape.block_steps, j, ds);
         });
-      }
-      const int64_t acc_row = row * shape.padded_dim;
-      product<V, Dot>(rows, shape.padded_dim, columns / Dot::group, s.grad_scores, shape.block_steps, s.right_c,
-                      shape.padded_dim, s.acc_a + acc_row, shape.padded_dim, query > 0);
-      product<V, Dot>(rows, shape.padded_dim, columns / Dot::group, s.probs, shape.block_steps, s.right_d,
-                      shape.padded_dim, s.acc_b + acc_row, shape.padded_dim, query > 0);
-    }
-  }
+      },
+      [&](const Step& g) {
+        const int64_t steps = round_up(g.count, Tile::column_multiple) / Dot::group;
+        const int64_t acc_row = g.row * shape.padded_dim;
+        product<V, Dot>(g.rows, shape.padded_dim, steps, s.grad_scores, Shape::block_steps, s.right_c + g.slot * Shape::block_steps * shape.padded_dim,
+                  shape.padded_dim, s.acc_a + acc_row, shape.padded_dim, !g.first);
+        product<V, Dot>(g.rows, shape.padded_dim, steps, s.probs, Shape::block_steps, s.right_d + g.slot * Shape::block_steps * shape.padded_dim,
+                  shape.padded_dim, s.acc_b + acc_row, shape.padded_dim, !g.first);
+      });
+
   T* grad_k = static_cast<T*>(args.grad_k) + first_row * out_stride + head * shape.dim;
   T* grad_v = static_cast<T*>(args.grad_v) + first_row * out_stride + head * shape.dim;
   for (int64_t r = 0; r < block.rows; ++r) {

@@ -25,7 +25,6 @@ static constexpr Kernels kernel_table(const char* name) {
   Kernels t{};
   t.name = name;
   t.width = V::width;
-  t.query_block = t.key_block = AttentionTile<V, float>::query_block;
   t.attention_scratch = [](const AttentionArgs& args) {
     return with_type(args.dtype, [&](auto e) { return attention_scratch<V, decltype(e)>(args); });
   };
