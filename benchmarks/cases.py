@@ -114,10 +114,10 @@ def attention_task(case: str, lengths: Lengths, dtype: str) -> Task:
     )  # fmt: skip
 
 
-def embedding_task(case: str, lengths: Lengths, dtype: str) -> Task:
-    """expression_embedding of the 100m model on UMI cells; the index of equal values comes with the batch (packer)."""
+def embedding_task(case: str, lengths: Lengths, dtype: str, preset: str = "100m") -> Task:
+    """expression_embedding of a preset on UMI cells; the index of equal values comes with the batch (packer)."""
     generator = torch.Generator().manual_seed(0)
-    config = XTrimoGeneConfig.preset("100m", num_genes=NUM_GENES)
+    config = XTrimoGeneConfig.preset(preset, num_genes=NUM_GENES)
     counts, ids = umi_counts(lengths)
     cell_of = np.repeat(np.arange(len(lengths)), lengths)
     totals = np.bincount(cell_of, weights=counts)

@@ -27,11 +27,11 @@ def with_tables(text: str, results: Path = RESULTS) -> str:
         if path.is_file():
             rows = read_rows(path)
             parts += [section(rows), _where(rows)]
-    body = "\n\n".join(parts)
+    body = "".join(f"{part}\n\n" for part in parts).removesuffix("\n")
     found = re.compile(f"{OPENING}\n.*?{CLOSING}", flags=re.DOTALL)
     if not found.search(text):
         raise ValueError(f"expected the markers {OPENING} and {CLOSING}, got a text without them")
-    return found.sub(lambda _: f"{OPENING}\n{body}\n{CLOSING}", text)
+    return found.sub(lambda _: f"{OPENING}\n{body}{CLOSING}", text)
 
 
 def _memory(rows: Rows) -> str:

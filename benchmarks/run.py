@@ -59,6 +59,11 @@ def check(task: Task) -> dict[str, dict[str, tuple[float, float]]]:
     return found
 
 
+def right(found: dict[str, tuple[float, float]]) -> bool:
+    """Whether a provider's errors, as ``check`` gives them, are within their limits. NaN is not."""
+    return all(error <= limit for error, limit in found.values())
+
+
 def _rows_of(gradient: Tensor, exact: Tensor) -> Tensor:
     """Gradients to token rows cover all cells, the exact ones only the cells that are checked."""
     return gradient[: len(exact)]
@@ -107,8 +112,8 @@ def _time_once(provider: Provider, grad_out: Tensor) -> tuple[float, float, floa
 def task_rows(task: Task, seconds: float) -> Iterator[Row]:
     """The rows of one task: every provider and direction, speeds only where the result is right."""
     checked = check(task)
-    right = [name for name, found in checked.items() if all(error <= limit for error, limit in found.values())]
-    times = measure(task, right, seconds) if right else {}
+    good = [name for name, found in checked.items() if right(found)]
+    times = measure(task, good, seconds) if good else {}
     for name in task.providers:
         for direction in (FORWARD, BACKWARD, BOTH):
             error, limit = checked[name][direction]
@@ -120,22 +125,22 @@ def task_rows(task: Task, seconds: float) -> Iterator[Row]:
                 "dtype": task.dtype,
                 "direction": direction,
                 "provider": name,
-                "correct": name in right,
+                "correct": name in good,
                 "error": f"{error:.2e}",
                 "error_limit": f"{limit:.2e}",
             }
-            if name in right:
+            if name in good:
                 row |= _speed(times[name][direction])
-                median = row["median_ms"]
-                gflops = task.flops[direction] / (1e6 * median)
+                median = statistics.median(times[name][direction])
+                gflops = task.flops[direction] / (1e9 * median)
                 gemm = 2 * GEMM_SIZE**3 / (1e9 * statistics.median(times["gemm"][FORWARD]))
                 row |= {
                     "gflops": _digits(gflops),
                     "gemm_gflops": _digits(gemm),
                     "share_of_gemm": _digits(gflops / gemm),
                 }
-                if "plain" in right:
-                    row["speedup"] = _digits(1e3 * statistics.median(times["plain"][direction]) / median)
+                if "plain" in good:
+                    row["speedup"] = _digits(statistics.median(times["plain"][direction]) / median)
             yield row
 
 
