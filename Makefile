@@ -60,7 +60,8 @@ check-aarch64: $(CSRC)
 	qemu-aarch64 build/kernels_check_aarch64
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their check, then the tests of ops and packer,
-# in a copy of the tree with a build of its own. libstdc++ is preloaded too, so that exceptions are intercepted.
+# in a copy of the tree with a build of its own. libstdc++ is preloaded too, so that exceptions are intercepted, and
+# pytest leaves the standard error alone, where a sanitizer writes its last words.
 SANITIZED := build/sanitize
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED_TESTS ?= tests/xtg_kernels/test_ragged_attention.py tests/xtg_kernels/test_expression_embedding.py \
@@ -81,7 +82,7 @@ sanitize: setup $(SANITIZED)/kernels_check
 	cd $(SANITIZED) && XTG_SANITIZE=1 $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  $(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider $(SANITIZED_TESTS)
+	  $(CURDIR)/$(BIN)/python -m pytest -q -x --capture=sys -p no:cacheprovider $(SANITIZED_TESTS)
 
 readme-tables: setup
 	$(BIN)/python -m benchmarks.readme

@@ -125,17 +125,19 @@ def embed_share(quick: bool) -> Iterator[dict[str, Any]]:
             ]
             written = anndata.read_h5ad(path.with_name("out.h5ad")).obsm["X_xtrimogene"]
             median = sorted(reports, key=lambda report: report.seconds)[len(reports) // 2]
-            yield {
+            row = {
                 "benchmark": "embed", "case": f"{name}, 3m, {dtype}", "cells": median.cells, "tokens": median.tokens,
                 "dtype": median.dtype, "provider": "xtg", "correct": _embeds(written, cells, model, median.dtype),
-                "runs": len(reports), "median_ms": _digits(1e3 * median.seconds),
-                "q20_ms": _digits(1e3 * float(np.quantile([report.seconds for report in reports], 0.2))),
-                "q80_ms": _digits(1e3 * float(np.quantile([report.seconds for report in reports], 0.8))),
-                "cells_per_second": _digits(median.cells / median.seconds),
-                "encoder_share": _digits(statistics.median(r.seconds_encoder / r.seconds for r in reports)),
-                "packing_share": _digits(statistics.median(r.seconds_packing / r.seconds for r in reports)),
-                "reading_share": _digits(statistics.median(r.seconds_reading / r.seconds for r in reports)),
             }  # fmt: skip
+            if row["correct"]:
+                low, high = np.quantile([report.seconds for report in reports], [0.2, 0.8]) * 1e3
+                row |= {"runs": len(reports), "median_ms": _digits(1e3 * median.seconds)}
+                row |= {"q20_ms": _digits(low), "q80_ms": _digits(high)}
+                row["cells_per_second"] = _digits(median.cells / median.seconds)
+                for part in ("encoder", "packing", "reading"):
+                    shares = [getattr(report, f"seconds_{part}") / report.seconds for report in reports]
+                    row[f"{part}_share"] = _digits(statistics.median(shares))
+            yield row
 
 
 def _embeds(written: np.ndarray, cells: anndata.AnnData, model: xtrimogene.XTrimoGene, dtype: str) -> bool:
@@ -170,12 +172,14 @@ def memory(quick: bool) -> Iterator[dict[str, Any]]:
             loaded, peak, seconds = map(float, done.stdout.split()[-3:])
             written = anndata.read_h5ad(folder / "out.h5ad").obsm["X_xtrimogene"]
             (folder / "out.h5ad").unlink()
-            yield {
+            row = {
                 "benchmark": "memory", "case": f"{name}, 3m", "cells": count, "tokens": int(repeated.X.nnz),
                 "dtype": "auto", "provider": "xtg", "correct": _embeds(written, repeated, model, "auto"),
-                "median_ms": _digits(1e3 * seconds), "runs": 1, "loaded_mib": _digits(loaded),
-                "peak_mib": _digits(peak - loaded),
             }  # fmt: skip
+            if row["correct"]:
+                row |= {"runs": 1, "median_ms": _digits(1e3 * seconds), "loaded_mib": _digits(loaded)}
+                row["peak_mib"] = _digits(peak - loaded)
+            yield row
 
 
 def _embed_and_tell_memory(folder: Path) -> None:
