@@ -47,7 +47,7 @@ void* aligned(std::vector<double>& x) {
   return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(x.data()) + 63) / 64 * 64);
 }
 
-void check_attention(const Kernels& kernels, int64_t head_dim) {
+void check_attention(const Kernels& kernels, int64_t head_dim, bool one_pass) {
   const std::vector<int32_t> cu_seqlens = {0, 0, 1, 63, 128, 128, 330};
   const int64_t batch = int64_t(cu_seqlens.size()) - 1, heads = 2, total = 333;
   const float scale = 0.3f;
@@ -70,10 +70,20 @@ void check_attention(const Kernels& kernels, int64_t head_dim) {
   args.grad_q = grad_q.data();
   args.grad_k = grad_k.data();
   args.grad_v = grad_v.data();
+  args.one_pass_rows = one_pass ? 330 : 0;
   auto scratch = poisoned(kernels.attention_scratch(args) + 64);
-  for (auto kernel : {kernels.attention_forward, kernels.attention_backward_query, kernels.attention_backward_key})
-    for (const SegmentBlock& block : segment_blocks(cu_seqlens.data(), batch, heads, 1))
+  const auto blocks = segment_blocks(cu_seqlens.data(), batch, heads, 1);
+  const auto run = [&](auto kernel, const std::vector<SegmentBlock>& work) {
+    for (const SegmentBlock& block : work)
       for (int64_t h = 0; h < heads; ++h) kernel(args, block, h, aligned(scratch));
+  };
+  run(kernels.attention_forward, blocks);
+  if (one_pass) {
+    run(kernels.attention_backward, whole_segments(cu_seqlens.data(), batch, 1, 330));
+  } else {
+    run(kernels.attention_backward_query, blocks);
+    run(kernels.attention_backward_key, blocks);
+  }
 
   const auto at = [&](int part, int64_t t, int64_t h, int64_t d) {
     return double(qkv[size_t(t * row + (part * heads + h) * head_dim + d)]);
@@ -114,7 +124,8 @@ void check_attention(const Kernels& kernels, int64_t head_dim) {
     std::fill(x.begin() + int64_t(flat(cu_seqlens.back(), 0, 0)), x.end(), 0.0f);
     return x;
   };
-  const std::string name = std::string(kernels.name) + " ragged_attention, head_dim " + std::to_string(head_dim);
+  const std::string name = std::string(kernels.name) + " ragged_attention, head_dim " + std::to_string(head_dim) +
+                           (one_pass ? ", backward in one pass" : ", backward in two passes");
   expect(relative_error(used(out), want_out) < 2e-6, name + ": out");
   expect(relative_error(used(grad_q), want_q) < 3e-6, name + ": grad_q");
   expect(relative_error(used(grad_k), want_k) < 3e-6, name + ": grad_k");
@@ -265,7 +276,8 @@ int main() {
   check_half_types();
   for (const std::string& isa : available_isas()) {
     use_isa(isa);
-    for (int64_t head_dim : {8, 20, 64}) check_attention(active_kernels(), head_dim);
+    for (int64_t head_dim : {8, 20, 64})
+      for (bool one_pass : {false, true}) check_attention(active_kernels(), head_dim, one_pass);
     check_embedding(active_kernels(), 100, 24);
     check_embedding(active_kernels(), 5, 3);
   }

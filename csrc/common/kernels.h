@@ -9,6 +9,9 @@
 
 namespace xtg {
 
+// Segments up to this length can have their whole backward as one unit of work: more would leave threads idle.
+constexpr int64_t kOnePassRows = 4096;
+
 // Rows that one unit of attention work may own, and the multiple that keeps every group of rows in the kernels whole.
 constexpr int64_t kMaxBlockRows = 1056, kBlockRowMultiple = 96;
 
@@ -38,6 +41,7 @@ struct AttentionArgs {
   Operand grad_out;
   const float* grad_lse;  // (num_heads, total_nnz) or null
   float* delta;           // (num_heads, total_nnz), written by backward_query, read by backward_key
+  int64_t one_pass_rows;  // longest segment that goes to `attention_backward`
   void *grad_q, *grad_k, *grad_v;  // contiguous
 };
 
@@ -74,6 +78,9 @@ struct Kernels {
   int width;  // floats in a vector register: rows handed to the kernels are padded to a multiple of it
   size_t (*attention_scratch)(const AttentionArgs&);
   void (*attention_forward)(const AttentionArgs&, const SegmentBlock&, int64_t head, void* scratch);
+  // Whether attention_backward takes this type; the other two always do.
+  bool (*attention_one_pass)(DType);
+  void (*attention_backward)(const AttentionArgs&, const SegmentBlock& segment, int64_t head, void* scratch);
   void (*attention_backward_query)(const AttentionArgs&, const SegmentBlock&, int64_t head, void* scratch);
   void (*attention_backward_key)(const AttentionArgs&, const SegmentBlock&, int64_t head, void* scratch);
   int64_t value_block;  // distinct values of one unit of embedding work

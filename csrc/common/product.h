@@ -37,7 +37,7 @@ struct DotFor {
   using type = DotFloat<V>;
 };
 
-template <class V, class Dot, int Rows, int Vectors>
+template <class V, class Dot, bool transposed, int Rows, int Vectors>
 static inline void product_tile(int64_t k, const typename Dot::elem* a, int64_t lda, const typename Dot::elem* b,
                                 int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   typename V::reg acc[Rows][Vectors];
@@ -52,7 +52,7 @@ static inline void product_tile(int64_t k, const typename Dot::elem* a, int64_t 
 #pragma GCC unroll 8
     for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
-      for (int j = 0; j < Vectors; ++j) acc[i][j] = Dot::step(acc[i][j], a + i * lda + p, column[j]);
+      for (int j = 0; j < Vectors; ++j) acc[i][j] = Dot::step(acc[i][j], transposed ? a + p * lda + i : a + i * lda + p, column[j]);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
@@ -60,37 +60,40 @@ static inline void product_tile(int64_t k, const typename Dot::elem* a, int64_t 
     for (int j = 0; j < Vectors; ++j) V::store(c + i * ldc + j * V::width, acc[i][j]);
 }
 
-template <class V, class Dot, int Rows, int Vectors>
+template <class V, class Dot, bool transposed, int Rows, int Vectors>
 static inline void product_columns(int64_t n, int64_t k, const typename Dot::elem* a, int64_t lda,
                                    const typename Dot::elem* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   int64_t j = 0;
   for (; j + Vectors * V::width <= n; j += Vectors * V::width)
-    product_tile<V, Dot, Rows, Vectors>(k, a, lda, b + j, ldb, c + j, ldc, accumulate);
+    product_tile<V, Dot, transposed, Rows, Vectors>(k, a, lda, b + j, ldb, c + j, ldc, accumulate);
   if constexpr (Vectors > 1) {
     if (j < n)
-      product_columns<V, Dot, Rows, Vectors / 2>(n - j, k, a, lda, b + j, ldb, c + j, ldc, accumulate);
+      product_columns<V, Dot, transposed, Rows, Vectors / 2>(n - j, k, a, lda, b + j, ldb, c + j, ldc, accumulate);
   }
 }
 
-template <class V, class Dot, int Rows>
+template <class V, class Dot, bool transposed, int Rows>
 static inline void product_rows(int64_t m, int64_t n, int64_t k, const typename Dot::elem* a, int64_t lda,
                                 const typename Dot::elem* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   int64_t i = 0;
   for (; i + Rows <= m; i += Rows)
-    product_columns<V, Dot, Rows, V::tile_vectors>(n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
+    product_columns<V, Dot, transposed, Rows, V::tile_vectors>(n, k, transposed ? a + i : a + i * lda, lda, b, ldb,
+                                                               c + i * ldc, ldc, accumulate);
   if constexpr (Rows > 1) {
     if (i < m)
-      product_rows<V, Dot, Rows - 1>(m - i, n, k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, accumulate);
+      product_rows<V, Dot, transposed, Rows - 1>(m - i, n, k, transposed ? a + i : a + i * lda, lda, b, ldb,
+                                                 c + i * ldc, ldc, accumulate);
   }
 }
 
-template <class V, class Dot>
+// transposed: a is stored as (k, m), for floats only.
+template <class V, class Dot, bool transposed = false>
 static inline void product(int64_t m, int64_t n, int64_t k, const typename Dot::elem* a, int64_t lda,
                            const typename Dot::elem* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   if constexpr (Dot::tiles)
     Dot::product(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
   else
-    product_rows<V, Dot, V::tile_rows>(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+    product_rows<V, Dot, transposed, V::tile_rows>(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
 }
 
 // One row of n elements to floats, zero up to padded.

@@ -31,9 +31,8 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, 
 
 using BlockKernel = void (*)(const AttentionArgs&, const SegmentBlock&, int64_t, void*);
 
-void run_blocks(const Kernels& kernels, BlockKernel kernel, const AttentionArgs& args, const int32_t* cu_seqlens,
-                int64_t batch) {
-  const auto blocks = segment_blocks(cu_seqlens, batch, args.num_heads, torch::stable::get_num_threads());
+void run_blocks(const Kernels& kernels, BlockKernel kernel, const AttentionArgs& args,
+                const std::vector<SegmentBlock>& blocks) {
   for_each_unit(int64_t(blocks.size()) * args.num_heads, kernels.attention_scratch(args),
                 [&](int64_t unit, void* scratch) {
                   kernel(args, blocks[size_t(unit / args.num_heads)], unit % args.num_heads, scratch);
@@ -63,7 +62,8 @@ std::tuple<Tensor, Tensor> ragged_attention(const Tensor& q_in, const Tensor& k_
   for (int64_t h = 0; h < args.num_heads; ++h)
     for (int64_t t = used; t < args.total_nnz; ++t) args.softmax_lse[h * args.total_nnz + t] = 0.0f;
   const Kernels& kernels = active_kernels();
-  run_blocks(kernels, kernels.attention_forward, args, cu, batch);
+  run_blocks(kernels, kernels.attention_forward, args,
+             segment_blocks(cu, batch, args.num_heads, torch::stable::get_num_threads()));
   return {out, lse};
 }
 
@@ -99,8 +99,15 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_backward(
   args.grad_k = grad_k.data_ptr();
   args.grad_v = grad_v.data_ptr();
   const Kernels& kernels = active_kernels();
-  run_blocks(kernels, kernels.attention_backward_query, args, cu, batch);
-  run_blocks(kernels, kernels.attention_backward_key, args, cu, batch);
+  // Which way a segment goes is decided by its length alone: its bits must not depend on threads or batch mates.
+  const int64_t one_pass = kernels.attention_one_pass(args.dtype) ? kOnePassRows : 0;
+  const auto segments = whole_segments(cu, batch, 1, one_pass);
+  const auto blocks =
+      segment_blocks(cu, batch, args.num_heads, torch::stable::get_num_threads(), one_pass + 1);
+  run_blocks(kernels, kernels.attention_backward_query, args, blocks);
+  run_blocks(kernels, kernels.attention_backward_key, args, blocks);
+  for (const SegmentBlock& segment : segments) args.one_pass_rows = max_of(args.one_pass_rows, segment.length);
+  run_blocks(kernels, kernels.attention_backward, args, segments);
   return {grad_q, grad_k, grad_v};
 }
 

@@ -1,9 +1,10 @@
 // ragged_attention on a CPU: the algorithm, over raw pointers and one vector type V; no torch in here.
 //
 // Forward: a query block keeps a running row_max and row_sum (online softmax) while the key blocks of its segment stream
-// past; out = acc / row_sum, softmax_lse = row_max + log(row_sum). Backward in two passes without atomics: one owns
-// query blocks and sums grad_q over key blocks, one owns key blocks and sums grad_k and grad_v over query blocks; both
-// recompute probs from scores and softmax_lse.
+// past; out = acc / row_sum, softmax_lse = row_max + log(row_sum). The backward recomputes probs from scores and
+// softmax_lse, without atomics: in one pass that owns a whole segment and head (five products of each pair of blocks), or
+// in two that share a long segment among threads (seven products): one owns query blocks and sums grad_q over key blocks,
+// the other owns key blocks and sums grad_k and grad_v over query blocks.
 // The same words as in xtg_kernels/ops/ragged_attention/reference.py and triton_kernel.py.
 #pragma once
 
@@ -59,6 +60,9 @@ struct AttentionScratch {
   float *acc_a, *acc_b;             // (stationary, padded_dim)
   float *row_max, *row_sum;         // (stationary,), (stationary, V::width): the sums stay spread over the lanes
   float *minus_lse, *delta;         // of the queries: stationary or streaming; minus_lse in units of log2
+  // One-pass backward only: stationary keys as right operand, and grad_q of the whole segment.
+  elem* right_e;
+  float* acc_q;
   size_t bytes;
 
   AttentionScratch(const AttentionArgs& args, void* base) {
@@ -82,6 +86,8 @@ struct AttentionScratch {
     row_sum = cursor.take<float>(stationary * V::width);
     minus_lse = cursor.take<float>(max_of(Tile::max_rows, Tile::panel));
     delta = cursor.take<float>(max_of(Tile::max_rows, Tile::panel));
+    right_e = args.one_pass_rows ? cursor.take<elem>(stationary * shape.padded_dim) : nullptr;
+    acc_q = args.one_pass_rows ? cursor.take<float>(args.one_pass_rows * shape.padded_dim) : nullptr;
     bytes = cursor.used;
   }
 };
@@ -100,6 +106,7 @@ static inline const T* rows_of(const Operand& x, int64_t row, int64_t head) {
 struct Step {
   int64_t row, rows;     // the group: first stationary row and how many
   int64_t slot, count;   // the block: its place in the panel and how many rows
+  int64_t begin;         // its first row in the segment
   bool first;            // the group has met no block before
 };
 
@@ -117,8 +124,12 @@ static inline void for_each_step(int64_t stationary, int64_t streaming, Pack pac
     const int64_t blocks = ceil_div(panel_rows, Tile::key_block), all = ceil_div(stationary, Tile::rows) * blocks;
     const auto step = [&](int64_t i) {
       const int64_t row = i / blocks * Tile::rows, slot = i % blocks;
-      return Step{row, min_of(Tile::rows, stationary - row), slot,
-                  min_of(Tile::key_block, panel_rows - slot * Tile::key_block), panel == 0 && slot == 0};
+      return Step{row,
+                  min_of(Tile::rows, stationary - row),
+                  slot,
+                  min_of(Tile::key_block, panel_rows - slot * Tile::key_block),
+                  panel + slot * Tile::key_block,
+                  panel == 0 && slot == 0};
     };
     pack(panel, panel_rows);
     scores(step(0));
@@ -276,6 +287,22 @@ void attention_forward(const AttentionArgs& args, const SegmentBlock& block, int
   }
 }
 
+// delta = rowsum(grad_out * out) - grad_lse of some rows.
+template <class V, class T>
+static inline void write_delta(const AttentionArgs& args, int64_t first_row, int64_t rows, int64_t head) {
+  const int64_t dim = args.head_dim, lse_row = head * args.total_nnz + first_row;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* a = rows_of<T>(args.grad_out, first_row + r, head);
+    const T* b = static_cast<const T*>(args.out) + ((first_row + r) * args.num_heads + head) * dim;
+    auto sum = V::zero();
+    int64_t d = 0;
+    for (; d + V::width <= dim; d += V::width) sum = V::fma(V::load(a + d), V::load(b + d), sum);
+    float delta = V::sum(sum);
+    for (; d < dim; ++d) delta += to_float(a[d]) * to_float(b[d]);
+    args.delta[lse_row + r] = args.grad_lse ? delta - args.grad_lse[lse_row + r] : delta;
+  }
+}
+
 // grad_q of one query block; also writes delta = rowsum(grad_out * out) - grad_lse of its rows.
 template <class V, class T>
 void attention_backward_query(const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
@@ -290,23 +317,14 @@ void attention_backward_query(const AttentionArgs& args, const SegmentBlock& blo
   const int64_t out_stride = args.num_heads * shape.dim;
   const int64_t lse_row = head * args.total_nnz + first_row;
 
-  const T* grad_out = rows_of<T>(args.grad_out, first_row, head);
-  const T* out = static_cast<const T*>(args.out) + first_row * out_stride + head * shape.dim;
+  write_delta<V, T>(args, first_row, block.rows, head);
   for (int64_t r = 0; r < block.rows; ++r) {
-    const T* a = grad_out + r * args.grad_out.row_stride;
-    const T* b = out + r * out_stride;
-    auto sum = V::zero();
-    int64_t d = 0;
-    for (; d + V::width <= shape.dim; d += V::width) sum = V::fma(V::load(a + d), V::load(b + d), sum);
-    float delta = V::sum(sum);
-    for (; d < shape.dim; ++d) delta += to_float(a[d]) * to_float(b[d]);
-    if (args.grad_lse) delta -= args.grad_lse[lse_row + r];
-    args.delta[lse_row + r] = delta;
-    s.delta[r] = delta;
+    s.delta[r] = args.delta[lse_row + r];
     s.minus_lse[r] = -args.softmax_lse[lse_row + r] * kLog2E;
   }
   pack_left(Dot{}, rows_of<T>(args.q, first_row, head), args.q.row_stride, block.rows, shape.dim, s.left_a, shape.steps);
-  pack_left(Dot{}, grad_out, args.grad_out.row_stride, block.rows, shape.dim, s.left_b, shape.steps);
+  pack_left(Dot{}, rows_of<T>(args.grad_out, first_row, head), args.grad_out.row_stride, block.rows, shape.dim, s.left_b,
+            shape.steps);
   for_each_step<V, T>(
       block.rows, block.length,
       [&](int64_t first, int64_t count) {
@@ -351,79 +369,135 @@ void attention_backward_query(const AttentionArgs& args, const SegmentBlock& blo
     store_row<V>(s.acc_a + r * shape.padded_dim, shape.dim, args.softmax_scale, grad_q + r * out_stride);
 }
 
-// grad_k and grad_v of one key block: rows of scores are keys here, columns queries.
+// Rows of scores are keys here, columns queries: what the backward over key blocks does before its sums.
 template <class V, class T>
-void attention_backward_key(const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
+static inline void pack_query_panel(const AttentionArgs& args, const AttentionShape<V, T>& shape,
+                                    const AttentionScratch<V, T>& s, int64_t begin, int64_t count, int64_t head) {
+  pack_panel_transposed<V, T>(shape, args.q, begin, count, head, s.right_a);
+  pack_panel_transposed<V, T>(shape, args.grad_out, begin, count, head, s.right_b);
+  pack_panel<V, T>(shape, args.q, begin, count, head, s.right_c);
+  pack_panel<V, T>(shape, args.grad_out, begin, count, head, s.right_d);
+  const int64_t lse_row = head * args.total_nnz + begin;
+  for (int64_t j = 0; j < round_up(count, AttentionTile<V, T>::column_multiple); ++j) {
+    s.minus_lse[j] = j < count ? -args.softmax_lse[lse_row + j] * kLog2E : 0.0f;
+    s.delta[j] = j < count ? args.delta[lse_row + j] : 0.0f;
+  }
+}
+
+template <class V, class T>
+static inline void key_scores(const AttentionShape<V, T>& shape, const AttentionScratch<V, T>& s, const Step& g) {
+  using Tile = AttentionTile<V, T>;
+  const int64_t columns = round_up(g.count, Tile::column_multiple), slot = g.slot * Tile::key_block * shape.steps;
+  product<V, typename Tile::Dot>(g.rows, columns, shape.steps, s.left_a + g.row * shape.steps, shape.steps,
+                                 s.right_a + slot, columns, s.scores, Tile::key_block, false);
+  product<V, typename Tile::Dot>(g.rows, columns, shape.steps, s.left_b + g.row * shape.steps, shape.steps,
+                                 s.right_b + slot, columns, s.grad_probs, Tile::key_block, false);
+}
+
+template <class V, class T>
+static inline void key_softmax(const AttentionArgs& args, const AttentionScratch<V, T>& s, const Step& g) {
   using Tile = AttentionTile<V, T>;
   using Shape = AttentionShape<V, T>;
-  using Dot = typename Shape::Dot;
-  constexpr bool accurate = std::is_same_v<T, float>;
-  const Shape shape(args);
-  const AttentionScratch<V, T> s(args, scratch);
-  const float scale_log2 = args.softmax_scale * kLog2E;
-  const int64_t first_row = block.begin + block.first;
-  const int64_t out_stride = args.num_heads * shape.dim;
+  using Dot = typename Tile::Dot;
+  const auto scale = V::set1(args.softmax_scale * kLog2E);
+  const float* minus_lse = s.minus_lse + g.slot * Tile::key_block;
+  const float* delta = s.delta + g.slot * Tile::key_block;
+  with_columns<Tile::key_block>(round_up(g.count, Tile::column_multiple), [&](auto n) {
+    for (int64_t r = 0; r < g.rows; ++r) {
+      const float* scores = s.scores + r * Tile::key_block;
+      const float* grad_probs = s.grad_probs + r * Tile::key_block;
+      for_each_vector<V>(n, [&](int64_t j, int) {
+        constexpr bool accurate = std::is_same_v<T, float>;
+        auto p = exp2<V, accurate>(V::fma(V::load(scores + j), scale, V::load(minus_lse + j)));
+        auto ds = V::mul(p, V::sub(V::load(grad_probs + j), V::load(delta + j)));
+        if (j + V::width > g.count) {
+          const int valid = int(max_of<int64_t>(g.count - j, 0));
+          p = V::keep_first(p, valid, 0.0f);
+          ds = V::keep_first(ds, valid, 0.0f);
+        }
+        Dot::store(s.probs + r * Shape::block_steps, j, p);
+        Dot::store(s.grad_scores + r * Shape::block_steps, j, ds);
+      });
+    }
+  });
+}
 
-  pack_left(Dot{}, rows_of<T>(args.k, first_row, head), args.k.row_stride, block.rows, shape.dim, s.left_a, shape.steps);
-  pack_left(Dot{}, rows_of<T>(args.v, first_row, head), args.v.row_stride, block.rows, shape.dim, s.left_b, shape.steps);
+template <class V, class T>
+static inline void key_sums(const AttentionShape<V, T>& shape, const AttentionScratch<V, T>& s, const Step& g) {
+  using Tile = AttentionTile<V, T>;
+  using Shape = AttentionShape<V, T>;
+  using Dot = typename Tile::Dot;
+  const int64_t steps = round_up(g.count, Tile::column_multiple) / Dot::group;
+  const int64_t slot = g.slot * Shape::block_steps * shape.padded_dim, acc_row = g.row * shape.padded_dim;
+  product<V, Dot>(g.rows, shape.padded_dim, steps, s.grad_scores, Shape::block_steps, s.right_c + slot,
+                  shape.padded_dim, s.acc_a + acc_row, shape.padded_dim, !g.first);
+  product<V, Dot>(g.rows, shape.padded_dim, steps, s.probs, Shape::block_steps, s.right_d + slot, shape.padded_dim,
+                  s.acc_b + acc_row, shape.padded_dim, !g.first);
+}
+
+template <class V, class T>
+static inline void store_key_gradients(const AttentionArgs& args, const AttentionShape<V, T>& shape,
+                                       const AttentionScratch<V, T>& s, int64_t first_row, int64_t rows, int64_t head) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = ((first_row + r) * args.num_heads + head) * shape.dim;
+    store_row<V>(s.acc_a + r * shape.padded_dim, shape.dim, args.softmax_scale, static_cast<T*>(args.grad_k) + at);
+    store_row<V>(s.acc_b + r * shape.padded_dim, shape.dim, 1.0f, static_cast<T*>(args.grad_v) + at);
+  }
+}
+
+template <class V, class T>
+static inline void pack_keys(const AttentionArgs& args, const AttentionShape<V, T>& shape,
+                             const AttentionScratch<V, T>& s, int64_t first_row, int64_t rows, int64_t head) {
+  using Dot = typename AttentionTile<V, T>::Dot;
+  pack_left(Dot{}, rows_of<T>(args.k, first_row, head), args.k.row_stride, rows, shape.dim, s.left_a, shape.steps);
+  pack_left(Dot{}, rows_of<T>(args.v, first_row, head), args.v.row_stride, rows, shape.dim, s.left_b, shape.steps);
+}
+
+// grad_k and grad_v of one key block.
+template <class V, class T>
+void attention_backward_key(const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
+  const AttentionShape<V, T> shape(args);
+  const AttentionScratch<V, T> s(args, scratch);
+  const int64_t first_row = block.begin + block.first;
+  pack_keys<V, T>(args, shape, s, first_row, block.rows, head);
   for_each_step<V, T>(
       block.rows, block.length,
-      [&](int64_t first, int64_t count) {
-        pack_panel_transposed<V, T>(shape, args.q, block.begin + first, count, head, s.right_a);
-        pack_panel_transposed<V, T>(shape, args.grad_out, block.begin + first, count, head, s.right_b);
-        pack_panel<V, T>(shape, args.q, block.begin + first, count, head, s.right_c);
-        pack_panel<V, T>(shape, args.grad_out, block.begin + first, count, head, s.right_d);
-        const int64_t lse_row = head * args.total_nnz + block.begin + first;
-        for (int64_t j = 0; j < round_up(count, Tile::column_multiple); ++j) {
-          s.minus_lse[j] = j < count ? -args.softmax_lse[lse_row + j] * kLog2E : 0.0f;
-          s.delta[j] = j < count ? args.delta[lse_row + j] : 0.0f;
-        }
-      },
-      [&](const Step& g) {
-        const int64_t columns = round_up(g.count, Tile::column_multiple);
-        product<V, Dot>(g.rows, columns, shape.steps, s.left_a + g.row * shape.steps, shape.steps, s.right_a + g.slot * Tile::key_block * shape.steps,
-                  columns, s.scores, Tile::key_block, false);
-        product<V, Dot>(g.rows, columns, shape.steps, s.left_b + g.row * shape.steps, shape.steps, s.right_b + g.slot * Tile::key_block * shape.steps,
-                  columns, s.grad_probs, Tile::key_block, false);
-      },
-      [&](const Step& g) {
-        const int64_t columns = round_up(g.count, Tile::column_multiple);
-        const auto scale = V::set1(scale_log2);
-        const float* minus_lse = s.minus_lse + g.slot * Tile::key_block;
-        const float* delta = s.delta + g.slot * Tile::key_block;
-        with_columns<Tile::key_block>(columns, [&](auto n) {
-          for (int64_t r = 0; r < g.rows; ++r) {
-            const float* scores = s.scores + r * Tile::key_block;
-            const float* grad_probs = s.grad_probs + r * Tile::key_block;
-            for_each_vector<V>(n, [&](int64_t j, int) {
-              auto p = exp2<V, accurate>(V::fma(V::load(scores + j), scale, V::load(minus_lse + j)));
-              auto ds = V::mul(p, V::sub(V::load(grad_probs + j), V::load(delta + j)));
-              if (j + V::width > g.count) {
-                const int valid = int(max_of<int64_t>(g.count - j, 0));
-                p = V::keep_first(p, valid, 0.0f);
-                ds = V::keep_first(ds, valid, 0.0f);
-              }
-              Dot::store(s.probs + r * Shape::block_steps, j, p);
-              Dot::store(s.grad_scores + r * Shape::block_steps, j, ds);
-            });
-          }
-        });
-      },
-      [&](const Step& g) {
-        const int64_t steps = round_up(g.count, Tile::column_multiple) / Dot::group;
-        const int64_t acc_row = g.row * shape.padded_dim;
-        product<V, Dot>(g.rows, shape.padded_dim, steps, s.grad_scores, Shape::block_steps, s.right_c + g.slot * Shape::block_steps * shape.padded_dim,
-                  shape.padded_dim, s.acc_a + acc_row, shape.padded_dim, !g.first);
-        product<V, Dot>(g.rows, shape.padded_dim, steps, s.probs, Shape::block_steps, s.right_d + g.slot * Shape::block_steps * shape.padded_dim,
-                  shape.padded_dim, s.acc_b + acc_row, shape.padded_dim, !g.first);
-      });
+      [&](int64_t first, int64_t count) { pack_query_panel<V, T>(args, shape, s, block.begin + first, count, head); },
+      [&](const Step& g) { key_scores<V, T>(shape, s, g); }, [&](const Step& g) { key_softmax<V, T>(args, s, g); },
+      [&](const Step& g) { key_sums<V, T>(shape, s, g); });
+  store_key_gradients<V, T>(args, shape, s, first_row, block.rows, head);
+}
 
-  T* grad_k = static_cast<T*>(args.grad_k) + first_row * out_stride + head * shape.dim;
-  T* grad_v = static_cast<T*>(args.grad_v) + first_row * out_stride + head * shape.dim;
-  for (int64_t r = 0; r < block.rows; ++r) {
-    store_row<V>(s.acc_a + r * shape.padded_dim, shape.dim, args.softmax_scale, grad_k + r * out_stride);
-    store_row<V>(s.acc_b + r * shape.padded_dim, shape.dim, 1.0f, grad_v + r * out_stride);
+// All gradients of one segment and head. Float products only: grad_q reads grad_scores by columns.
+template <class V, class T>
+void attention_backward(const AttentionArgs& args, const SegmentBlock& segment, int64_t head, void* scratch) {
+  using Tile = AttentionTile<V, T>;
+  using Dot = typename Tile::Dot;
+  const AttentionShape<V, T> shape(args);
+  const AttentionScratch<V, T> s(args, scratch);
+  write_delta<V, T>(args, segment.begin, segment.length, head);
+  for (int64_t i = 0; i < segment.length * shape.padded_dim; ++i) s.acc_q[i] = 0.0f;
+  for (int64_t first_key = 0; first_key < segment.length; first_key += Tile::max_rows) {
+    const int64_t first_row = segment.begin + first_key, rows = min_of(Tile::max_rows, segment.length - first_key);
+    pack_keys<V, T>(args, shape, s, first_row, rows, head);
+    pack_panel<V, T>(shape, args.k, first_row, rows, head, s.right_e);
+    for_each_step<V, T>(
+        rows, segment.length,
+        [&](int64_t first, int64_t count) {
+          pack_query_panel<V, T>(args, shape, s, segment.begin + first, count, head);
+        },
+        [&](const Step& g) { key_scores<V, T>(shape, s, g); }, [&](const Step& g) { key_softmax<V, T>(args, s, g); },
+        [&](const Step& g) {
+          key_sums<V, T>(shape, s, g);
+          product<V, Dot, true>(g.count, shape.padded_dim, g.rows, s.grad_scores, Tile::key_block,
+                                s.right_e + g.row * shape.padded_dim, shape.padded_dim,
+                                s.acc_q + g.begin * shape.padded_dim, shape.padded_dim, true);
+        });
+    store_key_gradients<V, T>(args, shape, s, first_row, rows, head);
   }
+  T* grad_q = static_cast<T*>(args.grad_q) + (segment.begin * args.num_heads + head) * shape.dim;
+  for (int64_t r = 0; r < segment.length; ++r)
+    store_row<V>(s.acc_q + r * shape.padded_dim, shape.dim, args.softmax_scale, grad_q + r * args.num_heads * shape.dim);
 }
 
 }  // namespace xtg

@@ -31,6 +31,15 @@ static constexpr Kernels kernel_table(const char* name) {
   t.attention_forward = [](const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
     with_type(args.dtype, [&](auto e) { attention_forward<V, decltype(e)>(args, block, head, scratch); });
   };
+  t.attention_one_pass = [](DType dtype) {
+    return with_type(dtype, [](auto e) { return std::is_same_v<typename DotFor<V, decltype(e)>::type, DotFloat<V>>; });
+  };
+  t.attention_backward = [](const AttentionArgs& args, const SegmentBlock& segment, int64_t head, void* scratch) {
+    with_type(args.dtype, [&](auto e) {
+      if constexpr (std::is_same_v<typename DotFor<V, decltype(e)>::type, DotFloat<V>>)
+        attention_backward<V, decltype(e)>(args, segment, head, scratch);
+    });
+  };
   t.attention_backward_query = [](const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
     with_type(args.dtype, [&](auto e) { attention_backward_query<V, decltype(e)>(args, block, head, scratch); });
   };
