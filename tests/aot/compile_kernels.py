@@ -138,7 +138,9 @@ def report(case: dict[str, Any], launch: Launch) -> dict[str, Any]:
     name = " ".join(str(value) for value in case.values())
     kernel = launch[0].__name__.strip("_")
     where = {"case": name, "op": case["op"], "target": case["target"], "kernel": kernel}
-    return {**where, "shared": compiled.metadata.shared, **found}
+    # A dot whose result has a blocked layout is a loop of FMAs; on tensor cores it has an mma layout.
+    fma_dots = len(re.findall(r"tt\.dot .*-> tensor<[^>]*#blocked", compiled.asm["ttgir"]))
+    return {**where, "shared": compiled.metadata.shared, "fma_dots": fma_dots, **found}
 
 
 def case_reports(case: dict[str, Any]) -> list[dict[str, Any]]:

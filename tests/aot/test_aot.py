@@ -93,9 +93,20 @@ def test_shared_memory_is_within_limits(reports: list[dict[str, Any]]) -> None:
 def test_half_precision_products_use_tensor_cores(reports: list[dict[str, Any]]) -> None:
     half = [r for r in reports if "float32" not in r["case"] and r["kernel"] not in NO_DOT]
     assert not [f"{r['kernel']} ({r['case']})" for r in half if r["tensor_core"] == 0]
+    assert not _failing(half, "fma_dots")
+    assert any(r["fma_dots"] for r in reports if "float32" in r["case"]), "float32 products are exact"
     hopper_attention = [r for r in half if r["target"] == "sm_90" and r["op"] == "ragged_attention"]
     assert hopper_attention
     assert not [f"{r['kernel']} ({r['case']})" for r in hopper_attention if r["wgmma"] == 0]
+
+
+def test_half_precision_attention_streams_its_tiles(reports: list[dict[str, Any]]) -> None:
+    """Tiles come by asynchronous 16-byte copies, also where head_dim is no multiple of 16."""
+    half = [
+        r for r in reports if r["op"] == "ragged_attention" and r["target"] != "gfx942" and "float32" not in r["case"]
+    ]
+    assert any(r["case"].endswith(" 40") for r in half)
+    assert not [f"{r['kernel']} ({r['case']})" for r in half if r["async_copies"] == 0]
 
 
 def test_no_atomics(reports: list[dict[str, Any]]) -> None:

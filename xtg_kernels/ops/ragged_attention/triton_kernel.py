@@ -56,7 +56,7 @@ def _tile_pointers(
     pointers = block_pointer + tl.arange(0, BLOCK)[:, None] * row_stride + tl.arange(0, HEAD_BLOCK)[None, :]
     if HEAD_DIM * segment_pointer.dtype.element_ty.primitive_bitwidth % 128 == 0:
         # _aligned has seen to it. The compiler finds it out by itself only when strides are multiples of 16 elements.
-        pointers = tl.multiple_of(pointers, (16, 16))
+        pointers = tl.multiple_of(pointers, (1, 16))
     return pointers
 
 
