@@ -50,6 +50,13 @@ build/isa_%.o: csrc/cpu/isa/%.cpp $(CSRC)
 build/kernels_check: csrc/check/kernels_check.cpp csrc/common/isa.cpp $(foreach isa,scalar $(X86),build/isa_$(isa).o)
 	$(CXX) $(CXXFLAGS) $^ -o $@
 
+# Time of the steps of the attention forward, the ladder of csrc/README.md (x86-64).
+build/attention_steps: csrc/check/attention_steps.cpp csrc/common/isa.cpp $(foreach isa,scalar $(X86),build/isa_$(isa).o)
+	$(CXX) $(CXXFLAGS) -O3 $(ISA_amx) $^ -o $@
+
+bench-steps: build/attention_steps
+	build/attention_steps
+
 # The portable kernels for 64-bit Arm, run in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user).
 check-aarch64: $(CSRC)
 	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || \
