@@ -41,9 +41,16 @@ class NinjaBuild(build_ext):
     """setuptools' build_ext with flags for each file and ninja as the runner."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-        import torch
-        from torch.utils.cpp_extension import include_paths, library_paths
+        try:
+            import pybind11
+            import torch
+            from torch.utils.cpp_extension import include_paths, library_paths
+        except ImportError as error:
+            raise SystemExit(
+                f"setup.py: {error}. The C++ kernels are built against the torch that is installed: pip install torch "
+                "ninja pybind11 'setuptools>=77', then pip install --no-build-isolation . (or install without them: "
+                "XTG_BUILD_CPP=0 pip install .)"
+            ) from error
 
         compiler = os.environ.get("CXX", "g++")
         includes = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
