@@ -168,7 +168,8 @@ def encoder_task(preset: str, lengths: Lengths, dtype: str, *, dense: bool = Fal
         "plain": Provider(lambda: baselines.encoder_packed(encoder, x, lengths), weights),
         "xtg": Provider(lambda: encoder(x, cu_seqlens, longest), weights),
     }
-    widths = {"padded": longest} if len(lengths) > 1 else {}
+    # Padding does the same harm at every size; at 100m it would take minutes to say so.
+    widths = {"padded": longest} if len(lengths) > 1 and preset != "100m" else {}
     widths |= {"dense": NUM_GENES} if dense else {}
     # Both have the names of ours, in torch's order: gradients line up.
     named = dict(twin.named_parameters())

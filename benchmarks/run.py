@@ -79,7 +79,8 @@ def measure(task: Task, names: Sequence[str], seconds: float) -> dict[str, dict[
     times: dict[str, dict[str, list[float]]] = {name: {FORWARD: [], BACKWARD: [], BOTH: []} for name in names}
     times["gemm"] = {FORWARD: []}
     started, rounds = time.perf_counter(), 0
-    while rounds < 4 or (rounds < 60 and time.perf_counter() - started < seconds):
+    # At least two rounds that count, four where they are not slow.
+    while (spent := time.perf_counter() - started) < seconds * (rounds < 60) or rounds < (3 if spent > 60 else 5):
         for name in (*names[rounds % len(names) :], *names[: rounds % len(names)]):
             forward, backward, both = _time_once(task.providers[name], task.grad_out)
             # The first round warms caches, allocators and oneDNN's kernels.
