@@ -101,9 +101,10 @@ def test_logits_keep_what_rounding_hidden_would_lose() -> None:
     ids=["no cells", "empty cells", "one token", "around a block", "empty in between"],
 )
 def test_edges_and_slack(lengths: list[int], slack: int) -> None:
-    """Slack rows hold NaN values, NaN gradients and impossible gene ids: they give zeros, and nothing reads them."""
+    """Slack rows hold NaN values, NaN gradients, impossible and possible gene ids: all give zeros and go unread."""
     total = sum(lengths)
     values, gene_ids = cells(lengths, slack)
+    gene_ids[total + 1 :] = 7
     weights = leaves(weights_of(20, 12))
     grad_out = random_gradient(total + slack, 12)
     grad_out[total:] = math.nan
@@ -216,13 +217,14 @@ def test_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         assert relative_error(a, b) < 2e-6, what
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype: torch.dtype) -> None:
     values, gene_ids = (x.to(DEVICE) for x in cells([10, 0, 15], slack=1))
     index = torch.tensor([*range(25), -1], dtype=torch.int32, device=DEVICE)
     values = values.nan_to_num().requires_grad_()
-    weights = leaves(weights_of(20, 12))
+    weights = leaves(weights_of(20, 12, dtype))
     detached = [w.detach() for w in weights]
-    grad_out = torch.randn((26, 12), device=DEVICE)
+    grad_out = torch.randn((26, 12), device=DEVICE).to(dtype)
     for optional in ((gene_ids, weights[5], index), (None, None, None)):
         args = (values, *weights[:5], 0.8, *optional)
         torch.library.opcheck(torch.ops.xtg.expression_embedding.triton, args)
