@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xtg_kernels import ragged_attention
+from xtrimogene.linear import row_blocks, row_linear
 
 
 class RaggedSelfAttention(nn.Module):
@@ -105,6 +108,66 @@ class RaggedTransformerEncoder(nn.Module):
         dim = self.norm.normalized_shape[0]
         if x.dim() != 2 or x.shape[1] != dim:
             raise ValueError(f"x: expected shape (total_nnz, {dim}), got {tuple(x.shape)}")
+        if self._plain_inference(x):
+            return self._infer(x, cu_seqlens, max_seqlen)
         for layer in self.layers:
             x = layer(x, cu_seqlens, max_seqlen)
         return self.norm(x)
+
+    def _plain_inference(self, x: Tensor) -> bool:
+        """Whether nothing but the numbers of the last layer is asked for: a CPU, no gradients, no dropout, no tracing,
+        and modules and weights that nobody replaced or hooked."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or x.device.type != "cpu":
+            return False
+        if torch.is_autocast_enabled("cpu") or not len(self.layers):
+            return False
+        for module in self.modules():
+            if type(module) not in _MODULES or module._forward_hooks or module._forward_pre_hooks:
+                return False
+            if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+                return False
+        return all(type(p) is nn.Parameter and p.device == x.device and p.dtype == x.dtype for p in self.parameters())
+
+    def _infer(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """The same layers with everything between two attentions done for a block of rows at a time.
+
+        Between attentions every row is on its own, so a block goes from one attention's output to the next one's q, k
+        and v while it is in cache. Only q, k, v, the rows themselves and the attention's output exist for all tokens.
+        """
+        layers = cast(list[RaggedTransformerEncoderLayer], list(self.layers))
+        heads, dim = layers[0].self_attn.num_heads, x.shape[1]
+        blocks = row_blocks(len(x), layers[0].linear1.out_features, x.dtype)
+        qkv = x.new_empty((len(x), 3 * dim))
+        out = x.new_empty(x.shape)
+        in_proj = row_linear(layers[0].self_attn.in_proj_weight, layers[0].self_attn.in_proj_bias)
+        for block in blocks:
+            qkv[block] = in_proj(x[block])
+        for i, layer in enumerate(layers):
+            q, k, v = qkv.view(len(x), 3, heads, dim // heads).unbind(1)
+            attended = ragged_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1)
+            out_proj = row_linear(layer.self_attn.out_proj.weight, layer.self_attn.out_proj.bias)
+            linear1 = row_linear(layer.linear1.weight, layer.linear1.bias, relu=True)
+            linear2 = row_linear(layer.linear2.weight, layer.linear2.bias)
+            last = i + 1 == len(layers)
+            if not last:
+                attention = layers[i + 1].self_attn
+                in_proj = row_linear(attention.in_proj_weight, attention.in_proj_bias)
+            for block in blocks:
+                rows = layer.norm1(out_proj(attended[block]).add_(x[block]))
+                rows = layer.norm2(linear2(linear1(rows)).add_(rows))
+                out[block] = self.norm(rows) if last else rows
+                if not last:
+                    qkv[block] = in_proj(rows)
+            x = out
+        return out
+
+
+_MODULES = (
+    RaggedTransformerEncoder,
+    RaggedTransformerEncoderLayer,
+    RaggedSelfAttention,
+    nn.ModuleList,
+    nn.Linear,
+    nn.LayerNorm,
+    nn.Dropout,
+)

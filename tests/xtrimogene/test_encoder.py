@@ -310,3 +310,100 @@ def test_embedding_starts_as_linear_and_embedding_layers_do() -> None:
     assert embedding.gene_table[:-1].std().item() == pytest.approx(1, abs=0.02)
     for parameter, bound in ((embedding.w1, 1.0), (embedding.b1, 1.0), (embedding.w2, 0.1), (embedding.b2, 0.1)):
         assert 0.9 * bound < parameter.abs().max() <= bound
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of at most 16 rows, so that cells and blocks cut each other."""
+    monkeypatch.setattr("xtrimogene.linear._MIN_ROWS", 16)
+    monkeypatch.setattr("xtrimogene.linear._BLOCK_BYTES", 1)
+
+
+def _layer_by_layer(encoder: RaggedTransformerEncoder, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    for layer in encoder.layers:
+        x = layer(x, cu_seqlens, max_seqlen)
+    return encoder.norm(x)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("num_layers", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_inference_by_blocks_is_as_exact_as_plain_pytorch(dtype: torch.dtype, num_layers: int) -> None:
+    encoder, theirs = _twins(64, 2, num_layers)
+    encoder, theirs = encoder.to(dtype).eval(), theirs.to(dtype).eval()
+    x, cu_seqlens = torch.randn(sum(LENGTHS), 64).to(dtype), _offsets(LENGTHS)
+    given = x.clone()
+    with torch.inference_mode():
+        assert encoder._plain_inference(x)
+        out = encoder(x, cu_seqlens, max(LENGTHS))
+        exact = _cell_by_cell(theirs.double(), x.double(), cu_seqlens)
+        plain = _layer_by_layer(encoder, x, cu_seqlens, max(LENGTHS))
+    assert torch.equal(x, given)
+    assert out.dtype == dtype
+    assert _error(out, exact) <= max(2 * _error(plain, exact), 1e-6 if dtype == torch.float32 else 0.0)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_inference_of_no_cells_and_of_rows_past_the_last_cell() -> None:
+    encoder = RaggedTransformerEncoder(32, 4, 2).eval()
+    x = torch.randn(60, 32)
+    with torch.no_grad():
+        assert encoder(x[:0], _offsets([0, 0]), 0).shape == (0, 32)
+        out = encoder(x, _offsets([20, 30]), 30)
+        x[50:] = torch.nan
+        assert torch.equal(encoder(x, _offsets([20, 30]), 30)[:50], out[:50])
+
+
+def test_inference_keeps_hooks_and_replaced_modules() -> None:
+    """What a user hangs on or puts into the layers runs; only untouched encoders skip the modules."""
+    encoder, x, cu_seqlens = RaggedTransformerEncoder(32, 4, 2).eval(), torch.randn(20, 32), _offsets([20])
+    seen = []
+    with torch.no_grad():
+        assert encoder._plain_inference(x)
+        handle = encoder.layers[1].linear1.register_forward_hook(lambda *args: seen.append("after"))
+        encoder(x, cu_seqlens, 20)
+        handle.remove()
+        handle = encoder.norm.register_forward_pre_hook(lambda *args: seen.append("before"))
+        encoder(x, cu_seqlens, 20)
+        handle.remove()
+        assert seen == ["after", "before"]
+
+        class Doubled(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return 2 * super().forward(x)
+
+        plain = encoder(x, cu_seqlens, 20)
+        doubled = Doubled(32, 32)
+        doubled.load_state_dict(encoder.layers[0].self_attn.out_proj.state_dict())
+        encoder.layers[0].self_attn.out_proj = doubled
+        assert _error(encoder(x, cu_seqlens, 20), plain) > 1e-2
+
+
+def test_without_gradients_dropout_still_falls_in_training_mode() -> None:
+    encoder, x, cu_seqlens = RaggedTransformerEncoder(32, 4, 2, dropout=0.5), torch.randn(20, 32), _offsets([20])
+    with torch.no_grad():
+        assert _error(encoder(x, cu_seqlens, 20), encoder(x, cu_seqlens, 20)) > 1e-2
+        encoder.eval()
+        assert torch.equal(encoder(x, cu_seqlens, 20), encoder(x, cu_seqlens, 20))
+
+
+def test_inference_sees_weights_that_were_changed_in_place() -> None:
+    encoder, x, cu_seqlens = RaggedTransformerEncoder(32, 4, 2).eval(), torch.randn(20, 32), _offsets([20])
+    with torch.no_grad():
+        before = encoder(x, cu_seqlens, 20)
+        encoder.layers[1].linear2.weight.mul_(3)
+        assert _error(encoder(x, cu_seqlens, 20), before) > 1e-2
+
+
+def test_inference_under_autocast_rounds_as_the_layers_do() -> None:
+    encoder, x, cu_seqlens = RaggedTransformerEncoder(32, 4, 2).eval(), torch.randn(20, 32), _offsets([20])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = encoder(x, cu_seqlens, 20)
+        assert torch.equal(out, _layer_by_layer(encoder, x, cu_seqlens, 20))
+
+
+def test_weights_of_another_dtype_are_refused_with_or_without_gradients() -> None:
+    encoder = RaggedTransformerEncoder(32, 4, 1).bfloat16().eval()
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), pytest.raises(RuntimeError, match="dtype"):
+            encoder(torch.randn(20, 32), _offsets([20]), 20)
