@@ -3,8 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <string>
@@ -89,7 +89,7 @@ py::dict pack(const Arguments& arguments, const py::array& indices_in, const py:
 
   py::array_t<int32_t> cu_seqlens(num_rows + 1);
   py::array_t<double> totals(num_rows);
-  std::memcpy(totals.mutable_data(), plan.totals.data(), sizeof(double) * static_cast<size_t>(num_rows));
+  std::copy(plan.totals.begin(), plan.totals.end(), totals.mutable_data());
   py::object distinct_index = py::none();
   int32_t* distinct_data = nullptr;
   if (options.distinct) {

@@ -13,7 +13,8 @@ WHERE = {"machine": "M", "isa": "avx2", "threads": 2, "commit": "abc"}
 
 def _rows() -> list[dict[str, object]]:
     return [
-        {"case": case, "dtype": dtype, "direction": direction, "provider": provider, "correct": True, "speedup": 2, **WHERE}
+        {"case": case, "dtype": dtype, "direction": direction, "provider": provider, "correct": True,
+         "speedup": 2, **WHERE}
         for case in ("8 cells", "1 x 2048")
         for dtype in ("float32", "bfloat16")
         for direction in ("forward", "backward", "forward+backward")
