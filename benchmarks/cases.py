@@ -156,9 +156,11 @@ def encoder_task(preset: str, lengths: Lengths, dtype: str, *, dense: bool = Fal
     """The Transformer layers of a preset. dense adds the form that runs all genes of the vocabulary, masked."""
     config = XTrimoGeneConfig.preset(preset, num_genes=NUM_GENES, dropout=0.0)
     torch.manual_seed(0)
-    encoder = RaggedTransformerEncoder(
-        config.dim, config.num_heads, config.num_layers, ffn_dim=config.ffn_dim, dropout=0.0
-    ).to(DTYPES[dtype])
+    encoder = (
+        RaggedTransformerEncoder(config.dim, config.num_heads, config.num_layers, ffn_dim=config.ffn_dim, dropout=0.0)
+        .to(DTYPES[dtype])
+        .eval()
+    )
     total, cu_seqlens, longest = sum(lengths), offsets(lengths), max(lengths)
     x = torch.randn(total, config.dim).to(DTYPES[dtype]).requires_grad_()
     grad_out = torch.randn(total, config.dim).to(DTYPES[dtype])

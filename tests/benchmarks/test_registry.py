@@ -85,12 +85,14 @@ class _WrongBackward(torch.autograd.Function):
         return 1.01 * grad
 
 
-@pytest.mark.parametrize("fault", ["forward", "backward", "nan", "one row"])
+@pytest.mark.parametrize("fault", ["forward", "inference", "backward", "nan", "one row"])
 def test_a_wrong_provider_gets_no_speed(fault: str) -> None:
     def broken(task: Task) -> Tensor:
         out = task.providers["xtg"].run()
         if fault == "forward":
             return out * 1.01
+        if fault == "inference":
+            return out if torch.is_grad_enabled() else out * 1.01
         if fault == "backward":
             return _WrongBackward.apply(out)
         factor = torch.ones(len(out), *(1 for _ in out.shape[1:]))
