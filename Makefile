@@ -6,7 +6,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # GCC 12 warns of uninitialised values inside its own AVX-512 headers.
 CXXFLAGS := -std=c++17 -O2 -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -ffp-contract=off
 
-.PHONY: setup demo test lint check-kernels check-aarch64 sanitize readme-tables clean
+.PHONY: setup demo test lint check-kernels check-aarch64 sanitize benchmarks readme-tables clean
 
 setup: $(VENV)/.built
 
@@ -90,6 +90,12 @@ sanitize: setup $(SANITIZED)/kernels_check
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(CURDIR)/$(BIN)/python -m pytest -q -x --capture=sys -p no:cacheprovider $(SANITIZED_TESTS)
+
+# All benchmarks, for half an hour on a machine that does nothing else, and the tables that show them.
+benchmarks: setup
+	for name in pack attention embedding encoder embed memory; do \
+	  $(BIN)/python -m benchmarks.run $$name --out benchmarks/results/$$name.csv || exit 1; done
+	$(BIN)/python -m benchmarks.readme
 
 readme-tables: setup
 	$(BIN)/python -m benchmarks.readme

@@ -35,12 +35,9 @@ def with_tables(text: str, results: Path = RESULTS) -> str:
 
 
 def _memory(rows: Rows) -> str:
-    header = ["cells", "peak memory above the loaded model", "time"]
-    body = [[f"{int(r['cells']):,}", f"{float(r['peak_mib']):,.0f} MiB", f"{float(r['median_ms']) / 1e3:,.1f} s"]
-            for r in rows]  # fmt: skip
-    return f"**Memory of `embed`** on a file ({rows[0]['case']}): flat in the number of cells.\n\n" + _table(
-        header, body
-    )
+    body = [[f"{int(row['cells']):,}", f"{float(row['peak_mib']):,.0f} MiB"] for row in rows]
+    title = f"**Memory of `embed`**, h5ad to h5ad ({rows[0]['case']}):"
+    return f"{title}\n\n" + _table(["cells", "peak above the loaded model"], body)
 
 
 def _ops(title: str) -> Callable[[Rows], str]:
