@@ -6,7 +6,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # GCC 12 warns of uninitialised values inside its own AVX-512 headers.
 CXXFLAGS := -std=c++17 -O2 -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -ffp-contract=off
 
-.PHONY: setup demo test lint check-kernels check-aarch64 sanitize benchmarks readme-tables clean
+.PHONY: setup demo test lint check-kernels check-aarch64 bench-steps sanitize benchmarks readme-tables clean
 
 setup: $(VENV)/.built
 

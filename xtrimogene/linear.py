@@ -54,7 +54,7 @@ def _onednn_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Callable[
 
 def onednn_takes(dtype: torch.dtype) -> bool:
     """Whether linear layers of a dtype go through oneDNN here; torch.backends.mkldnn.flags(enabled=False) says no."""
-    return torch.backends.mkldnn.enabled and _onednn_works(dtype)
+    return bool(torch.backends.mkldnn.enabled) and _onednn_works(dtype)
 
 
 @functools.cache
