@@ -76,7 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         default="auto",
         choices=DTYPES,
-        help="arithmetic of the encoder; auto: bfloat16 on a GPU that has it, else float32 (default: %(default)s)",
+        help="arithmetic of the encoder; auto: bfloat16 where the machine has it and a sample of cells comes out "
+        "alike, else float32 (default: %(default)s)",
     )
     command.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, ... (default: the GPU if any)")
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")

@@ -137,8 +137,7 @@ class RaggedTransformerEncoder(nn.Module):
         layers = cast(list[RaggedTransformerEncoderLayer], list(self.layers))
         heads, dim = layers[0].self_attn.num_heads, x.shape[1]
         blocks = row_blocks(len(x), layers[0].linear1.out_features, x.dtype)
-        qkv = x.new_empty((len(x), 3 * dim))
-        out = x.new_empty(x.shape)
+        qkv, out = x.new_empty((len(x), 3 * dim)), x.new_empty(x.shape)
         in_proj = row_linear(layers[0].self_attn.in_proj_weight, layers[0].self_attn.in_proj_bias)
         for block in blocks:
             qkv[block] = in_proj(x[block])

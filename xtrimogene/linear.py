@@ -13,6 +13,7 @@ torch.nn.functional.linear.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,14 +25,26 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # Bytes of the widest tensor of a block, for each thread: about what second-level caches hold.
 _BLOCK_BYTES = 3 << 20
-_MIN_ROWS = 256
+# oneDNN compiles, and keeps, kernels for every number of rows that it meets: blocks are multiples of a unit, and what
+# is left at the end goes by powers of two.
+_UNIT_ROWS = 64
+_MIN_UNITS = 4
 
 
 def row_blocks(total: int, width: int, dtype: torch.dtype) -> list[slice]:
-    """Equal blocks of [0, total) rows, so small that (rows, width) of the dtype stays in the caches of all threads."""
-    rows = max(_MIN_ROWS, _BLOCK_BYTES * torch.get_num_threads() // (width * dtype.itemsize))
-    parts = -(-total // rows)
-    return [slice(total * i // parts, total * (i + 1) // parts) for i in range(parts)]
+    """Blocks of [0, total) rows, so small that (rows, width) of the dtype stays in the caches.
+
+    About equal multiples of 64 rows, and at the end powers of two below 64.
+    """
+    units = total // _UNIT_ROWS
+    limit = max(_MIN_UNITS, _BLOCK_BYTES * torch.get_num_threads() // (width * dtype.itemsize * _UNIT_ROWS))
+    parts = -(-units // limit)
+    ends = [units * i // parts * _UNIT_ROWS for i in range(1, parts + 1)]
+    end = units * _UNIT_ROWS
+    while end < total:
+        end += 1 << (total - end).bit_length() - 1
+        ends.append(end)
+    return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
 def row_linear(weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Callable[[Tensor], Tensor]:
@@ -46,7 +59,7 @@ def row_linear(weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Ca
 
 
 def _onednn_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Callable[[Tensor], Tensor]:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _MIN_ROWS)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _UNIT_ROWS)
     bias = None if bias is None else bias.detach().contiguous()
     after = "relu" if relu else "none"
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, after, [], "")

@@ -24,6 +24,7 @@ import scipy.sparse as sp
 import torch
 from anndata import AnnData
 
+import xtg_kernels
 import xtrimogene
 from xtrimogene import Vocabulary, XTrimoGene, embed
 
@@ -50,6 +51,13 @@ def counts() -> sp.csr_matrix:
 def cells(matrix: Any = None) -> AnnData:
     obs = pd.DataFrame(index=[f"cell{i}" for i in range(N_OBS)])
     return AnnData(counts() if matrix is None else matrix, obs=obs, var=pd.DataFrame(index=GENES))
+
+
+@pytest.fixture(autouse=True)
+def float32_unless_asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers are compared to many digits: "auto" is float32 here, but for the tests that are about it."""
+    if "bfloat16" not in request.node.name:
+        monkeypatch.setattr(embed_module, "_has_bfloat16", lambda device: False)
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +189,67 @@ def test_the_callers_model_stays_as_it_was(model: XTrimoGene, expected: np.ndarr
     assert half.embedding is not None
     difference = np.linalg.norm(half.embedding[kept] - expected[kept]) / np.linalg.norm(expected[kept])
     assert 1e-5 < difference < 2e-2
+
+
+@pytest.mark.parametrize(("error", "dtype"), [(0.0, "float32"), (0.049, "bfloat16"), (0.051, "float32")])
+def test_auto_takes_bfloat16_where_it_moves_cells_little(
+    error: float, dtype: str, model: XTrimoGene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """error 0 stands for a machine without bfloat16, where nothing is measured."""
+    monkeypatch.setattr(embed_module, "_has_bfloat16", lambda device: error > 0)
+    monkeypatch.setattr(embed_module, "_bfloat16_error", lambda *args: error)
+    report = embed(cells(), model, progress=False)
+    assert report.dtype == dtype
+    assert report.bfloat16_error == (error or None)
+    assert (f"{dtype} (bfloat16 moves cells by {error:.1%} of their spread)" in str(report)) == (error > 0)
+    fixed = embed(cells(), model, dtype=dtype, progress=False)
+    np.testing.assert_array_equal(report.embedding, fixed.embedding)
+    assert fixed.bfloat16_error is None
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_the_bfloat16_error_is_that_of_the_checked_cells(
+    pooling: str, model: XTrimoGene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed_module, "_has_bfloat16", lambda device: True)
+    report = embed(cells(), model, pooling=pooling, progress=False)
+    exact, rounded = (
+        embed(cells(), model, dtype=dtype, pooling=pooling, progress=False).embedding
+        for dtype in ("float32", "bfloat16")
+    )
+    assert exact is not None
+    assert rounded is not None
+    rows = [row for row in np.linspace(0, N_OBS - 1, 16).astype(int) if row not in EMPTY]
+    exact, rounded = exact[rows].astype(np.float64), rounded[rows].astype(np.float64)
+    want = np.linalg.norm(rounded - exact) / np.linalg.norm(exact - exact.mean(axis=0))
+    assert report.bfloat16_error == pytest.approx(want, rel=0.1)
+    assert 1e-4 < want < 0.2
+
+
+def test_auto_without_bfloat16_cells_to_check(model: XTrimoGene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed_module, "_has_bfloat16", lambda device: True)
+    for adata in (cells()[:0], cells()[:3], cells()[:1]):
+        adata = adata.copy()
+        kept = int((np.asarray(adata.X.sum(axis=1)).ravel() > 0).sum())
+        report = embed(adata, model, progress=False)
+        assert report.bfloat16_error is not None
+        assert np.isnan(report.bfloat16_error) == (kept < 2)
+        assert kept >= 2 or report.dtype == "float32"
+
+
+@pytest.mark.skipif(embed_module.dispatch.extension() is None, reason="the C++ extension was not built")
+def test_bfloat16_is_found_where_the_isa_has_it(model: XTrimoGene) -> None:
+    extension = embed_module.dispatch.extension()
+    before = extension.active_isa()
+    try:
+        for isa in extension.available_isas():
+            extension.use_isa(isa)
+            has = isa in ("avx512bf16", "amx")
+            assert embed_module._has_bfloat16(torch.device("cpu")) == has
+            with xtg_kernels.use_backend("reference"):
+                assert not embed_module._has_bfloat16(torch.device("cpu"))
+    finally:
+        extension.use_isa(before)
 
 
 def test_the_models_own_target_sum_is_used(model: XTrimoGene) -> None:
@@ -377,7 +446,8 @@ def test_kill_9_and_resume(
                 time.sleep(600)
             return original(self, *args)
         XTrimoGene.embed_batch = stuck_in_the_fourth
-        cli.main(["embed", "--checkpoint", {str(checkpoint)!r}, "--input", {str(path)!r}, "--output", {str(output)!r}])
+        files = ["--checkpoint", {str(checkpoint)!r}, "--input", {str(path)!r}, "--output", {str(output)!r}]
+        cli.main(["embed", *files, "--dtype", "float32"])
     """
     before = path.read_bytes()
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stderr=subprocess.DEVNULL)

@@ -314,8 +314,9 @@ def test_embedding_starts_as_linear_and_embedding_layers_do() -> None:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of at most 16 rows, so that cells and blocks cut each other."""
-    monkeypatch.setattr("xtrimogene.linear._MIN_ROWS", 16)
+    """Blocks of 16 rows, so that cells and blocks cut each other."""
+    monkeypatch.setattr("xtrimogene.linear._UNIT_ROWS", 16)
+    monkeypatch.setattr("xtrimogene.linear._MIN_UNITS", 1)
     monkeypatch.setattr("xtrimogene.linear._BLOCK_BYTES", 1)
 
 

@@ -131,13 +131,19 @@ def test_internal_ops_that_are_missing_or_wrong_are_left_alone(
     assert torch.allclose(linear.row_linear(weight, bias, relu=True)(x), F.relu(F.linear(x, weight, bias)))
 
 
-@pytest.mark.parametrize("total", [0, 1, 255, 256, 257, 5000, 32768])
+@pytest.mark.parametrize("total", [0, 1, 63, 64, 65, 256, 5000, 32768])
 @pytest.mark.parametrize("width", [1, 512, 3072, 1 << 20])
-def test_blocks_are_equal_and_cover_every_row_once(total: int, width: int) -> None:
+def test_blocks_cover_every_row_once(total: int, width: int) -> None:
+    unit = linear._UNIT_ROWS
     blocks = linear.row_blocks(total, width, torch.float32)
-    sizes = [block.stop - block.start for block in blocks]
     assert [row for block in blocks for row in range(block.start, block.stop)] == list(range(total))
-    assert not sizes or max(sizes) - min(sizes) <= 1
-    limit = max(linear._MIN_ROWS, linear._BLOCK_BYTES * torch.get_num_threads() // (4 * width))
-    assert not sizes or max(sizes) <= limit
-    assert len(sizes) <= 1 + total // limit
+    sizes = [block.stop - block.start for block in blocks]
+    tail = [size for size in sizes if size < unit]
+    assert tail == [1 << bit for bit in reversed(range(6)) if total & 1 << bit]
+    sizes = sizes[: len(sizes) - len(tail)]
+    assert all(size % unit == 0 for size in sizes)
+    limit = max(linear._MIN_UNITS * unit, linear._BLOCK_BYTES * torch.get_num_threads() // (4 * width))
+    assert len(sizes) <= 2 + total // limit
+    if sizes:
+        assert max(sizes) - min(sizes) <= unit
+        assert max(sizes) <= limit
