@@ -10,7 +10,7 @@
 namespace xtg {
 
 // Segments up to this length can have their whole backward as one unit of work: more would leave threads idle.
-constexpr int64_t kOnePassRows = 4096;
+constexpr int64_t kOnePassRows = 16384;
 
 // Rows that one unit of attention work may own, and the multiple that keeps every group of rows in the kernels whole.
 constexpr int64_t kMaxBlockRows = 1056, kBlockRowMultiple = 96;
