@@ -30,8 +30,9 @@ Row = dict[str, Any]
 GEMM_SIZE = 2048
 # An approximated exp cannot be as good as a correctly rounded one on inputs where PyTorch is nearly exact.
 FLOAT32_FLOOR = 2e-6
-# The baseline itself: what its dtype can do, with room for a deep encoder's gradients.
-PLAIN_LIMIT = {"float32": 1e-4, "bfloat16": 0.1}
+# The baseline itself: what its dtype can do. A rounding that moves a row across the kink of a ReLU changes its gradient
+# by the whole, and a deep encoder has millions of them.
+PLAIN_LIMIT = {"float32": {FORWARD: 1e-4, BACKWARD: 1e-2}, "bfloat16": {FORWARD: 0.05, BACKWARD: 0.5}}
 
 
 def check(task: Task) -> dict[str, dict[str, tuple[float, float]]]:
@@ -58,7 +59,11 @@ def check(task: Task) -> dict[str, dict[str, tuple[float, float]]]:
     for name, by_direction in errors.items():
         found[name] = {}
         for direction, factor in ((FORWARD, 2), (BACKWARD, 3)):
-            limit = max(factor * errors["plain"][direction], floor) if name != "plain" else PLAIN_LIMIT[task.dtype]
+            limit = (
+                max(factor * errors["plain"][direction], floor)
+                if name != "plain"
+                else PLAIN_LIMIT[task.dtype][direction]
+            )
             found[name][direction] = (by_direction[direction], limit)
         found[name][BOTH] = max(found[name].values(), key=lambda pair: pair[0] / pair[1])
     return found
