@@ -74,6 +74,24 @@ def test_error_within_plain_pytorch(name: str, dtype: torch.dtype, head_dim: int
         assert error <= 3 * relative_error(plain_grad[:, part], exact_grad[:, part]), "qkv"[part]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_segments_of_several_panels_and_units(name: str, dtype: torch.dtype) -> None:
+    """Longer than the rows of one unit of work and than a packed panel, with ends inside both."""
+    lengths = [1700, 3, 1100]
+    qkv = packed_qkv(lengths, 1, 16, dtype)
+    grad_out = torch.randn(qkv[:, 0].shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+    with implementation(name):
+        out, _, grad = run(qkv, lengths, grad_out)
+    exact = qkv.detach().double().requires_grad_()
+    exact_out = plain_attention(*exact.unbind(1), lengths)
+    (exact_grad,) = torch.autograd.grad(exact_out, exact, grad_out.double())
+    plain_out = plain_attention(*qkv.unbind(1), lengths)
+    (plain_grad,) = torch.autograd.grad(plain_out, qkv, grad_out)
+    assert relative_error(out, exact_out) <= 2 * relative_error(plain_out, exact_out)
+    assert relative_error(grad, exact_grad) <= 3 * relative_error(plain_grad, exact_grad)
+
+
 @pytest.mark.parametrize("lengths", EDGE_LENGTHS.values(), ids=EDGE_LENGTHS.keys())
 @pytest.mark.parametrize("slack", [0, 3])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
