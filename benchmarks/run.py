@@ -209,10 +209,11 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer.writerows(rows)
 
 
-def _rows(name: str, quick: bool, seconds: float) -> Iterator[Row]:
+def _rows(name: str, quick: bool, seconds: float, only: str) -> Iterator[Row]:
     if name in TASKS:
         for task in TASKS[name](quick):
-            yield from task_rows(task, seconds)
+            if only in f"{task.case}, {task.dtype}":
+                yield from task_rows(task, seconds)
     else:
         yield from OTHERS[name](quick)
 
@@ -231,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="small shapes and few runs: does it work, not how fast")
     parser.add_argument("--out", type=Path, metavar="FILE", help="CSV file to write")
     parser.add_argument("--seconds", type=float, help="time for each case (default: 20, quick: 0)")
+    parser.add_argument("--only", default="", metavar="TEXT", help='cases with this in "case, dtype", for ops')
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     options = parser.parse_args(arguments)
     if options.threads is not None:
@@ -239,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     here = machine()
     print(", ".join(f"{name} {value}" for name, value in here.items()), flush=True)
     rows = []
-    for row in _rows(options.benchmark, options.quick, seconds):
+    for row in _rows(options.benchmark, options.quick, seconds, options.only):
         rows.append({**row, "quick": options.quick, **here})
         print("  ".join(f"{row[name]}" for name in SHOWN if name in row), flush=True)
     if options.out is not None:

@@ -118,6 +118,14 @@ def test_a_run_with_a_wrong_provider_fails(
     assert "WRONG" in capsys.readouterr().err
 
 
+def test_only_runs_the_cases_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tasks = [cases.attention_task(case, (5,), dtype) for case in ("one", "other") for dtype in DTYPES]
+    monkeypatch.setitem(run.TASKS, "attention", lambda quick: iter(tasks))
+    assert run.main(["attention", "--quick", "--only", "other, bfloat16", "--out", str(tmp_path / "a.csv")]) == 0
+    rows = readme.read_rows(tmp_path / "a.csv")
+    assert {(row["case"], row["dtype"]) for row in rows} == {("other", "bfloat16")}
+
+
 def test_rows_say_what_where_and_when(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     task = cases.attention_task("small", LENGTHS, "float32")
     monkeypatch.setitem(run.TASKS, "attention", lambda quick: iter([task]))
