@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xtg_kernels import ragged_attention
-from xtrimogene.linear import row_blocks, row_linear
+from xtrimogene.linear import feed_forward, linear, pays_in_training, row_blocks, row_linear
 
 
 class RaggedSelfAttention(nn.Module):
@@ -29,10 +30,17 @@ class RaggedSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """x (total_nnz, dim) -> (total_nnz, dim)."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = self._in_proj(x)
         # Three strided views of one tensor: the op reads them where they are.
         q, k, v = qkv.view(x.shape[0], 3, self.num_heads, x.shape[1] // self.num_heads).unbind(1)
         return self.out_proj(ragged_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1))
+
+    def _in_proj(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and _untouched(x, ()):
+            operands = _autocast(x, self.in_proj_weight, self.in_proj_bias)
+            if _by_blocks(operands):
+                return linear(*operands)
+        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
 
 
 class RaggedTransformerEncoderLayer(nn.Module):
@@ -60,9 +68,16 @@ class RaggedTransformerEncoderLayer(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """x (total_nnz, dim) -> (total_nnz, dim)."""
         x = self.norm1(x + self.dropout(self.self_attn(x, cu_seqlens, max_seqlen)))
+        return self.norm2(x + self.dropout(self._feed_forward(x)))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and _untouched(x, (self.linear1, self.linear2, self.dropout)):
+            operands = _autocast(x, self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
+            if _by_blocks(operands):
+                rows, w1, b1, w2, b2 = operands
+                return feed_forward(rows, w1, b1, w2, b2, self.dropout.p if self.dropout.training else 0.0)
         # In place: no backward needs the value before the relu, and this is the widest tensor of the layer.
-        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
-        return self.norm2(x + self.dropout(self.linear2(hidden)))
+        return self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
 
 
 class RaggedTransformerEncoder(nn.Module):
@@ -117,16 +132,11 @@ class RaggedTransformerEncoder(nn.Module):
     def _plain_inference(self, x: Tensor) -> bool:
         """Whether nothing but the numbers of the last layer is asked for: a CPU, no gradients, no dropout, no tracing,
         and modules and weights that nobody replaced or hooked."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or x.device.type != "cpu":
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not len(self.layers):
             return False
-        if torch.is_autocast_enabled("cpu") or not len(self.layers):
+        if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in self.modules()):
             return False
-        for module in self.modules():
-            if type(module) not in _MODULES or module._forward_hooks or module._forward_pre_hooks:
-                return False
-            if isinstance(module, nn.Dropout) and module.training and module.p > 0:
-                return False
-        return all(type(p) is nn.Parameter and p.device == x.device and p.dtype == x.dtype for p in self.parameters())
+        return _untouched(x, tuple(self.modules())) and all(p.dtype == x.dtype for p in self.parameters())
 
     def _infer(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """The same layers with everything between two attentions done for a block of rows at a time.
@@ -170,3 +180,28 @@ _MODULES = (
     nn.LayerNorm,
     nn.Dropout,
 )
+
+
+def _untouched(x: Tensor, modules: Sequence[nn.Module]) -> bool:
+    """Whether these modules may be computed without calling them: a plain CPU tensor, no tracing, nobody replaced or
+    hooked a module or its weights."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    return all(
+        type(module) in _MODULES
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and all(type(p) is nn.Parameter and p.device == x.device for p in module._parameters.values())
+        for module in modules
+    )
+
+
+def _autocast(*operands: Tensor) -> tuple[Tensor, ...]:
+    """Operands in the dtype in which autocast would have F.linear take them."""
+    if not torch.is_autocast_enabled("cpu"):
+        return operands
+    return tuple(x.to(torch.get_autocast_dtype("cpu")) for x in operands)
+
+
+def _by_blocks(operands: Sequence[Tensor]) -> bool:
+    dtype = operands[0].dtype
+    return all(x.dtype == dtype for x in operands) and pays_in_training(dtype)

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 # Bytes of the widest tensor of a block, for each thread: about what second-level caches hold.
@@ -63,6 +66,134 @@ def _onednn_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Callable[
     bias = None if bias is None else bias.detach().contiguous()
     after = "relu" if relu else "none"
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, after, [], "")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear(x, weight, bias) with gradients to all three, by blocks of rows; differentiable once.
+
+    x (rows, in), weight (out, in) and bias (out,) of one dtype on the CPU.
+    """
+    return _Linear.apply(x, weight, bias)
+
+
+def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dropout: float = 0.0) -> Tensor:
+    """F.linear(F.dropout(F.relu(F.linear(x, w1, b1)), dropout), w2, b2), with gradients to all five, by blocks of rows.
+
+    x (rows, dim), w1 (ffn_dim, dim), b1 (ffn_dim,), w2 (dim, ffn_dim), b2 (dim,), of one dtype on the CPU. Only the
+    dropped-out hidden rows are kept for the backward: they are positive where the gradient passes. Differentiable once.
+    """
+    return _FeedForward.apply(x, w1, b1, w2, b2, dropout)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        layer, out = row_linear(weight, bias), x.new_empty((len(x), len(weight)))
+        for block in row_blocks(len(x), len(weight), x.dtype):
+            out[block] = layer(x[block])
+        ctx.save_for_backward(x, weight)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        layer, grad_x = row_linear(weight.t(), None), x.new_empty(x.shape)
+        grads = _LinearGrads(weight, ctx.needs_input_grad[1:3])
+        for block in row_blocks(len(x), len(weight), x.dtype):
+            if ctx.needs_input_grad[0]:
+                grad_x[block] = layer(grad_out[block])
+            grads.add(grad_out[block], x[block])
+        return grad_x if ctx.needs_input_grad[0] else None, *grads.sums()
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dropout: float) -> Tensor:
+        linear1, linear2 = row_linear(w1, b1, relu=True), row_linear(w2, b2)
+        hidden, out = x.new_empty((len(x), len(w1))), x.new_empty((len(x), len(w2)))
+        for block in row_blocks(len(x), len(w1), x.dtype):
+            rows = linear1(x[block])
+            if dropout:
+                rows = F.dropout(rows, dropout)
+            hidden[block] = rows
+            out[block] = linear2(rows)
+        ctx.save_for_backward(x, hidden, w1, w2)
+        ctx.dropout = dropout
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, w1, w2 = ctx.saved_tensors
+        linear1, linear2 = row_linear(w1.t(), None), row_linear(w2.t(), None)
+        grad_x = x.new_empty(x.shape)
+        grads1, grads2 = _LinearGrads(w1, ctx.needs_input_grad[1:3]), _LinearGrads(w2, ctx.needs_input_grad[3:5])
+        for block in row_blocks(len(x), len(w1), x.dtype):
+            grad_rows = grad_out[block]
+            grad_hidden = torch.ops.aten.threshold_backward(linear2(grad_rows), hidden[block], 0)
+            if ctx.dropout:
+                grad_hidden.mul_(1 / (1 - ctx.dropout))
+            if ctx.needs_input_grad[0]:
+                grad_x[block] = linear1(grad_hidden)
+            grads1.add(grad_hidden, x[block])
+            grads2.add(grad_rows, hidden[block])
+        return grad_x if ctx.needs_input_grad[0] else None, *grads1.sums(), *grads2.sums(), None
+
+
+class _LinearGrads:
+    """Gradients of a weight and its bias, summed over blocks of rows in float32."""
+
+    def __init__(self, weight: Tensor, needed: tuple[bool, bool]) -> None:
+        self.dtype, wide = weight.dtype, torch.promote_types(weight.dtype, torch.float32)
+        self.weight = weight.new_zeros(weight.shape, dtype=wide) if needed[0] else None
+        self.bias = weight.new_zeros(weight.shape[:1], dtype=wide) if needed[1] else None
+
+    def add(self, grad_rows: Tensor, x_rows: Tensor) -> None:
+        if self.weight is not None:
+            if self.dtype == torch.float32 and onednn_takes(self.dtype):
+                # torch.mm would go to MKL; here that is the slow one.
+                self.weight.add_(row_linear(x_rows.t(), None)(grad_rows.t().contiguous()))
+            else:
+                self.weight.add_(torch.mm(grad_rows.t(), x_rows))
+        if self.bias is not None:
+            self.bias.add_(grad_rows.sum(0, dtype=self.bias.dtype))
+
+    def sums(self) -> tuple[Tensor | None, Tensor | None]:
+        return tuple(None if x is None else x.to(self.dtype) for x in (self.weight, self.bias))  # type: ignore[return-value]
+
+
+def pays_in_training(dtype: torch.dtype) -> bool:
+    """Whether ``linear`` and ``feed_forward`` are faster than PyTorch's own layers here.
+
+    bfloat16: wherever oneDNN is taken. float32: where it beats MKL by half in a short race, run once in a process.
+    """
+    if not onednn_takes(dtype):
+        return False
+    return dtype == torch.bfloat16 or (dtype == torch.float32 and _mkl_is_slow())
+
+
+@functools.cache
+def _mkl_is_slow() -> bool:
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_race_float32).result() > 1.5
+
+
+def _race_float32() -> float:
+    """Time of torch.mm by that of oneDNN for the same product."""
+    x, weight = torch.ones(512, 512), torch.ones(1024, 512)
+    with torch.no_grad():
+        ways: list[Callable[[Tensor], Tensor]] = [
+            lambda x: torch.mm(x, weight.t()),
+            _onednn_linear(weight, None, False),
+        ]
+        seconds = [math.inf, math.inf]
+        for _ in range(5):
+            for i, way in enumerate(ways):
+                start = time.perf_counter()
+                way(x)
+                seconds[i] = min(seconds[i], time.perf_counter() - start)
+    return seconds[0] / seconds[1]
 
 
 def onednn_takes(dtype: torch.dtype) -> bool:

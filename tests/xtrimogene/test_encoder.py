@@ -16,6 +16,7 @@ from xtg_kernels import RaggedBatch, use_backend
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.embedding import ExpressionEmbedding
 from xtrimogene.encoder import RaggedTransformerEncoder
+from xtrimogene.linear import feed_forward, linear
 
 BACKENDS = [*CPU_BACKENDS, "triton"]
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -408,3 +409,28 @@ def test_weights_of_another_dtype_are_refused_with_or_without_gradients() -> Non
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients), pytest.raises(RuntimeError, match="dtype"):
             encoder(torch.randn(20, 32), _offsets([20]), 20)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_float32_training_through_onednn_equals_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine whose MKL is slow."""
+    monkeypatch.setattr("xtrimogene.linear._mkl_is_slow", lambda: True)
+    used = []
+    monkeypatch.setattr("xtrimogene.encoder.feed_forward", lambda *args: used.append(1) or feed_forward(*args))
+    monkeypatch.setattr("xtrimogene.encoder.linear", lambda *args: used.append(1) or linear(*args))
+    ours, theirs = _twins(64, 2, 2)
+    x, cu_seqlens = torch.randn(sum(LENGTHS), 64, requires_grad=True), _offsets(LENGTHS)
+    seed = torch.randn(sum(LENGTHS), 64)
+    out, expected = ours(x, cu_seqlens, max(LENGTHS)), _cell_by_cell(theirs, x, cu_seqlens)
+    assert len(used) == 4
+    assert _error(out, expected) < 1e-5
+    grads, wanted = _gradients(ours, x, out, seed), _gradients(theirs, x, expected, seed)
+    assert max(_error(grads[name], wanted[name]) for name in wanted) < 1e-4
+
+
+def test_training_keeps_hooks() -> None:
+    encoder, x, cu_seqlens = RaggedTransformerEncoder(32, 4, 1).bfloat16(), torch.randn(20, 32), _offsets([20])
+    seen = []
+    encoder.layers[0].linear1.register_forward_hook(lambda *args: seen.append("after"))
+    encoder(x.bfloat16(), cu_seqlens, 20)
+    assert seen == ["after"]
