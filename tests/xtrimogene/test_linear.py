@@ -174,11 +174,14 @@ FUNCTIONS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("rows", [1, 150, 2000])
-def test_training_errors_within_plain_pytorch(route: str, function: str, dtype: torch.dtype, rows: int) -> None:
-    """Forward 2x and gradients 3x the error of plain PyTorch against float64; at 2,000 rows over several blocks."""
+def test_training_errors_within_plain_pytorch(
+    route: str, function: str, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward 2x and gradients 3x the error of plain PyTorch against float64, over up to 33 blocks of rows."""
+    monkeypatch.setattr(linear, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(linear, "_MIN_UNITS", 1)
     ours, plain, used = FUNCTIONS[function]
-    leaves = _leaves(rows, 48, 1 << 16 if rows == 2000 and function == "linear" else 130, dtype)[used]
-    assert rows < 2000 or len(linear.row_blocks(rows, len(leaves[1]), dtype)) > 1
+    leaves = _leaves(rows, 48, 130, dtype)[used]
     exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
     exact = plain(*exact_leaves)
     grad_out = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
