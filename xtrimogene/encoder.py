@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xtg_kernels import ragged_attention
-from xtrimogene.linear import feed_forward, linear, pays_in_training, row_blocks, row_linear
+from xtrimogene.linear import feed_forward, is_large, linear, pays_in_training, row_blocks, row_linear
 
 
 class RaggedSelfAttention(nn.Module):
@@ -123,20 +123,23 @@ class RaggedTransformerEncoder(nn.Module):
         dim = self.norm.normalized_shape[0]
         if x.dim() != 2 or x.shape[1] != dim:
             raise ValueError(f"x: expected shape (total_nnz, {dim}), got {tuple(x.shape)}")
-        if self._plain_inference(x):
+        if self._infers_by_blocks(x):
             return self._infer(x, cu_seqlens, max_seqlen)
         for layer in self.layers:
             x = layer(x, cu_seqlens, max_seqlen)
         return self.norm(x)
 
-    def _plain_inference(self, x: Tensor) -> bool:
+    def _infers_by_blocks(self, x: Tensor) -> bool:
         """Whether nothing but the numbers of the last layer is asked for: a CPU, no gradients, no dropout, no tracing,
         and modules and weights that nobody replaced or hooked."""
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not len(self.layers):
             return False
         if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in self.modules()):
             return False
-        return _untouched(x, tuple(self.modules())) and all(p.dtype == x.dtype for p in self.parameters())
+        if not _untouched(x, tuple(self.modules())) or any(p.dtype != x.dtype for p in self.parameters()):
+            return False
+        layer = cast(RaggedTransformerEncoderLayer, self.layers[0])
+        return is_large(len(x), layer.linear1.out_features, x.dtype)
 
     def _infer(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """The same layers with everything between two attentions done for a block of rows at a time.
@@ -203,5 +206,8 @@ def _autocast(*operands: Tensor) -> tuple[Tensor, ...]:
 
 
 def _by_blocks(operands: Sequence[Tensor]) -> bool:
-    dtype = operands[0].dtype
-    return all(x.dtype == dtype for x in operands) and pays_in_training(dtype)
+    """operands: rows, then the weight of the wider layer first."""
+    rows, weight = operands[:2]
+    if not is_large(len(rows), len(weight), rows.dtype):
+        return False
+    return all(x.dtype == rows.dtype for x in operands) and pays_in_training(rows.dtype)

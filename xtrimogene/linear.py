@@ -32,6 +32,13 @@ _BLOCK_BYTES = 3 << 20
 # is left at the end goes by powers of two.
 _UNIT_ROWS = 64
 _MIN_UNITS = 4
+# Below this the memory of a layer's widest tensor is used again from call to call, and blocks only add calls.
+_LARGE_BYTES = 16 << 20
+
+
+def is_large(rows: int, width: int, dtype: torch.dtype) -> bool:
+    """Whether a (rows, width) tensor is so large that going by blocks of rows is faster."""
+    return rows * width * dtype.itemsize >= _LARGE_BYTES
 
 
 def row_blocks(total: int, width: int, dtype: torch.dtype) -> list[slice]:
@@ -219,7 +226,6 @@ def _gives_right_numbers(dtype: torch.dtype) -> bool:
             got = [_onednn_linear(weight, bias, True)(x), _onednn_linear(weight, None, False)(x)]
     except (AttributeError, RuntimeError, TypeError):
         return False
-    _count_flops()
     exact = F.linear(x.double(), weight.double())
     tolerance = 10 * torch.finfo(dtype).eps
     return all(
@@ -228,15 +234,11 @@ def _gives_right_numbers(dtype: torch.dtype) -> bool:
     )
 
 
-def _count_flops() -> None:
-    """Makes FlopCounterMode count the internal op as it counts F.linear, unless PyTorch does so itself."""
-    op = torch.ops.mkldnn._linear_pointwise
-    if op not in flop_registry:
-        register_flop_formula(op)(_linear_flops)
-
-
 def _linear_flops(x_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    rows = 1
-    for n in x_shape[:-1]:
-        rows *= n
-    return 2 * rows * weight_shape[0] * weight_shape[1]
+    return 2 * math.prod(x_shape[:-1]) * weight_shape[0] * weight_shape[1]
+
+
+# FlopCounterMode counts the internal op as it counts F.linear. A counter takes the formulas when it is made: not later
+# than this import.
+if hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(_linear_flops)

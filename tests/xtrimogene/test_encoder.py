@@ -35,6 +35,12 @@ def _plain_torch_layers() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _blocks_for_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small batches of these tests go by blocks of rows as large ones do."""
+    monkeypatch.setattr("xtrimogene.linear._LARGE_BYTES", 0)
+
+
 def _device(backend: str) -> str:
     return TRITON_DEVICE if backend == "triton" else "cpu"
 
@@ -336,7 +342,7 @@ def test_inference_by_blocks_is_as_exact_as_plain_pytorch(dtype: torch.dtype, nu
     x, cu_seqlens = torch.randn(sum(LENGTHS), 64).to(dtype), _offsets(LENGTHS)
     given = x.clone()
     with torch.inference_mode():
-        assert encoder._plain_inference(x)
+        assert encoder._infers_by_blocks(x)
         out = encoder(x, cu_seqlens, max(LENGTHS))
         exact = _cell_by_cell(theirs.double(), x.double(), cu_seqlens)
         plain = _layer_by_layer(encoder, x, cu_seqlens, max(LENGTHS))
@@ -361,7 +367,7 @@ def test_inference_keeps_hooks_and_replaced_modules() -> None:
     encoder, x, cu_seqlens = RaggedTransformerEncoder(32, 4, 2).eval(), torch.randn(20, 32), _offsets([20])
     seen = []
     with torch.no_grad():
-        assert encoder._plain_inference(x)
+        assert encoder._infers_by_blocks(x)
         handle = encoder.layers[1].linear1.register_forward_hook(lambda *args: seen.append("after"))
         encoder(x, cu_seqlens, 20)
         handle.remove()
@@ -434,3 +440,13 @@ def test_training_keeps_hooks() -> None:
     encoder.layers[0].linear1.register_forward_hook(lambda *args: seen.append("after"))
     encoder(x.bfloat16(), cu_seqlens, 20)
     assert seen == ["after"]
+
+
+def test_small_batches_are_left_to_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, x = RaggedTransformerEncoder(32, 4, 1).bfloat16().eval(), torch.randn(256, 32).bfloat16()
+    monkeypatch.setattr("xtrimogene.encoder.feed_forward", lambda *args: pytest.fail("by blocks"))
+    for limit in (256 * 128 * 2, 256 * 128 * 2 + 1):
+        monkeypatch.setattr("xtrimogene.linear._LARGE_BYTES", limit)
+        with torch.no_grad():
+            assert encoder._infers_by_blocks(x) == (limit == 256 * 128 * 2)
+    encoder(x, _offsets([256]), 256)
