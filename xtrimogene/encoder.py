@@ -139,7 +139,8 @@ class RaggedTransformerEncoder(nn.Module):
         if not _untouched(x, tuple(self.modules())) or any(p.dtype != x.dtype for p in self.parameters()):
             return False
         layer = cast(RaggedTransformerEncoderLayer, self.layers[0])
-        return is_large(len(x), layer.linear1.out_features, x.dtype)
+        # PyTorch's own bfloat16 layers keep kernels for every number of rows: memory would grow from batch to batch.
+        return x.dtype == torch.bfloat16 or is_large(len(x), layer.linear1.out_features, x.dtype)
 
     def _infer(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """The same layers with everything between two attentions done for a block of rows at a time.

@@ -2,7 +2,7 @@
 
 torch.nn.functional.linear on a CPU copies the bias into the output first, and a (total_nnz, 4 dim) output is new memory
 that the system hands out page by page: on a machine with AMX that takes as long as a bfloat16 product itself. Here the
-rows go through in blocks whose widest tensor stays in cache, and a block's memory is the one that the last block freed.
+rows go through in blocks, and a block's memory is the one that the last block freed.
 In float32 this is also the way around MKL, which is slow on some CPUs.
 
 The oneDNN ops of PyTorch that it takes are internal ones, made for torch.compile. They are used only where they exist
@@ -26,8 +26,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-# Bytes of the widest tensor of a block, for each thread: about what second-level caches hold.
-_BLOCK_BYTES = 3 << 20
+# Bytes of the widest tensor of a block: for each thread, and at most for all of them. Smaller blocks would fit caches
+# better, but threads that meet more often wait more for each other on a busy machine. From 32 MB on glibc gives every
+# tensor new memory.
+_BLOCK_BYTES = 8 << 20
+_MAX_BLOCK_BYTES = 24 << 20
 # oneDNN compiles, and keeps, kernels for every number of rows that it meets: blocks are multiples of a unit, and what
 # is left at the end goes by powers of two.
 _UNIT_ROWS = 64
@@ -42,12 +45,13 @@ def is_large(rows: int, width: int, dtype: torch.dtype) -> bool:
 
 
 def row_blocks(total: int, width: int, dtype: torch.dtype) -> list[slice]:
-    """Blocks of [0, total) rows, so small that (rows, width) of the dtype stays in the caches.
+    """Blocks of [0, total) rows, so small that the memory of (rows, width) of the dtype is used again.
 
     About equal multiples of 64 rows, and at the end powers of two below 64.
     """
     units = total // _UNIT_ROWS
-    limit = max(_MIN_UNITS, _BLOCK_BYTES * torch.get_num_threads() // (width * dtype.itemsize * _UNIT_ROWS))
+    block_bytes = min(_BLOCK_BYTES * torch.get_num_threads(), _MAX_BLOCK_BYTES)
+    limit = max(_MIN_UNITS, block_bytes // (width * dtype.itemsize * _UNIT_ROWS))
     parts = -(-units // limit)
     ends = [units * i // parts * _UNIT_ROWS for i in range(1, parts + 1)]
     end = units * _UNIT_ROWS

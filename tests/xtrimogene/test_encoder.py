@@ -448,5 +448,7 @@ def test_small_batches_are_left_to_the_layers(monkeypatch: pytest.MonkeyPatch) -
     for limit in (256 * 128 * 2, 256 * 128 * 2 + 1):
         monkeypatch.setattr("xtrimogene.linear._LARGE_BYTES", limit)
         with torch.no_grad():
-            assert encoder._infers_by_blocks(x) == (limit == 256 * 128 * 2)
+            assert encoder._infers_by_blocks(x)
+            assert encoder.float()._infers_by_blocks(x.float()[:128]) == (limit == 256 * 128 * 2)
+        encoder.bfloat16()
     encoder(x, _offsets([256]), 256)

@@ -144,7 +144,8 @@ def test_blocks_cover_every_row_once(total: int, width: int) -> None:
     assert tail == [1 << bit for bit in reversed(range(6)) if total & 1 << bit]
     sizes = sizes[: len(sizes) - len(tail)]
     assert all(size % unit == 0 for size in sizes)
-    limit = max(linear._MIN_UNITS * unit, linear._BLOCK_BYTES * torch.get_num_threads() // (4 * width))
+    block_bytes = min(linear._BLOCK_BYTES * torch.get_num_threads(), linear._MAX_BLOCK_BYTES)
+    limit = max(linear._MIN_UNITS * unit, block_bytes // (4 * width))
     assert len(sizes) <= 2 + total // limit
     if sizes:
         assert max(sizes) - min(sizes) <= unit
