@@ -79,7 +79,7 @@ def test_embed_tells_where_its_time_goes() -> None:
 def test_wrong_embeddings_are_found() -> None:
     _, cells, vocabulary = end_to_end.real_counts("any.h5ad")
     model = xtrimogene.XTrimoGene.from_preset("3m", vocabulary)
-    written = xtrimogene.embed(cells, model, progress=False).embedding
+    written = xtrimogene.embed(cells, model, dtype="float32", progress=False).embedding
     assert written is not None
     assert end_to_end._embeds(written, cells, model, "float32")
     assert not end_to_end._embeds(written * np.float32(1.001), cells, model, "float32")
