@@ -1,4 +1,4 @@
-"""Linear layers by blocks of rows through oneDNN, with bias and ReLU in the product and the weight packed once.
+"""Linear layers by blocks of rows through oneDNN, with bias and activation in the product and the weight packed once.
 
 torch.nn.functional.linear on a CPU copies the bias into the output first, and a (total_nnz, 4 dim) output is new memory
 that the system hands out page by page: on a machine with AMX that takes as long as a bfloat16 product itself. Here the
@@ -37,6 +37,9 @@ _UNIT_ROWS = 64
 _MIN_UNITS = 4
 # Below this the memory of a layer's widest tensor is used again from call to call, and blocks only add calls.
 _LARGE_BYTES = 16 << 20
+# Activation -> oneDNN's name for it and for its algorithm. gelu is the exact one (erf).
+_ONEDNN_ACTIVATIONS = {"none": ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+ACTIVATIONS = tuple(_ONEDNN_ACTIVATIONS)
 
 
 def is_large(rows: int, width: int, dtype: torch.dtype) -> bool:
@@ -61,44 +64,66 @@ def row_blocks(total: int, width: int, dtype: torch.dtype) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
-def row_linear(weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Callable[[Tensor], Tensor]:
-    """The layer x -> F.linear(x, weight, bias), then ReLU if asked for, ready for many blocks of rows.
+def activate(x: Tensor, activation: str) -> Tensor:
+    """x after one of ACTIVATIONS; ReLU is done in place, since no backward needs what was there before."""
+    if activation == "relu":
+        return F.relu(x, inplace=True)
+    return x if activation == "none" else F.gelu(x, approximate=_ONEDNN_ACTIVATIONS[activation][1])
+
+
+def row_linear(weight: Tensor, bias: Tensor | None, *, activation: str = "none") -> Callable[[Tensor], Tensor]:
+    """The layer x -> F.linear(x, weight, bias), then an activation, ready for many blocks of rows.
 
     weight (out, in) and bias (out,) of one dtype on the CPU; the layer takes x (rows, in) of that dtype and returns a
-    new (rows, out). Without autograd. It holds a packed copy of the weight: make a new one when the weight changes.
+    new (rows, out). activation is one of ACTIVATIONS. Without autograd. It holds a packed copy of the weight: make a new one when the weight changes.
     """
     if not onednn_takes(weight.dtype):
-        return lambda x: F.relu(F.linear(x, weight, bias), inplace=True) if relu else F.linear(x, weight, bias)
-    return _onednn_linear(weight, bias, relu)
+        return lambda x: activate(F.linear(x, weight, bias), activation)
+    return _onednn_linear(weight, bias, activation)
 
 
-def _onednn_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Callable[[Tensor], Tensor]:
+def _onednn_linear(weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _UNIT_ROWS)
     bias = None if bias is None else bias.detach().contiguous()
-    after = "relu" if relu else "none"
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, after, [], "")
+    name, algorithm = _ONEDNN_ACTIVATIONS[activation]
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear(x, weight, bias) with gradients to all three, by blocks of rows; differentiable once.
 
-    x (rows, in), weight (out, in) and bias (out,) of one dtype on the CPU.
+    x (rows, in), weight (out, in) and bias (out,) or None, of one dtype on the CPU.
     """
     return _Linear.apply(x, weight, bias)
 
 
-def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dropout: float = 0.0) -> Tensor:
-    """F.linear(F.dropout(F.relu(F.linear(x, w1, b1)), dropout), w2, b2), with gradients to all five, by blocks of rows.
+def feed_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    dropout: float = 0.0,
+    *,
+    activation: str = "relu",
+) -> Tensor:
+    """F.linear(F.dropout(activation(F.linear(x, w1, b1)), dropout), w2, b2), with gradients to all five, by blocks.
 
-    x (rows, dim), w1 (ffn_dim, dim), b1 (ffn_dim,), w2 (dim, ffn_dim), b2 (dim,), of one dtype on the CPU. Only the
-    dropped-out hidden rows are kept for the backward: they are positive where the gradient passes. Differentiable once.
+    x (rows, dim), w1 (ffn_dim, dim), b1 (ffn_dim,) or None, w2 (dim, ffn_dim), b2 (dim,) or None, of one dtype on the
+    CPU; activation "relu", "gelu" or "gelu_tanh". One (rows, ffn_dim) tensor is kept for the backward. With relu that is
+    the dropped-out hidden rows, which are positive where the gradient passes; with the others the rows before the
+    activation, from which it is computed again. Differentiable once.
+
+    Raises ValueError for dropout after another activation than relu: its mask would have to be kept too.
     """
-    return _FeedForward.apply(x, w1, b1, w2, b2, dropout)
+    if dropout and activation != "relu":
+        raise ValueError(f"dropout: expected 0 with activation {activation!r}, got {dropout}")
+    return _FeedForward.apply(x, w1, b1, w2, b2, dropout, activation)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         layer, out = row_linear(weight, bias), x.new_empty((len(x), len(weight)))
         for block in row_blocks(len(x), len(weight), x.dtype):
             out[block] = layer(x[block])
@@ -120,17 +145,26 @@ class _Linear(torch.autograd.Function):
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dropout: float) -> Tensor:
-        linear1, linear2 = row_linear(w1, b1, relu=True), row_linear(w2, b2)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        dropout: float,
+        activation: str,
+    ) -> Tensor:
+        linear1, linear2 = row_linear(w1, b1, activation="relu" if activation == "relu" else "none"), row_linear(w2, b2)
         hidden, out = x.new_empty((len(x), len(w1))), x.new_empty((len(x), len(w2)))
         for block in row_blocks(len(x), len(w1), x.dtype):
             rows = linear1(x[block])
             if dropout:
                 rows = F.dropout(rows, dropout)
             hidden[block] = rows
-            out[block] = linear2(rows)
+            out[block] = linear2(rows if activation == "relu" else activate(rows, activation))
         ctx.save_for_backward(x, hidden, w1, w2)
-        ctx.dropout = dropout
+        ctx.dropout, ctx.activation = dropout, activation
         return out
 
     @staticmethod
@@ -141,15 +175,20 @@ class _FeedForward(torch.autograd.Function):
         grad_x = x.new_empty(x.shape)
         grads1, grads2 = _LinearGrads(w1, ctx.needs_input_grad[1:3]), _LinearGrads(w2, ctx.needs_input_grad[3:5])
         for block in row_blocks(len(x), len(w1), x.dtype):
-            grad_rows = grad_out[block]
-            grad_hidden = torch.ops.aten.threshold_backward(linear2(grad_rows), hidden[block], 0)
+            grad_rows, activated = grad_out[block], hidden[block]
+            if ctx.activation == "relu":
+                grad_hidden = torch.ops.aten.threshold_backward(linear2(grad_rows), activated, 0)
+            else:
+                algorithm = _ONEDNN_ACTIVATIONS[ctx.activation][1]
+                grad_hidden = torch.ops.aten.gelu_backward(linear2(grad_rows), activated, approximate=algorithm)
+                activated = activate(activated, ctx.activation)
             if ctx.dropout:
                 grad_hidden.mul_(1 / (1 - ctx.dropout))
             if ctx.needs_input_grad[0]:
                 grad_x[block] = linear1(grad_hidden)
             grads1.add(grad_hidden, x[block])
-            grads2.add(grad_rows, hidden[block])
-        return grad_x if ctx.needs_input_grad[0] else None, *grads1.sums(), *grads2.sums(), None
+            grads2.add(grad_rows, activated)
+        return grad_x if ctx.needs_input_grad[0] else None, *grads1.sums(), *grads2.sums(), None, None
 
 
 class _LinearGrads:
@@ -196,7 +235,7 @@ def _race_float32() -> float:
     with torch.no_grad():
         ways: list[Callable[[Tensor], Tensor]] = [
             lambda x: torch.mm(x, weight.t()),
-            _onednn_linear(weight, None, False),
+            _onednn_linear(weight, None, "none"),
         ]
         seconds = [math.inf, math.inf]
         for _ in range(5):
@@ -227,14 +266,16 @@ def _gives_right_numbers(dtype: torch.dtype) -> bool:
     x, weight = x.view(33, 48), weight.view(40, 48)
     try:
         with torch.no_grad():
-            got = [_onednn_linear(weight, bias, True)(x), _onednn_linear(weight, None, False)(x)]
+            got = [_onednn_linear(weight, bias, name)(x) for name in ACTIVATIONS]
+            got.append(_onednn_linear(weight, None, "none")(x))
     except (AttributeError, RuntimeError, TypeError):
         return False
-    exact = F.linear(x.double(), weight.double())
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    wanted = [activate(exact.clone(), name) for name in ACTIVATIONS] + [F.linear(x.double(), weight.double())]
     tolerance = 10 * torch.finfo(dtype).eps
     return all(
         a.dtype == dtype and torch.allclose(a.double(), b, rtol=tolerance, atol=tolerance)
-        for a, b in zip(got, [F.relu(exact + bias), exact], strict=True)
+        for a, b in zip(got, wanted, strict=True)
     )
 
 
