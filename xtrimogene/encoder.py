@@ -313,6 +313,9 @@ _MODULES = (
     nn.Linear,
     nn.LayerNorm,
     nn.Dropout,
+    # torch's own encoder layer has these two; xtrimogene.dropin takes care that nothing else is in it.
+    nn.MultiheadAttention,
+    nn.modules.linear.NonDynamicallyQuantizableLinear,
 )
 
 

@@ -38,7 +38,12 @@ _MIN_UNITS = 4
 # Below this the memory of a layer's widest tensor is used again from call to call, and blocks only add calls.
 _LARGE_BYTES = 16 << 20
 # Activation -> oneDNN's name for it and for its algorithm. gelu is the exact one (erf).
-_ONEDNN_ACTIVATIONS = {"none": ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+_ONEDNN_ACTIVATIONS = {
+    "none": ("none", ""),
+    "relu": ("relu", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+}
 ACTIVATIONS = tuple(_ONEDNN_ACTIVATIONS)
 
 
@@ -75,7 +80,8 @@ def row_linear(weight: Tensor, bias: Tensor | None, *, activation: str = "none")
     """The layer x -> F.linear(x, weight, bias), then an activation, ready for many blocks of rows.
 
     weight (out, in) and bias (out,) of one dtype on the CPU; the layer takes x (rows, in) of that dtype and returns a
-    new (rows, out). activation is one of ACTIVATIONS. Without autograd. It holds a packed copy of the weight: make a new one when the weight changes.
+    new (rows, out). activation is one of ACTIVATIONS. Without autograd. It holds a packed copy of the weight: make a
+    new one when the weight changes.
     """
     if not onednn_takes(weight.dtype):
         return lambda x: activate(F.linear(x, weight, bias), activation)
@@ -110,9 +116,9 @@ def feed_forward(
     """F.linear(F.dropout(activation(F.linear(x, w1, b1)), dropout), w2, b2), with gradients to all five, by blocks.
 
     x (rows, dim), w1 (ffn_dim, dim), b1 (ffn_dim,) or None, w2 (dim, ffn_dim), b2 (dim,) or None, of one dtype on the
-    CPU; activation "relu", "gelu" or "gelu_tanh". One (rows, ffn_dim) tensor is kept for the backward. With relu that is
-    the dropped-out hidden rows, which are positive where the gradient passes; with the others the rows before the
-    activation, from which it is computed again. Differentiable once.
+    CPU; activation "relu", "gelu" or "gelu_tanh". One (rows, ffn_dim) tensor is kept for the backward: with relu the
+    dropped-out hidden rows, which are positive where the gradient passes; with the others the rows before the
+    activation, which is computed again. Differentiable once.
 
     Raises ValueError for dropout after another activation than relu: its mask would have to be kept too.
     """

@@ -258,7 +258,7 @@ def test_layers_without_bias_train() -> None:
 
 
 def test_dropout_after_gelu_is_refused() -> None:
-    with pytest.raises(ValueError, match="dropout: expected 0 with activation 'gelu', got 0.1"):
+    with pytest.raises(ValueError, match=r"dropout: expected 0 with activation 'gelu', got 0\.1"):
         linear.feed_forward(*_leaves(3, 4, 8, torch.float32), 0.1, activation="gelu")
 
 
