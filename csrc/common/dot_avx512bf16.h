@@ -52,16 +52,16 @@ static inline void pack_left(DotBf16<V>, const bf16* src, int64_t stride, int64_
 template <class V>
 static inline void pack_right_transposed(DotBf16<V>, const bf16* src, int64_t stride, int64_t rows, int64_t dim,
                                          int64_t all_steps, uint32_t* dst, int64_t columns) {
-  const int64_t square_rows = rows / 16 * 16, square_steps = dim / 32 * 16;
-  for (int64_t r = 0; r < square_rows; r += 16)
+  const int64_t square_steps = dim / 32 * 16;
+  for (int64_t r = 0; r < columns; r += 16)
     for (int64_t p = 0; p < square_steps; p += 16) {
       typename V::reg x[16];
-      for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(src + (r + i) * stride + 2 * p);
+      for (int i = 0; i < 16; ++i) x[i] = r + i < rows ? _mm512_loadu_ps(src + (r + i) * stride + 2 * p) : V::zero();
       V::transpose(x);
       for (int i = 0; i < 16; ++i) _mm512_storeu_ps(dst + (p + i) * columns + r, x[i]);
     }
-  for (int64_t p = 0; p < all_steps; ++p)
-    for (int64_t r = p < square_steps ? square_rows : 0; r < columns; ++r) {
+  for (int64_t p = square_steps; p < all_steps; ++p)
+    for (int64_t r = 0; r < columns; ++r) {
       const bf16* row = src + r * stride + 2 * p;
       const uint32_t low = r < rows && 2 * p < dim ? row[0].bits : 0u;
       const uint32_t high = r < rows && 2 * p + 1 < dim ? row[1].bits : 0u;

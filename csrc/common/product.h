@@ -4,8 +4,9 @@
 //
 // A Dot says what one step of k is: DotFloat multiplies floats; DotBf16 (x86 only) multiplies pairs of bf16 with float
 // accumulation, so its operands hold two neighbouring k in one 32-bit element.
-// Every element of c is one chain of steps in the order of k, whatever the tile it falls in: the result does not depend
-// on m or n, nor on how the rows were split among threads.
+// Every element of c is one chain of steps in the order of k, added to what c held where products accumulate, whatever the
+// tile it falls in: the result does not depend on m or n, nor on how the rows were split among threads. Chains of a block
+// that are added up lose far less than one chain over all blocks would.
 #pragma once
 
 #include "types.h"
@@ -44,7 +45,7 @@ static inline void product_tile(int64_t k, const typename Dot::elem* a, int64_t 
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < Vectors; ++j) acc[i][j] = accumulate ? V::load(c + i * ldc + j * V::width) : V::zero();
+    for (int j = 0; j < Vectors; ++j) acc[i][j] = V::zero();
   for (int64_t p = 0; p < k; ++p) {
     decltype(Dot::load(b)) column[Vectors];
 #pragma GCC unroll 8
@@ -57,7 +58,10 @@ static inline void product_tile(int64_t k, const typename Dot::elem* a, int64_t 
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 8
-    for (int j = 0; j < Vectors; ++j) V::store(c + i * ldc + j * V::width, acc[i][j]);
+    for (int j = 0; j < Vectors; ++j) {
+      float* out = c + i * ldc + j * V::width;
+      V::store(out, accumulate ? V::add(V::load(out), acc[i][j]) : acc[i][j]);
+    }
 }
 
 template <class V, class Dot, bool transposed, int Rows, int Vectors>
@@ -120,23 +124,23 @@ static inline void pack_left(DotFloat<V>, const T* src, int64_t stride, int64_t 
   for (int64_t r = 0; r < rows; ++r) load_row<V>(src + r * stride, dim, dst + r * ld, ld);
 }
 
-// Rows as the transposed right operand b: (all_steps, columns), column r holding row r; all else is zero.
+// Rows as the transposed right operand b: (all_steps, columns), column r holding row r; all else is zero. columns is a
+// multiple of the vector width.
 template <class V, class T>
 static inline void pack_right_transposed(DotFloat<V>, const T* src, int64_t stride, int64_t rows, int64_t dim,
                                          int64_t all_steps, float* dst, int64_t columns) {
   constexpr int w = V::width;
-  const int64_t square_rows = rows / w * w, square_dim = dim / w * w;
-  for (int64_t r = 0; r < square_rows; r += w)
+  const int64_t square_dim = dim / w * w;
+  for (int64_t r = 0; r < columns; r += w)
     for (int64_t d = 0; d < square_dim; d += w) {
       typename V::reg x[w];
-      for (int i = 0; i < w; ++i) x[i] = V::load(src + (r + i) * stride + d);
+      for (int i = 0; i < w; ++i) x[i] = r + i < rows ? V::load(src + (r + i) * stride + d) : V::zero();
       V::transpose(x);
       for (int i = 0; i < w; ++i) V::store(dst + (d + i) * columns + r, x[i]);
     }
-  for (int64_t d = 0; d < all_steps; ++d) {
-    int64_t r = d < square_dim ? square_rows : 0;
-    for (; r < columns; ++r) dst[d * columns + r] = r < rows && d < dim ? to_float(src[r * stride + d]) : 0.0f;
-  }
+  for (int64_t d = square_dim; d < all_steps; ++d)
+    for (int64_t r = 0; r < columns; ++r)
+      dst[d * columns + r] = r < rows && d < dim ? to_float(src[r * stride + d]) : 0.0f;
 }
 
 // Rows as the right operand b: (rows / group, padded), rows up to all_rows zero.
