@@ -36,11 +36,15 @@ _UNIT_ROWS = 64
 _MIN_UNITS = 4
 # Below this the memory of a layer's widest tensor is used again from call to call, and blocks only add calls.
 _LARGE_BYTES = 16 << 20
+# Where oneDNN is the faster one it is so from the rows on that earn back the packing of the weight.
+_PACKING_PAYS_ROWS = 512
 
 
 def is_large(rows: int, width: int, dtype: torch.dtype) -> bool:
     """Whether a (rows, width) tensor is so large that going by blocks of rows is faster."""
-    return rows * width * dtype.itemsize >= _LARGE_BYTES
+    if rows * width * dtype.itemsize >= _LARGE_BYTES:
+        return True
+    return dtype == torch.float32 and rows >= _PACKING_PAYS_ROWS and onednn_takes(dtype) and _mkl_is_slow()
 
 
 def row_blocks(total: int, width: int, dtype: torch.dtype) -> list[slice]:
