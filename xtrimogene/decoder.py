@@ -146,9 +146,7 @@ class PerformerLayer(nn.Module):
 
     def _add_feed_forward(self, x: Tensor) -> Tensor:
         if untouched(x, (self.norm2, self.linear1, self.linear2)):
-            weights = in_autocast_dtype(
-                self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
-            )
+            weights = in_autocast_dtype(self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
             if pays_by_blocks(len(x), *weights):
                 return norm_feed_forward(x, self.norm2.weight, self.norm2.bias, self.norm2.eps, *weights)
         return x + self.linear2(F.gelu(self.linear1(self.norm2(x))))

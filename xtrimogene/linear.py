@@ -185,7 +185,14 @@ class _FeedForward(torch.autograd.Function):
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor, parts: int
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor,
+        parts: int,
     ) -> tuple[Tensor, ...]:
         norm, layer = _RowNorm(norm_weight, norm_bias, eps), row_linear(weight, bias)
         outs = tuple(weight.new_empty((len(x), len(weight) // parts)) for _ in range(parts))

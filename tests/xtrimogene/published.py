@@ -79,7 +79,9 @@ class SelfAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(0, 1) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(0, 1) for y in (self.to_q(x), self.to_k(x), self.to_v(x))
+        )
         return self.to_out(self.fast_attention(q, k, v).transpose(0, 1).flatten(1))
 
 
