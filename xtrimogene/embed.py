@@ -125,7 +125,7 @@ def embed(
     overwrite: bool = False,
     progress: bool = True,
 ) -> EmbedReport:
-    """Embed every cell: (n_obs, dim) float32 (4 dim with pooling "all") into ``adata.obsm[key_added]``, or into a copy of the file at ``output``.
+    """Embed every cell: (n_obs, dim) float32 into ``adata.obsm[key_added]``, or into a copy of the file at ``output``.
 
     A cell's embedding depends on that cell alone (up to the rounding of matrix products of another size). A cell
     without a gene of the vocabulary gets NaN, is counted in the report and warned about.
@@ -141,7 +141,7 @@ def embed(
             as ``report.embedding``.
         layer: matrix to embed, None for X; "raw" for ``.raw``.
         pooling: "mean" or "max" over the encoder's rows of a cell's genes; for a model with depth tokens also "all",
-            scFoundation's cell embedding: row of S, row of T, max, mean, one after the other.
+            scFoundation's cell embedding (4 dim): row of S, row of T, max, mean, one after the other.
         max_tokens: most expressed genes in a batch. More is faster, up to a point, and takes more memory.
         key_added: key in obsm; a key that is there already is replaced.
         dtype: arithmetic of the encoder: "float32", "bfloat16", or "auto". Auto takes bfloat16 where the GPU or the CPU

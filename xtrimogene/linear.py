@@ -82,8 +82,8 @@ def _onednn_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Callable[
 def linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     """F.linear(x, weight, bias), plus residual if given, with gradients to all, by blocks of rows; differentiable once.
 
-    x (rows, in), weight (out, in) and bias (out,) of one dtype on the CPU. residual (rows, out) of that dtype or a wider
-    one, which the result then has.
+    x (rows, in), weight (out, in) and bias (out,) of one dtype on the CPU. residual (rows, out) of that dtype or a
+    wider one, which the result then has.
     """
     return _Linear.apply(x, weight, bias, residual)
 

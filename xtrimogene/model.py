@@ -37,8 +37,8 @@ def pool(encoded: Tensor, cu_seqlens: Tensor, how: str, *, depth_tokens: bool = 
 
     encoded       (total_nnz, dim), any float dtype
     cu_seqlens    (batch + 1,) int32; cell c owns rows cu_seqlens[c]:cu_seqlens[c + 1], rows past the last are ignored
-    how           "mean" or "max" over the cell's genes; "all": row of S, row of T, max and mean, one after the other, as
-                  scFoundation embeds cells
+    how           "mean" or "max" over the cell's genes; "all": row of S, row of T, max and mean, one after the other,
+                  as scFoundation embeds cells
     depth_tokens  whether each cell's last two rows are the tokens T and S, which are no genes
     returns       (batch, dim), for "all" (batch, 4 dim), float32 (float64 for float64 input); NaN for a cell without
                   genes

@@ -16,6 +16,7 @@ import torch
 from xtg_kernels import RaggedBatch, current_backend, dispatch
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.data import (
+    DEPTH_TARGETS,
     CellSource,
     CsrArrays,
     add_depth_tokens,
@@ -47,9 +48,8 @@ class TargetDepth:
         mode, _, number = str(given).rpartition(":")
         with contextlib.suppress(ValueError):
             depth = cls(mode or "value", float(number))
-            if math.isfinite(depth.number) and depth.mode in ("value", "fold", "offset"):
-                if depth.mode != "fold" or depth.number > 0:
-                    return depth
+            if math.isfinite(depth.number) and depth.mode in DEPTH_TARGETS and (mode != "fold" or depth.number > 0):
+                return depth
         raise ValueError(
             "target_depth: expected the log10 total to aim at, such as 4.0, or fold:2 (twice the cell's total), or "
             f"offset:0.5 (added to its log10 total), got {given!r}"

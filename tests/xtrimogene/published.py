@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
