@@ -1,4 +1,4 @@
-"""Decoder: linear attention over all genes of a cell, from the encoder's rows to a row for each gene and a prediction."""
+"""Decoder: linear attention over all genes of a cell, from the encoder's rows to a row and a prediction per gene."""
 
 from __future__ import annotations
 

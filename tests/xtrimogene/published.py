@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import itertools
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

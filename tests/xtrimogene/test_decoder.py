@@ -131,9 +131,8 @@ def test_each_saving_alone_equals_the_plain_decoder() -> None:
     """All rows of the last layer without asking, and asked genes in any order and twice."""
     model, masked = _model(decoder_layers=2).double(), _double(_masked())
     with use_backend("reference"):
-        everything = model.decode(
-            masked.batch, masked_ids=masked.masked_ids, masked_cu_seqlens=masked.masked_cu_seqlens
-        )
+        masks = {"masked_ids": masked.masked_ids, "masked_cu_seqlens": masked.masked_cu_seqlens}
+        everything = model.decode(masked.batch, **masks)
         plain = published_from(model)
         hidden = _ragged(masked.masked_ids, masked.masked_cu_seqlens)
         want = torch.cat([plain(*cell, ids) for cell, ids in zip(cells_of(masked.batch), hidden, strict=True)])
