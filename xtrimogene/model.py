@@ -6,11 +6,15 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from anndata import AnnData
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -184,6 +188,30 @@ class XTrimoGene(
         """The decoder's rows of a batch, before its norms; genes are the masked and asked ones of Decoder.forward."""
         zero_row = self.embedding.value_rows(batch.values.new_zeros(1))[0]
         return self.decoder(self.embedding.gene_table[:-1], zero_row, self.mask_row, self(batch), batch, **genes)
+
+    def gene_embeddings(
+        self, adata_or_path: AnnData | str | os.PathLike[str], genes: Sequence[str], **options: Any
+    ) -> npt.NDArray[np.float32]:
+        """(n_obs, genes, decoder_dim) float32: the decoder's output before its head, for the asked genes of every cell.
+
+        Options are those of xtrimogene.gene_level.gene_embeddings, which says more; it runs where the model is.
+        """
+        from xtrimogene import gene_level
+
+        options = {"device": self.mask_row.device, **options}
+        return gene_level.gene_embeddings(adata_or_path, self, genes, **options)[1]
+
+    def predict_expression(
+        self, adata_or_path: AnnData | str | os.PathLike[str], genes: Sequence[str] | None = None, **options: Any
+    ) -> npt.NDArray[np.float32]:
+        """(n_obs, genes) float32: predicted log-normalised expression of the asked genes, or of the whole vocabulary.
+
+        Options are those of xtrimogene.gene_level.predict_expression, which says more; it runs where the model is.
+        """
+        from xtrimogene import gene_level
+
+        options = {"device": self.mask_row.device, **options}
+        return gene_level.predict_expression(adata_or_path, self, genes, **options)[1]
 
     def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False, **kwargs: Any) -> str | None:
         """Write model.safetensors, config.json, vocabulary.tsv and a README.md model card into a folder.
