@@ -205,7 +205,8 @@ def register_autocast(
     Args:
         name: op name in namespace xtg.
         dtype: where they go.
-        tensors: only so many of the first arguments go there (None: all).
+        tensors: only so many of the first arguments go there (None: all; 0: nothing is cast, autocast is only off
+            inside the op).
         instead_of_float16: where they go instead of float16.
     """
     for overload, qualname in zip(OVERLOADS, overload_names(name), strict=True):
@@ -224,12 +225,12 @@ def _autocast_kernel(
         if target == torch.float16 and instead_of_float16 is not None:
             target = instead_of_float16
 
-        def cast(x: Any) -> Any:
+        def in_target(x: Any) -> Any:
             if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
                 return x.to(target)
             return x
 
-        args = (*(cast(x) for x in args[:tensors]), *(args[len(args[:tensors]) :]))
+        args = (*(in_target(x) for x in args[:tensors]), *(args[len(args[:tensors]) :]))
         with torch.autocast(device_type, enabled=False):
             return op(*args)
 

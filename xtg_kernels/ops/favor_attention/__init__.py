@@ -96,7 +96,7 @@ def favor_attention(
             raise ValueError("max_seqlen_q: expected the longest segment of cu_seqlens_q, got None")
         _check_int("max_seqlen_q", max_seqlen_q)
         checks.check_tensor("cu_seqlens_q", cu_seqlens_q, tuple(cu_seqlens.shape), q)
-        checks.check_cu_seqlens(cu_seqlens_q, q, q.shape[0], max_seqlen_q, suffix="_q")
+        checks.check_cu_seqlens(cu_seqlens_q, q, q.shape[0], max_seqlen_q, name="cu_seqlens_q", total="total_q")
     op = dispatch.choose_overload(
         "favor_attention", lambda backend: library.not_supported_reasons(backend, q, k, v, projection)
     )
