@@ -110,6 +110,51 @@ struct EmbeddingGrads {
   float* bin_table;     // (bins, padded_dim)
 };
 
+struct GatherArgs {
+  DType dtype;
+  int64_t batch, num_genes, dim;
+  const int32_t *gene_ids, *cu_seqlens;           // ids ascend in each cell, here and below
+  const int32_t *masked_ids, *masked_cu_seqlens;  // or null: no gene is masked
+  const int32_t *out_genes, *out_cu_seqlens;      // or null: every cell has a row for each gene
+  const void *table, *encoded;                    // (num_genes, dim), (total_nnz, dim) contiguous
+  const float *zero_row, *mask_row;               // (dim,)
+  void* out;                                      // (batch, num_genes, dim) or (total_out, dim)
+  // Backward only.
+  const void* grad_out;  // as out, contiguous
+  void* grad_table;      // (num_genes, dim), or null where units do not own genes
+  void* grad_encoded;    // (total_nnz, dim)
+};
+
+// One unit of gather work: the rows of some genes in some cells.
+struct GatherUnit {
+  int64_t first_cell, end_cell, first_gene, end_gene;
+};
+
+struct HeadArgs {
+  DType dtype;  // of x and grad_x
+  int64_t dim, padded_dim;
+  float eps;
+  const void* x;  // rows of dim contiguous elements
+  int64_t row_stride;
+  const int64_t* rows;  // (n,), or null: all rows of x in their order
+  // Float copies, padded with zeros to a multiple of the vector width.
+  const float *norm1_weight, *norm1_bias, *scale;  // scale = weight * norm2_weight
+  float mean_scale, offset;                        // offset = weight . norm2_bias + bias
+  // Backward only. Row chosen[u] is chosen at positions[offsets[u]..offsets[u + 1]].
+  const int64_t* chosen;
+  const int32_t *offsets, *positions;
+  const float* grad_out;  // (n,), or null with target
+  const float* target;    // (n,) or null; grad_out is then loss_factor * (prediction - target)
+  float loss_factor;
+  void* grad_x;  // (N, dim) contiguous
+};
+
+// What the gradients of the head's parameters need, summed over rows.
+struct HeadSums {
+  double* grad_out;
+  float *normed2, *product, *middle;  // (padded_dim,): grad_out normed2, grad_middle normed1, grad_middle
+};
+
 struct Kernels {
   const char* name;
   int width;  // floats in a vector register: rows handed to the kernels are padded to a multiple of it
@@ -134,6 +179,14 @@ struct Kernels {
   void (*embedding_backward)(const EmbeddingArgs&, int64_t first, int64_t count, const EmbeddingGrads&, void* scratch);
   // Row of the gene table's gradient: the sum of grad_out over the given tokens, in their order.
   void (*sum_rows)(DType, const void* src, int64_t dim, const int32_t* tokens, int64_t count, float* scratch, void* dst);
+  void (*gather_forward)(const GatherArgs&, const GatherUnit&);
+  size_t (*gather_scratch)(const GatherArgs&, int64_t genes);
+  void (*gather_backward)(const GatherArgs&, const GatherUnit&, float* grad_zero_row, float* grad_mask_row,
+                          void* scratch);
+  int64_t head_block;  // chosen rows of one unit of work
+  size_t (*head_scratch)(const HeadArgs&);
+  void (*head_forward)(const HeadArgs&, int64_t first, int64_t count, float* predictions, void* scratch);
+  void (*head_backward)(const HeadArgs&, int64_t first, int64_t count, const HeadSums&, void* scratch);
   void (*load_rows)(DType, const void* src, int64_t rows, int64_t columns, float* dst, int64_t padded);
   void (*store_rows)(DType, const float* src, int64_t padded, int64_t rows, int64_t columns, void* dst);
 };

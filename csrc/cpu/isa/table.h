@@ -3,6 +3,8 @@
 
 #include "../expression_embedding.h"
 #include "../favor_attention.h"
+#include "../masked_decoder_gather.h"
+#include "../masked_head.h"
 #include "../ragged_attention.h"
 
 namespace xtg {
@@ -86,6 +88,23 @@ static constexpr Kernels kernel_table(const char* name) {
   t.sum_rows = [](DType dtype, const void* src, int64_t dim, const int32_t* tokens, int64_t count, float* scratch,
                   void* dst) {
     with_type(dtype, [&](auto e) { sum_rows<V, decltype(e)>(src, dim, tokens, count, scratch, dst); });
+  };
+  t.gather_forward = [](const GatherArgs& args, const GatherUnit& unit) {
+    with_type(args.dtype, [&](auto e) { gather_forward<V, decltype(e)>(args, unit); });
+  };
+  t.gather_scratch = [](const GatherArgs& args, int64_t genes) { return gather_scratch<V>(args, genes); };
+  t.gather_backward = [](const GatherArgs& args, const GatherUnit& unit, float* grad_zero_row, float* grad_mask_row,
+                         void* scratch) {
+    with_type(args.dtype,
+              [&](auto e) { gather_backward<V, decltype(e)>(args, unit, grad_zero_row, grad_mask_row, scratch); });
+  };
+  t.head_block = kHeadBlock;
+  t.head_scratch = [](const HeadArgs& args) { return head_scratch<V>(args); };
+  t.head_forward = [](const HeadArgs& args, int64_t first, int64_t count, float* predictions, void* scratch) {
+    with_type(args.dtype, [&](auto e) { head_forward<V, decltype(e)>(args, first, count, predictions, scratch); });
+  };
+  t.head_backward = [](const HeadArgs& args, int64_t first, int64_t count, const HeadSums& sums, void* scratch) {
+    with_type(args.dtype, [&](auto e) { head_backward<V, decltype(e)>(args, first, count, sums, scratch); });
   };
   t.load_rows = [](DType dtype, const void* src, int64_t rows, int64_t columns, float* dst, int64_t padded) {
     with_type(dtype, [&](auto e) {
