@@ -28,8 +28,8 @@ from xtg_kernels import RaggedBatch, current_backend, dispatch
 from xtrimogene.data import (
     CellSource,
     CsrArrays,
+    check_counts,
     is_legacy_store,
-    looks_like_counts,
     map_genes,
     open_cells,
     open_store,
@@ -180,7 +180,7 @@ def embed(
     torch_dtype = _choose_dtype(dtype, torch_device)
     with open_cells(adata_or_path, layer=layer, gene_symbols=gene_symbols) as source:
         column_map = map_genes(source, network.vocabulary, normalized=normalized)
-        _check_counts(source, normalized)
+        check_counts(source, normalized)
         _check_longest_cell(source, column_map, max_tokens, normalized)
         bfloat16_error = None
         if dtype == "auto" and torch_dtype == torch.bfloat16:
@@ -329,27 +329,6 @@ def _prepared(network: XTrimoGene, device: torch.device, dtype: torch.dtype) -> 
             yield network
     finally:
         network.train(training)
-
-
-def _check_counts(source: CellSource, normalized: bool) -> None:
-    counts = looks_like_counts(source)
-    if normalized and counts and source.n_obs:
-        warnings.warn(
-            f"{source.name}: normalized=True, but the matrix holds whole numbers only, as raw counts do", stacklevel=3
-        )
-    if normalized or counts:
-        return
-    fitting = []
-    for other in source.other_layers:
-        with contextlib.suppress(ValueError), source.open_layer(other) as matrix:
-            if looks_like_counts(matrix):
-                fitting.append("X (no layer)" if other is None else f"layer={other!r} (--layer {other})")
-    hint = f"these matrices hold whole numbers: {', '.join(fitting)}; " if fitting else ""
-    wanted = "X" if source.layer is None else f"layer {source.layer!r}"
-    raise ValueError(
-        f"{source.name}: expected raw counts in {wanted}, got numbers that are not whole; {hint}"
-        "if they are log1p(count / total * 10,000) already, pass normalized=True (--normalized)"
-    )
 
 
 def _check_longest_cell(source: CellSource, column_map: ColumnMap, max_tokens: int, normalized: bool) -> None:
