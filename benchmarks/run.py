@@ -1,4 +1,4 @@
-"""The runner: python -m benchmarks.run attention|embedding|encoder|pack|embed|memory [--quick] [--out FILE]
+"""The runner: python -m benchmarks.run attention|embedding|encoder|pack|loader|embed|memory [--quick] [--out FILE]
 
 Each benchmark yields rows for a CSV file. Providers of a case run in one process, taking turns, so that a noisy machine
 is noisy for all of them: ratios inside one run are what counts. A provider whose result is not right against float64
@@ -224,6 +224,7 @@ def _rows(name: str, quick: bool, seconds: float, only: str) -> Iterator[Row]:
 
 OTHERS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "pack": end_to_end.pack,
+    "loader": end_to_end.loader,
     "embed": end_to_end.embed_share,
     "memory": end_to_end.memory,
 }

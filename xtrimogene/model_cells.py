@@ -20,7 +20,7 @@ from xtrimogene.data import (
     CellSource,
     CsrArrays,
     add_depth_tokens,
-    looks_like_counts,
+    check_counts,
     map_genes,
     pack_rows_and_totals,
 )
@@ -141,28 +141,6 @@ class ModelCells:
                     f"{source.cell_name(row)!r} (row {row}) of {source.name} expresses {length - depth_tokens:,} "
                     f"vocabulary genes; raise max_tokens to {enough:,}"
                 )
-
-
-def check_counts(source: CellSource, normalized: bool) -> None:
-    """Raises ValueError, with the matrix that would do, where raw counts are expected and a sample is not whole."""
-    counts = looks_like_counts(source)
-    if normalized and counts and source.n_obs:
-        warnings.warn(
-            f"{source.name}: normalized=True, but the matrix holds whole numbers only, as raw counts do", stacklevel=4
-        )
-    if normalized or counts:
-        return
-    fitting = []
-    for other in source.other_layers:
-        with contextlib.suppress(ValueError), source.open_layer(other) as matrix:
-            if looks_like_counts(matrix):
-                fitting.append("X (no layer)" if other is None else f"layer={other!r} (--layer {other})")
-    hint = f"these matrices hold whole numbers: {', '.join(fitting)}; " if fitting else ""
-    wanted = "X" if source.layer is None else f"layer {source.layer!r}"
-    raise ValueError(
-        f"{source.name}: expected raw counts in {wanted}, got numbers that are not whole; {hint}"
-        "if they are log1p(count / total * 10,000) already, pass normalized=True (--normalized)"
-    )
 
 
 def choose_device(device: str | torch.device) -> torch.device:
