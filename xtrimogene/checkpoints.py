@@ -1,8 +1,8 @@
 """Checkpoints of a training run: written beside their place, renamed when complete, checked before they are taken.
 
-The tensors go through torch.distributed.checkpoint, so that every rank writes what it holds and another number of ranks
-could read it. A checkpoint is a folder `step-<number>` with the files of torch.distributed.checkpoint and complete.json,
-which holds the progress of the run and the size and CRC-32 of every other file.
+The tensors go through torch.distributed.checkpoint, so that every rank writes what it holds. A checkpoint is a folder
+`step-<number>` with the files of torch.distributed.checkpoint and complete.json, which holds the progress of the run
+and the size and CRC-32 of every other file.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Checkpoints:
         return None
 
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put a checkpoint's tensors into a model and an optimizer made as those that were saved. Called by all ranks."""
+        """Put a checkpoint's tensors into a model and an optimizer like those that were saved. Called by all ranks."""
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state = {"model": model_state, "optimizer": optimizer_state}
         with _without_single_process_notice():
