@@ -2,6 +2,8 @@
 
 from xtg_kernels.dispatch import current_backend, use_backend
 from xtg_kernels.ops.expression_embedding import distinct_index, expression_embedding
+from xtg_kernels.ops.masked_decoder_gather import masked_decoder_gather
+from xtg_kernels.ops.masked_head import masked_head, masked_mse
 from xtg_kernels.ops.ragged_attention import ragged_attention
 from xtg_kernels.ragged import RaggedBatch
 
@@ -12,6 +14,9 @@ __all__ = [
     "current_backend",
     "distinct_index",
     "expression_embedding",
+    "masked_decoder_gather",
+    "masked_head",
+    "masked_mse",
     "ragged_attention",
     "use_backend",
 ]

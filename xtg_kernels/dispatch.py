@@ -197,25 +197,28 @@ def register_autograd(
         torch.library.register_autograd(qualname, backward(backward_op), setup_context=setup_context, lib=_fragment)
 
 
-def register_autocast(name: str, dtype: torch.dtype | None) -> None:
-    """Autocast rule of an op: floating tensors, float64 excepted, go to ``dtype`` (None: the dtype of autocast)."""
+def register_autocast(name: str, dtype: torch.dtype | None, *, cast: bool = True) -> None:
+    """Autocast rule of an op: floating tensors, float64 excepted, go to ``dtype`` (None: the dtype of autocast).
+
+    With cast=False they stay what they are; autocast is then off inside the op, no more.
+    """
     for overload, qualname in zip(OVERLOADS, overload_names(name), strict=True):
         op = getattr(getattr(torch.ops.xtg, name), overload)
         for device_type in ("cpu", "cuda"):
             key = "AutocastCPU" if device_type == "cpu" else "AutocastCUDA"
-            _fragment.impl(qualname.removeprefix("xtg::"), _autocast_kernel(op, device_type, dtype), key)
+            _fragment.impl(qualname.removeprefix("xtg::"), _autocast_kernel(op, device_type, dtype, cast), key)
 
 
-def _autocast_kernel(op: Any, device_type: str, dtype: torch.dtype | None) -> Callable[..., Any]:
+def _autocast_kernel(op: Any, device_type: str, dtype: torch.dtype | None, cast: bool) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         target = torch.get_autocast_dtype(device_type) if dtype is None else dtype
 
-        def cast(x: Any) -> Any:
-            if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
+        def in_target(x: Any) -> Any:
+            if cast and isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
                 return x.to(target)
             return x
 
-        args = tuple(cast(x) for x in args)
+        args = tuple(in_target(x) for x in args)
         with torch.autocast(device_type, enabled=False):
             return op(*args)
 

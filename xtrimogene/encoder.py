@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xtg_kernels import ragged_attention
-from xtrimogene.linear import feed_forward, is_large, linear, pays_in_training, row_blocks, row_linear
+from xtrimogene.linear import (
+    feed_forward,
+    in_autocast_dtype,
+    is_large,
+    linear,
+    pays_by_blocks,
+    row_blocks,
+    row_linear,
+    untouched,
+)
 
 
 class RaggedSelfAttention(nn.Module):
@@ -36,10 +45,10 @@ class RaggedSelfAttention(nn.Module):
         return self.out_proj(ragged_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1))
 
     def _in_proj(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and _untouched(x, ()):
-            operands = _autocast(x, self.in_proj_weight, self.in_proj_bias)
-            if _by_blocks(operands):
-                return linear(*operands)
+        if torch.is_grad_enabled() and untouched(x, ()):
+            rows, weight, bias = in_autocast_dtype(x, self.in_proj_weight, self.in_proj_bias)
+            if pays_by_blocks(len(rows), weight, bias, rows):
+                return linear(rows, weight, bias)
         return F.linear(x, self.in_proj_weight, self.in_proj_bias)
 
 
@@ -71,10 +80,11 @@ class RaggedTransformerEncoderLayer(nn.Module):
         return self.norm2(x + self.dropout(self._feed_forward(x)))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and _untouched(x, (self.linear1, self.linear2, self.dropout)):
-            operands = _autocast(x, self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
-            if _by_blocks(operands):
-                rows, w1, b1, w2, b2 = operands
+        if torch.is_grad_enabled() and untouched(x, (self.linear1, self.linear2, self.dropout)):
+            rows, w1, b1, w2, b2 = in_autocast_dtype(
+                x, self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
+            )
+            if pays_by_blocks(len(rows), w1, b1, w2, b2, rows):
                 return feed_forward(rows, w1, b1, w2, b2, self.dropout.p if self.dropout.training else 0.0)
         # In place: no backward needs the value before the relu, and this is the widest tensor of the layer.
         return self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
@@ -89,6 +99,8 @@ class RaggedTransformerEncoder(nn.Module):
 
         encoder = RaggedTransformerEncoder(dim=128, num_heads=2, num_layers=4)
         y = encoder(x, cu_seqlens, max_seqlen)
+
+    `checkpoint_activations = True` keeps only the input of each layer for the backward and computes the rest again.
     """
 
     def __init__(
@@ -109,6 +121,7 @@ class RaggedTransformerEncoder(nn.Module):
             for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.checkpoint_activations = False
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Encode every segment of x by itself.
@@ -126,7 +139,10 @@ class RaggedTransformerEncoder(nn.Module):
         if self._infers_by_blocks(x):
             return self._infer(x, cu_seqlens, max_seqlen)
         for layer in self.layers:
-            x = layer(x, cu_seqlens, max_seqlen)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cu_seqlens, max_seqlen, use_reentrant=False)
+            else:
+                x = layer(x, cu_seqlens, max_seqlen)
         return self.norm(x)
 
     def _infers_by_blocks(self, x: Tensor) -> bool:
@@ -136,7 +152,7 @@ class RaggedTransformerEncoder(nn.Module):
             return False
         if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in self.modules()):
             return False
-        if not _untouched(x, tuple(self.modules())) or any(p.dtype != x.dtype for p in self.parameters()):
+        if not untouched(x, tuple(self.modules()), _KINDS) or any(p.dtype != x.dtype for p in self.parameters()):
             return False
         layer = cast(RaggedTransformerEncoderLayer, self.layers[0])
         # PyTorch's own bfloat16 layers keep kernels for every number of rows: memory would grow from batch to batch.
@@ -175,40 +191,4 @@ class RaggedTransformerEncoder(nn.Module):
         return out
 
 
-_MODULES = (
-    RaggedTransformerEncoder,
-    RaggedTransformerEncoderLayer,
-    RaggedSelfAttention,
-    nn.ModuleList,
-    nn.Linear,
-    nn.LayerNorm,
-    nn.Dropout,
-)
-
-
-def _untouched(x: Tensor, modules: Sequence[nn.Module]) -> bool:
-    """Whether these modules may be computed without calling them: a plain CPU tensor, no tracing, nobody replaced or
-    hooked a module or its weights."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
-        return False
-    return all(
-        type(module) in _MODULES
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-        and all(type(p) is nn.Parameter and p.device == x.device for p in module._parameters.values())
-        for module in modules
-    )
-
-
-def _autocast(*operands: Tensor) -> tuple[Tensor, ...]:
-    """Operands in the dtype in which autocast would have F.linear take them."""
-    if not torch.is_autocast_enabled("cpu"):
-        return operands
-    return tuple(x.to(torch.get_autocast_dtype("cpu")) for x in operands)
-
-
-def _by_blocks(operands: Sequence[Tensor]) -> bool:
-    """operands: rows, then the weight of the wider layer first."""
-    rows, weight = operands[:2]
-    if not is_large(len(rows), len(weight), rows.dtype):
-        return False
-    return all(x.dtype == rows.dtype for x in operands) and pays_in_training(rows.dtype)
+_KINDS = (RaggedTransformerEncoder, RaggedTransformerEncoderLayer, RaggedSelfAttention)

@@ -1,4 +1,4 @@
-"""Linear layers by blocks of rows through oneDNN, with bias and ReLU in the product and the weight packed once.
+"""Linear layers, and norms and activations beside them, by blocks of rows through oneDNN, the weight packed once.
 
 torch.nn.functional.linear on a CPU copies the bias into the output first, and a (total_nnz, 4 dim) output is new memory
 that the system hands out page by page: on a machine with AMX that takes as long as a bfloat16 product itself. Here the
@@ -16,13 +16,13 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
@@ -79,12 +79,37 @@ def _onednn_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Callable[
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, after, [], "")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear(x, weight, bias) with gradients to all three, by blocks of rows; differentiable once.
+def linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    """F.linear(x, weight, bias), plus residual if given, with gradients to all, by blocks of rows; differentiable once.
 
-    x (rows, in), weight (out, in) and bias (out,) of one dtype on the CPU.
+    x (rows, in), weight (out, in) and bias (out,) of one dtype on the CPU. residual (rows, out) of that dtype or a wider
+    one, which the result then has.
     """
-    return _Linear.apply(x, weight, bias)
+    return _Linear.apply(x, weight, bias, residual)
+
+
+def norm_linear(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor, parts: int = 1
+) -> tuple[Tensor, ...]:
+    """F.linear(F.layer_norm(x, ...), weight, bias), cut into parts of equal width, by blocks of rows.
+
+    x (rows, in) and norm_weight, norm_bias (in,) of one dtype, weight (parts * out, in) and bias (parts * out,) of that
+    one or a narrower one, which the parts (rows, out) have; all on the CPU. Gradients to all five tensors; only x is
+    kept for the backward. Differentiable once.
+    """
+    return _NormLinear.apply(x, norm_weight, norm_bias, eps, weight, bias, parts)
+
+
+def norm_feed_forward(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> Tensor:
+    """x + F.linear(F.gelu(F.linear(F.layer_norm(x, ...), w1, b1)), w2, b2), by blocks of rows; the exact (erf) GELU.
+
+    x (rows, dim) and norm_weight, norm_bias (dim,) of one dtype, w1 (ffn_dim, dim), b1 (ffn_dim,), w2 (dim, ffn_dim)
+    and b2 (dim,) of that one or a narrower one; all on the CPU. Gradients to all; x and the hidden rows before the GELU
+    are kept for the backward. Differentiable once.
+    """
+    return _NormFeedForward.apply(x, norm_weight, norm_bias, eps, w1, b1, w2, b2)
 
 
 def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dropout: float = 0.0) -> Tensor:
@@ -98,10 +123,14 @@ def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, drop
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        layer, out = row_linear(weight, bias), x.new_empty((len(x), len(weight)))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+        layer = row_linear(weight, bias)
+        out = (x if residual is None else residual).new_empty((len(x), len(weight)))
         for block in row_blocks(len(x), len(weight), x.dtype):
-            out[block] = layer(x[block])
+            if residual is None:
+                out[block] = layer(x[block])
+            else:
+                torch.add(residual[block], layer(x[block]), out=out[block])
         ctx.save_for_backward(x, weight)
         return out
 
@@ -112,10 +141,11 @@ class _Linear(torch.autograd.Function):
         layer, grad_x = row_linear(weight.t(), None), x.new_empty(x.shape)
         grads = _LinearGrads(weight, ctx.needs_input_grad[1:3])
         for block in row_blocks(len(x), len(weight), x.dtype):
+            grad_rows = grad_out[block].to(x.dtype)
             if ctx.needs_input_grad[0]:
-                grad_x[block] = layer(grad_out[block])
-            grads.add(grad_out[block], x[block])
-        return grad_x if ctx.needs_input_grad[0] else None, *grads.sums()
+                grad_x[block] = layer(grad_rows)
+            grads.add(grad_rows, x[block])
+        return grad_x if ctx.needs_input_grad[0] else None, *grads.sums(), grad_out
 
 
 class _FeedForward(torch.autograd.Function):
@@ -152,6 +182,104 @@ class _FeedForward(torch.autograd.Function):
         return grad_x if ctx.needs_input_grad[0] else None, *grads1.sums(), *grads2.sums(), None
 
 
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor, parts: int
+    ) -> tuple[Tensor, ...]:
+        norm, layer = _RowNorm(norm_weight, norm_bias, eps), row_linear(weight, bias)
+        outs = tuple(weight.new_empty((len(x), len(weight) // parts)) for _ in range(parts))
+        for block in row_blocks(len(x), len(weight), weight.dtype):
+            rows = layer(norm(x[block]).to(weight.dtype))
+            for out, part in zip(outs, rows.chunk(parts, dim=1), strict=True):
+                out[block] = part
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight)
+        ctx.eps = eps
+        return outs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outs: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, weight = ctx.saved_tensors
+        norm, layer = _RowNorm(norm_weight, norm_bias, ctx.eps), row_linear(weight.t(), None)
+        grad_x, grads = x.new_empty(x.shape), _LinearGrads(weight, ctx.needs_input_grad[4:6])
+        for block in row_blocks(len(x), len(weight), weight.dtype):
+            grad_rows = torch.cat([grad_out[block] for grad_out in grad_outs], dim=1)
+            grads.add(grad_rows, norm(x[block]).to(weight.dtype))
+            grad_x[block] = norm.backward(layer(grad_rows).to(x.dtype))
+        return grad_x, *norm.sums(), None, *grads.sums(), None
+
+
+class _NormFeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+    ) -> Tensor:
+        norm, linear1, linear2 = _RowNorm(norm_weight, norm_bias, eps), row_linear(w1, b1), row_linear(w2, b2)
+        kept = any(ctx.needs_input_grad)
+        hidden, out = w1.new_empty((len(x) if kept else 0, len(w1))), x.new_empty(x.shape)
+        for block in row_blocks(len(x), len(w1), w1.dtype):
+            rows = linear1(norm(x[block]).to(w1.dtype))
+            if kept:
+                hidden[block] = rows
+            torch.add(x[block], linear2(F.gelu(rows)), out=out[block])
+        ctx.save_for_backward(x, norm_weight, norm_bias, hidden, w1, w2)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, hidden, w1, w2 = ctx.saved_tensors
+        norm = _RowNorm(norm_weight, norm_bias, ctx.eps)
+        linear1, linear2 = row_linear(w1.t(), None), row_linear(w2.t(), None)
+        grad_x = x.new_empty(x.shape)
+        grads1, grads2 = _LinearGrads(w1, ctx.needs_input_grad[4:6]), _LinearGrads(w2, ctx.needs_input_grad[6:8])
+        for block in row_blocks(len(x), len(w1), w1.dtype):
+            grad_rows = grad_out[block].to(w2.dtype)
+            grads2.add(grad_rows, F.gelu(hidden[block]))
+            grad_hidden = torch.ops.aten.gelu_backward(linear2(grad_rows), hidden[block])
+            grads1.add(grad_hidden, norm(x[block]).to(w1.dtype))
+            torch.add(grad_out[block], norm.backward(linear1(grad_hidden).to(x.dtype)), out=grad_x[block])
+        return grad_x, *norm.sums(), None, *grads1.sums(), *grads2.sums()
+
+
+class _RowNorm:
+    """LayerNorm of blocks of rows, and the gradients of its weight and bias, summed over the blocks in float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
+        self.weight, self.bias, self.eps = weight, bias, eps
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.grads = [torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias, dtype=wide)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        normed, *moments = torch.native_layer_norm(x, list(self.weight.shape), self.weight, self.bias, self.eps)
+        self.block = x, moments
+        return normed
+
+    def backward(self, grad_normed: Tensor) -> Tensor:
+        """Gradient to the block that was normed last."""
+        x, moments = self.block
+        grad_x, *grads = torch.ops.aten.native_layer_norm_backward(
+            grad_normed, x, list(self.weight.shape), *moments, self.weight, self.bias, [True, True, True]
+        )
+        for total, grad in zip(self.grads, grads, strict=True):
+            total += grad
+        return grad_x
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        weight, bias = (grad.to(self.weight.dtype) for grad in self.grads)
+        return weight, bias
+
+
 class _LinearGrads:
     """Gradients of a weight and its bias, summed over blocks of rows in float32."""
 
@@ -174,8 +302,36 @@ class _LinearGrads:
         return tuple(None if x is None else x.to(self.dtype) for x in (self.weight, self.bias))  # type: ignore[return-value]
 
 
+def untouched(x: Tensor, modules: Sequence[nn.Module], kinds: tuple[type[nn.Module], ...] = ()) -> bool:
+    """Whether these modules may be computed without calling them: a plain CPU tensor, no tracing, nobody replaced or
+    hooked a module or its weights. kinds are the classes, beside PyTorch's own, that the caller knows."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    return all(
+        type(module) in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList, *kinds)
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and all(type(p) is nn.Parameter and p.device == x.device for p in module._parameters.values())
+        for module in modules
+    )
+
+
+def in_autocast_dtype(*operands: Tensor) -> tuple[Tensor, ...]:
+    """Operands in the dtype in which autocast would have F.linear take them."""
+    if not torch.is_autocast_enabled("cpu"):
+        return operands
+    return tuple(x.to(torch.get_autocast_dtype("cpu")) for x in operands)
+
+
+def pays_by_blocks(rows: int, weight: Tensor, *operands: Tensor) -> bool:
+    """Whether layers of so many rows are faster by blocks; weight is the one of the wider layer. Never where the dtypes
+    of the operands differ."""
+    if not is_large(rows, len(weight), weight.dtype):
+        return False
+    return all(x.dtype == weight.dtype for x in operands) and pays_in_training(weight.dtype)
+
+
 def pays_in_training(dtype: torch.dtype) -> bool:
-    """Whether ``linear`` and ``feed_forward`` are faster than PyTorch's own layers here.
+    """Whether ``linear``, ``feed_forward`` and their like are faster than PyTorch's own layers here.
 
     bfloat16: wherever oneDNN is taken. float32: where it beats MKL by half in a short race, run once in a process.
     """

@@ -1,4 +1,4 @@
-"""XTrimoGene: value embedding and ragged encoder as one model, cell pooling, and checkpoints on disk."""
+"""XTrimoGene: value embedding, ragged encoder and decoder as one model, cell pooling, and checkpoints on disk."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from xtg_kernels import RaggedBatch
 from xtrimogene.config import XTrimoGeneConfig
+from xtrimogene.decoder import Decoder
 from xtrimogene.embedding import ExpressionEmbedding
 from xtrimogene.encoder import RaggedTransformerEncoder
+from xtrimogene.masking import MaskedBatch
 from xtrimogene.vocabulary import Vocabulary
 
 POOLINGS = ("mean", "max")
@@ -55,12 +57,14 @@ class XTrimoGene(
     tags=["single-cell", "gene-expression"],
     paper_url="https://arxiv.org/abs/2311.15156",
 ):
-    """The xTrimoGene encoder (Gong et al., NeurIPS 2023) over the expressed genes of each cell.
+    """xTrimoGene (Gong et al., NeurIPS 2023): an encoder of each cell's expressed genes, a decoder of all its genes.
 
     config      XTrimoGeneConfig
     vocabulary  Vocabulary of config.num_genes genes; gene ids of a batch are its rows
 
-    Submodules: `embedding` (ExpressionEmbedding) and `encoder` (RaggedTransformerEncoder).
+    Submodules: `embedding` (ExpressionEmbedding), `encoder` (RaggedTransformerEncoder) and `decoder` (Decoder);
+    `mask_row` (dim,) is the decoder's input for a masked gene. Cell embeddings need the first two only.
+    `checkpoint_activations = True` makes training keep less and compute more.
     Raises ValueError when the vocabulary's size is not config.num_genes.
     """
 
@@ -70,7 +74,9 @@ class XTrimoGene(
             raise ValueError(f"vocabulary: expected config.num_genes = {config.num_genes} genes, got {len(vocabulary)}")
         self.config = config
         self.vocabulary = vocabulary
-        self.embedding = ExpressionEmbedding(config.num_genes, config.dim, num_bins=config.num_bins, alpha=config.alpha)
+        self.embedding = ExpressionEmbedding(
+            config.num_positions, config.dim, num_bins=config.num_bins, alpha=config.alpha
+        )
         self.encoder = RaggedTransformerEncoder(
             config.dim,
             config.num_heads,
@@ -79,10 +85,31 @@ class XTrimoGene(
             dropout=config.dropout,
             layer_norm_eps=config.layer_norm_eps,
         )
+        self.mask_row = nn.Parameter(torch.randn(config.dim))
+        self.decoder = Decoder(
+            config.dim,
+            config.decoder_dim,
+            config.decoder_heads,
+            config.decoder_layers,
+            ffn_dim=config.decoder_ffn_dim,
+            num_features=config.num_features,
+            layer_norm_eps=config.layer_norm_eps,
+            favor_eps=config.favor_eps,
+            stabilizer=config.stabilizer,
+        )
+
+    @property
+    def checkpoint_activations(self) -> bool:
+        """Whether encoder and decoder keep only the input of each layer for the backward and compute the rest again."""
+        return self.encoder.checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, value: bool) -> None:
+        self.encoder.checkpoint_activations = self.decoder.checkpoint_activations = value
 
     @classmethod
     def from_preset(cls, name: str, vocabulary: Vocabulary, *, seed: int = 0, **overrides: Any) -> XTrimoGene:
-        """A fresh, untrained model of preset "3m", "10m" or "100m", in evaluation mode.
+        """A fresh, untrained model of preset "tiny", "3m", "10m" or "100m", in evaluation mode.
 
         The weights depend on the seed only; the global random state is left as it was. overrides replace config keys.
         """
@@ -102,6 +129,32 @@ class XTrimoGene(
         for embeddings alone.
         """
         return pool(self(batch), batch.cu_seqlens, pooling)
+
+    def masked_predictions(self, masked: MaskedBatch) -> Tensor:
+        """(total_chosen,) float32: predicted log-normalised values of the chosen genes, in the order of chosen_ids."""
+        return self.decoder.predictions(self._decode_masked(masked))
+
+    def loss(self, masked: MaskedBatch, reduction: str = "sum") -> Tensor:
+        """() float32: squared error of masked_predictions against chosen_values, summed or averaged ("sum", "mean")."""
+        return self.decoder.squared_error(self._decode_masked(masked), masked.chosen_values, reduction)
+
+    def redraw_projections(self, generator: torch.Generator | None = None) -> None:
+        """Fresh random projections in every decoder layer, of a generator on the CPU (None: torch's global one)."""
+        self.decoder.redraw_projections(generator)
+
+    def _decode_masked(self, masked: MaskedBatch) -> Tensor:
+        return self.decode(
+            masked.batch,
+            masked_ids=masked.masked_ids,
+            masked_cu_seqlens=masked.masked_cu_seqlens,
+            asked_ids=masked.chosen_ids,
+            asked_cu_seqlens=masked.chosen_cu_seqlens,
+        )
+
+    def decode(self, batch: RaggedBatch, **genes: Tensor | None) -> Tensor:
+        """The decoder's rows of a batch, before its norms; genes are the masked and asked ones of Decoder.forward."""
+        zero_row = self.embedding.value_rows(batch.values.new_zeros(1))[0]
+        return self.decoder(self.embedding.gene_table[:-1], zero_row, self.mask_row, self(batch), batch, **genes)
 
     def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False, **kwargs: Any) -> str | None:
         """Write model.safetensors, config.json, vocabulary.tsv and a README.md model card into a folder.
