@@ -3,7 +3,7 @@
 Of the non-zero genes of a cell a share ``nonzero_rate`` is chosen, of the zero genes (all genes of the vocabulary that
 the cell does not express, measured or not) a share ``zero_rate``. Of the chosen genes of each of the two groups
 ``mask_share`` are hidden from the encoder, ``random_share`` get a value drawn from the cell's own non-zero values, and
-the rest keep theirs. The loss is taken at all chosen genes. (Gong et al., NeurIPS 2023; Hao et al., Nature Methods 2024)
+the rest keep theirs. The loss is taken at all chosen genes. (Gong et al., NeurIPS 2023; Hao et al., Nat. Methods 2024)
 
 The choice is a pure function of (seed, epoch, number of the cell, gene), so that it does not depend on the batch, on
 the number of workers, or on an interruption: a 64-bit hash gives every gene of a cell a key, the genes of a group are
@@ -304,7 +304,7 @@ def hash_words(*words: Array | int) -> UInt64:
 
 
 def hashed_keys(stream: int | np.uint64, count: int) -> UInt64:
-    """(count,) keys of the numbers 0 ... count - 1: the outputs of splitmix64 from the state ``stream``, all distinct."""
+    """(count,) keys of the numbers 0 ... count - 1, all distinct: the outputs of splitmix64 from the state ``stream``."""
     return mix(np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_STEP) + np.uint64(stream))
 
 
@@ -397,7 +397,7 @@ def _check_cells(
         raise ValueError(f"cells: expected numbers of at least 0, got {cells.min()}")
     if len(target[2]) != len(batch[2]):
         raise ValueError(f"target: expected {len(batch[2]) - 1} cells as the batch has, got {len(target[2]) - 1}")
-    if len(rows) and not (0 <= rows.min() and rows.max() < len(batch[2]) - 1):
+    if len(rows) and not (rows.min() >= 0 and rows.max() < len(batch[2]) - 1):
         raise ValueError(f"rows: expected row numbers in 0 .. {len(batch[2]) - 2}, got {rows.min()} .. {rows.max()}")
     if depth is not None and depth.shape != (len(cells), 2):
         raise ValueError(f"depth: expected shape ({len(cells)}, 2), got {depth.shape}")
@@ -407,7 +407,7 @@ def _check_cells(
         used = gene_ids[: cu_seqlens[-1]]
         falls = np.flatnonzero(np.diff(used, prepend=-1) <= 0)
         wrong = falls[~starts[falls]]
-        if len(wrong) or (len(used) and not (0 <= used.min() and used.max() < num_genes)):
+        if len(wrong) or (len(used) and not (used.min() >= 0 and used.max() < num_genes)):
             raise ValueError(f"{name} gene_ids: expected ids ascending in each cell, from 0 to {num_genes - 1}")
 
 

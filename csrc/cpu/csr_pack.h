@@ -63,21 +63,20 @@ struct CsrPackPlan {
 
 namespace csr_pack_detail {
 
-// Calls body(begin, end) for contiguous ranges of rows with about equal numbers of stored entries.
-template <typename Index, typename Value, typename Body>
-void for_row_ranges(const CsrRows<Index, Value>& in, int num_threads, Body&& body) {
-  const int64_t n = in.num_rows;
+// Calls body(begin, end) for contiguous ranges of 0 .. n - 1 with about equal sums of cost(i), each on its own thread.
+template <typename Cost, typename Body>
+void for_ranges(int64_t n, int num_threads, Cost&& cost, Body&& body) {
   const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(num_threads, n));
   if (wanted == 1) {
     body(int64_t{0}, n);
     return;
   }
   int64_t total = 0;
-  for (int64_t i = 0; i < n; ++i) total += in.indptr[in.row(i) + 1] - in.indptr[in.row(i)];
+  for (int64_t i = 0; i < n; ++i) total += cost(i);
   std::vector<int64_t> bounds{0};
   int64_t seen = 0;
   for (int64_t i = 0; i < n && static_cast<int64_t>(bounds.size()) < wanted; ++i) {
-    seen += in.indptr[in.row(i) + 1] - in.indptr[in.row(i)];
+    seen += cost(i);
     if (seen * wanted >= total * static_cast<int64_t>(bounds.size())) bounds.push_back(i + 1);
   }
   bounds.push_back(n);
@@ -85,6 +84,13 @@ void for_row_ranges(const CsrRows<Index, Value>& in, int num_threads, Body&& bod
   for (size_t t = 1; t + 1 < bounds.size(); ++t) threads.emplace_back(body, bounds[t], bounds[t + 1]);
   body(bounds[0], bounds[1]);
   for (std::thread& thread : threads) thread.join();
+}
+
+// for_ranges over the rows of a matrix: about equal numbers of stored entries.
+template <typename Index, typename Value, typename Body>
+void for_row_ranges(const CsrRows<Index, Value>& in, int num_threads, Body&& body) {
+  for_ranges(
+      in.num_rows, num_threads, [&](int64_t i) { return in.indptr[in.row(i) + 1] - in.indptr[in.row(i)]; }, body);
 }
 
 // A stored number as the packer sums it: counts in double; without normalisation as the float32 the model gets.
