@@ -106,6 +106,15 @@ class Checkpoints:
         return iter(sorted(folders, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True))
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is never there by half."""
+    temporary = path.with_name(path.name + _TEMPORARY)
+    temporary.write_text(text, encoding="utf-8")
+    flush_to_disk(temporary)
+    temporary.replace(path)
+    flush_to_disk(path.parent)
+
+
 def flush_to_disk(path: Path) -> None:
     """fsync of a file or of a folder's list of names."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -36,9 +36,9 @@ class PretrainConfig:
     masking         MaskingConfig: rates and shares of the chosen genes; its seed is `seed` where it is not given
     layer, gene_symbols, normalized
                     as for embed: which matrix, which names, and whether it is log-normalised already
-    min_genes       cells with fewer expressed vocabulary genes are left out
-    validation_fraction
-                    share of the cells that is kept for validation and never trained on
+    min_genes       cells with at most so many expressed genes of the vocabulary are left out
+    validation_share, split_seed
+                    share of the cells that is kept for validation and never trained on, and which
     validation_cells
                     most validation cells that one validation reads, always the same ones, always masked alike
     seed            of weights, order, masks, dropout and projections
@@ -80,7 +80,8 @@ class PretrainConfig:
     gene_symbols: str | None = None
     normalized: bool = False
     min_genes: int = 200
-    validation_fraction: float = 0.05
+    validation_share: float = 0.05
+    split_seed: int = 0
     validation_cells: int = 1000
     seed: int = 0
 
@@ -122,7 +123,7 @@ class PretrainConfig:
         for name in ("learning_rate", "adam_eps", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"config {name}: expected a number > 0, got {getattr(self, name)!r}")
-        for name in ("beta1", "beta2", "validation_fraction"):
+        for name in ("beta1", "beta2", "validation_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"config {name}: expected 0 <= {name} < 1, got {getattr(self, name)!r}")
         if not 0 <= self.final_rate_share <= 1:
@@ -224,9 +225,10 @@ class PretrainConfig:
 
 
 _LEAST = {
-    "min_genes": 1,
+    "min_genes": 0,
     "validation_cells": 1,
     "seed": 0,
+    "split_seed": 0,
     "batch_cells": 1,
     "batch_tokens": 1,
     "accumulate": 1,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -60,18 +59,18 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def first(self, work: Callable[[], T]) -> T:
-        """The result of `work`, which only the first rank does.
+    def first(self, work: Callable[..., T], *arguments: Any) -> T:
+        """The result of `work(*arguments)`, which only the first rank does.
 
         Where it raises, that error is raised on the first rank and FirstRankFailed on the others.
         """
         if self.world_size == 1:
-            return work()
+            return work(*arguments)
         result: list[Any] = [None, True]
         error = None
         if self.is_first:
             try:
-                result[0] = work()
+                result[0] = work(*arguments)
             except Exception as raised:
                 error, result[1] = raised, False
         dist.broadcast_object_list(result, src=0)
@@ -117,7 +116,7 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number == 0 and self._ranks.is_first:
             # print is not safe in a handler that may have interrupted a print.
-            os.write(sys.stderr.fileno(), f"\n{signal.Signals(number).name}: {self._message}\n".encode())
+            os.write(2, f"\n{signal.Signals(number).name}: {self._message}\n".encode())
         self.number = self.number or number
         if self._ranks.world_size == 1:
             self._restore()

@@ -19,12 +19,15 @@ class TrainingLog:
     after_step   None to begin; a number to go on after that step: later lines are cut off, and with them a line that a
                  killed run wrote by half, so that each step is in the log once
     tensorboard  also write TensorBoard events; without the package there is a warning, and the lines alone
+
+    Attribute `last`: the last line of each event.
     """
 
     def __init__(self, folder: Path, *, after_step: int | None = None, tensorboard: bool = True) -> None:
         self.path = folder / LOG_FILE
         kept = [] if after_step is None else [line for line in read_log(self.path) if line["step"] <= after_step]
-        self.steps_of: dict[str, set[int]] = {}
+        self.last: dict[str, dict[str, Any]] = {}
+        self._steps: dict[str, set[int]] = {}
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
         temporary.replace(self.path)
@@ -46,7 +49,7 @@ class TrainingLog:
 
     def has(self, event: str, step: int) -> bool:
         """Whether the log has a line of this event for this step."""
-        return step in self.steps_of.get(event, ())
+        return step in self._steps.get(event, ())
 
     def sync(self) -> None:
         """Bring all lines to disk: before a checkpoint that says they are there."""
@@ -66,7 +69,8 @@ class TrainingLog:
         self.close()
 
     def _remember(self, entry: dict[str, Any]) -> None:
-        self.steps_of.setdefault(entry["event"], set()).add(entry["step"])
+        self.last[entry["event"]] = entry
+        self._steps.setdefault(entry["event"], set()).add(entry["step"])
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
