@@ -145,7 +145,7 @@ class _Linear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x[block] = layer(grad_rows)
             grads.add(grad_rows, x[block])
-        return grad_x if ctx.needs_input_grad[0] else None, *grads.sums(), grad_out
+        return grad_x if ctx.needs_input_grad[0] else None, *grads.sums(), grad_out if ctx.needs_input_grad[3] else None
 
 
 class _FeedForward(torch.autograd.Function):

@@ -304,7 +304,7 @@ def hash_words(*words: Array | int) -> UInt64:
 
 
 def hashed_keys(stream: int | np.uint64, count: int) -> UInt64:
-    """(count,) keys of the numbers 0 ... count - 1, all distinct: the outputs of splitmix64 from the state ``stream``."""
+    """(count,) keys of 0 ... count - 1, all distinct: the outputs of splitmix64 from the state ``stream``."""
     return mix(np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_STEP) + np.uint64(stream))
 
 

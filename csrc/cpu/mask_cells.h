@@ -77,18 +77,22 @@ struct Candidate {
   uint64_t key;
   int32_t gene;
   int32_t index;  // of the gene among the cell's non-zero ones, -1 for a zero gene
-
-  bool operator<(const Candidate& other) const { return key < other.key; }
 };
 
 // What becomes of a chosen gene.
-enum class Role : int8_t { masked, random, kept };
+enum class Role : int32_t { masked, random, kept };
 
 struct Choice {
-  int32_t gene;
-  int32_t index;
+  Candidate of;
   Role role;
-  uint64_t key;
+};
+
+// The keys up to that of some rank in ascending order; none where the rank is 0.
+struct KeysUpTo {
+  uint64_t last;
+  bool any;
+
+  bool holds(uint64_t key) const { return any & (key <= last); }
 };
 
 class CellMasker {
@@ -96,14 +100,11 @@ class CellMasker {
   explicit CellMasker(const MaskOptions& options)
       : options_(options), candidates_(static_cast<size_t>(options.num_genes) + 1) {}
 
-  // The chosen genes of both groups, by gene.
+  // The chosen genes of both groups, ascending.
   const std::vector<Choice>& choose(uint64_t cell, const int32_t* genes, int64_t num_nonzero) {
     const uint64_t stream = hash_words(options_.seed, options_.epoch, cell);
-    choices_.clear();
     const int64_t num_zero = options_.num_genes - num_nonzero;
-    const MaskCounts nonzero(num_nonzero, options_.nonzero_rate, options_);
-    const MaskCounts zero(num_zero, options_.zero_rate, options_);
-    select(nonzero, num_nonzero, num_nonzero > 0, [&](uint64_t limit) {
+    select(MaskCounts(num_nonzero, options_.nonzero_rate, options_), num_nonzero, true, nonzero_, [&](uint64_t limit) {
       int64_t n = 0;
       for (int64_t i = 0; i < num_nonzero; ++i) {
         const uint64_t key = mix(stream + (uint64_t{static_cast<uint32_t>(genes[i])} + 1) * kStep);
@@ -112,7 +113,7 @@ class CellMasker {
       }
       return n;
     });
-    select(zero, num_zero, num_nonzero > 0, [&](uint64_t limit) {
+    select(MaskCounts(num_zero, options_.zero_rate, options_), num_zero, num_nonzero > 0, zero_, [&](uint64_t limit) {
       // The keys of all genes, kept without a branch where they are small; the non-zero genes among them then go.
       int64_t n = 0;
       uint64_t state = stream;
@@ -131,36 +132,55 @@ class CellMasker {
       }
       return kept;
     });
-    std::sort(choices_.begin(), choices_.end(), [](const Choice& a, const Choice& b) { return a.gene < b.gene; });
+    choices_.resize(nonzero_.size() + zero_.size());
+    std::merge(nonzero_.begin(), nonzero_.end(), zero_.begin(), zero_.end(), choices_.begin(),
+               [](const Choice& a, const Choice& b) { return a.of.gene < b.of.gene; });
     return choices_;
   }
 
  private:
-  // Takes the genes of the smallest keys of a group of n. `collect(limit)` puts the genes whose keys are at most the
-  // limit into candidates_ and returns how many. Keys are uniform, so a limit a little above the share that is wanted
-  // nearly always leaves enough of them, and few to put in order; where it does not, all are taken.
+  // The genes of the smallest keys of a group of n, ascending, with their roles. `collect(limit)` puts the genes whose
+  // keys are at most the limit into candidates_, ascending, and returns how many. Keys are uniform, so a limit a little
+  // above the share that is wanted nearly always leaves enough of them, and few to look at again; where it does not,
+  // all are collected.
   template <typename Collect>
-  void select(const MaskCounts& counts, int64_t n, bool has_values, Collect&& collect) {
+  void select(const MaskCounts& counts, int64_t n, bool has_values, std::vector<Choice>& choices, Collect&& collect) {
+    choices.clear();
     if (counts.chosen == 0) return;
     const double share = (counts.chosen + 3.0 * std::sqrt(static_cast<double>(counts.chosen))) / n;
     constexpr uint64_t everything = std::numeric_limits<uint64_t>::max();
-    const uint64_t limit = share < 1.0 ? static_cast<uint64_t>(share * 0x1p64) : everything;
-    int64_t found = collect(limit);
+    int64_t found = collect(share < 1.0 ? static_cast<uint64_t>(share * 0x1p64) : everything);
     if (found < counts.chosen) found = collect(everything);
-    const auto begin = candidates_.begin();
-    const auto chosen = begin + counts.chosen, masked = begin + counts.masked, random = masked + counts.random;
-    std::nth_element(begin, chosen, begin + found);
-    std::nth_element(begin, masked, chosen);
-    std::nth_element(masked, random, chosen);
-    for (auto it = begin; it != chosen; ++it) {
-      const Role role = it < masked ? Role::masked : it < random && has_values ? Role::random : Role::kept;
-      choices_.push_back({it->gene, it->index, role, it->key});
+
+    keys_.resize(found);
+    for (int64_t k = 0; k < found; ++k) keys_[k] = candidates_[k].key;
+    int64_t end = found;
+    const auto keys_up_to = [&](int64_t rank) {
+      if (rank == 0) return KeysUpTo{0, false};
+      std::nth_element(keys_.begin(), keys_.begin() + (rank - 1), keys_.begin() + end);
+      end = rank;
+      return KeysUpTo{keys_[rank - 1], true};
+    };
+    const KeysUpTo chosen = keys_up_to(counts.chosen);
+    const KeysUpTo replaced = keys_up_to(counts.masked + counts.random);
+    const KeysUpTo masked = keys_up_to(counts.masked);
+    choices.resize(found);
+    int64_t num_chosen = 0;
+    for (int64_t k = 0; k < found; ++k) {
+      const uint64_t key = candidates_[k].key;
+      const Role role = masked.holds(key)                   ? Role::masked
+                        : replaced.holds(key) && has_values ? Role::random
+                                                            : Role::kept;
+      choices[num_chosen] = {candidates_[k], role};
+      num_chosen += chosen.holds(key);
     }
+    choices.resize(num_chosen);
   }
 
   MaskOptions options_;
-  std::vector<Candidate> candidates_;  // one more than genes: the last kept one may be written past the end
-  std::vector<Choice> choices_;
+  std::vector<Candidate> candidates_;  // one more than genes: an entry that is not kept may be written past the last
+  std::vector<uint64_t> keys_;
+  std::vector<Choice> nonzero_, zero_, choices_;
 };
 
 }  // namespace mask_cells_detail
@@ -218,18 +238,18 @@ inline void mask_cells(const PackedCells& in, const PackedCells& target, const i
       for (; next < num_nonzero && genes[next] < before; ++next) write(genes[next], values[next]);
     };
     for (const Choice& choice : masker.choose(static_cast<uint64_t>(cells[c]), genes, num_nonzero)) {
-      write_unchosen(choice.gene);
+      write_unchosen(choice.of.gene);
       if (choice.role == Role::masked)
-        out.masked_ids[masked++] = choice.gene;
+        out.masked_ids[masked++] = choice.of.gene;
       else if (choice.role == Role::random)
-        write(choice.gene, values[mix(choice.key ^ kDraw) % static_cast<uint64_t>(num_nonzero)]);
-      else if (choice.index >= 0)
-        write(choice.gene, values[choice.index]);
-      next += choice.index >= 0;
-      while (truth < num_true && true_genes[truth] < choice.gene) ++truth;
-      out.chosen_ids[chosen] = choice.gene;
+        write(choice.of.gene, values[mix(choice.of.key ^ kDraw) % static_cast<uint64_t>(num_nonzero)]);
+      else if (choice.of.index >= 0)
+        write(choice.of.gene, values[choice.of.index]);
+      next += choice.of.index >= 0;
+      while (truth < num_true && true_genes[truth] < choice.of.gene) ++truth;
+      out.chosen_ids[chosen] = choice.of.gene;
       out.chosen_values[chosen++] =
-          truth < num_true && true_genes[truth] == choice.gene ? true_values[truth] : 0.0f;
+          truth < num_true && true_genes[truth] == choice.of.gene ? true_values[truth] : 0.0f;
     }
     write_unchosen(std::numeric_limits<int32_t>::max());
     if (options.depth_tokens)

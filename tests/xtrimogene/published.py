@@ -207,12 +207,12 @@ def published_names(config: XTrimoGeneConfig) -> dict[str, str]:
     for i in range(config.num_layers):
         ours, theirs = f"encoder.layers.{i}", f"encoder.transformer_encoder.{i}"
         for name in ("self_attn.in_proj_weight", "self_attn.in_proj_bias"):
-            namesf"{ours}.{name}" = f"{theirs}.{name}"
+            names[f"{ours}.{name}"] = f"{theirs}.{name}"
         for name in ("self_attn.out_proj", "linear1", "linear2", "norm1", "norm2"):
-            pairsf"{ours}.{name}" = f"{theirs}.{name}"
+            pairs[f"{ours}.{name}"] = f"{theirs}.{name}"
     for i in range(config.decoder_layers):
         ours, theirs = f"decoder.layers.{i}", f"decoder.performer.net.layers.{i}"
-        namesf"{ours}.projection" = f"{theirs}.0.fn.fast_attention.projection_matrix"
+        names[f"{ours}.projection"] = f"{theirs}.0.fn.fast_attention.projection_matrix"
         for name, other in {
             "norm1": "0.norm",
             "q_proj": "0.fn.to_q",
@@ -223,10 +223,10 @@ def published_names(config: XTrimoGeneConfig) -> dict[str, str]:
             "linear1": "1.fn.fn.w1",
             "linear2": "1.fn.fn.w2",
         }.items():
-            pairsf"{ours}.{name}" = f"{theirs}.{other}"
+            pairs[f"{ours}.{name}"] = f"{theirs}.{other}"
     for ours, theirs in pairs.items():
         for kind in ("weight", "bias"):
-            namesf"{ours}.{kind}" = f"{theirs}.{kind}"
+            names[f"{ours}.{kind}"] = f"{theirs}.{kind}"
     return names
 
 
