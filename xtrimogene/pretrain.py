@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
@@ -149,9 +150,9 @@ def pretrain(
     `tensorboard/`; `checkpoints/`, the newest of which a run goes on with; and at the end `model/`, a checkpoint folder
     for XTrimoGene.from_pretrained. SIGTERM and SIGINT end the run after the step at work, with a checkpoint.
 
-    A run that was killed at any moment goes on with `resume=True` from its newest whole checkpoint, and without one from
-    the start. On the same machine with the same number of threads it ends with the weights of an uninterrupted run, bit
-    for bit in float32 on a CPU.
+    A run that was killed at any moment goes on with `resume=True` from its newest whole checkpoint, or without one from
+    the start. On the same machine with the same number of threads it ends with the weights of an uninterrupted run: on
+    one CPU process in float32, bit for bit.
 
     Under torchrun every rank calls this. The ranks share the batches of a step: a run of 2 ranks has the batches of a
     run of 1 rank with twice as many to accumulate.
@@ -184,9 +185,7 @@ def pretrain(
         return run.finish_from(newest)
 
 
-def _opened(
-    config: PretrainConfig, data: Data | Sequence[Data], ranks: Ranks, progress: bool
-) -> TrainingCells:
+def _opened(config: PretrainConfig, data: Data | Sequence[Data], ranks: Ranks, progress: bool) -> TrainingCells:
     """The cells on every rank; only the first one counts their genes."""
 
     def opened(vocabulary: Vocabulary, genes_per_cell: npt.NDArray[np.int32] | None) -> TrainingCells:
@@ -295,8 +294,8 @@ class _RunFolder:
                        if earlier["machine"].get(name) != value]  # fmt: skip
             if changed:
                 warnings.warn(
-                    f"{self.path}: {'; '.join(changed)}: the run goes on, but its weights can differ in their last bits "
-                    "from those of an uninterrupted one",
+                    f"{self.path}: {'; '.join(changed)}: the run goes on, but its weights can differ in their last "
+                    "bits from those of an uninterrupted one",
                     stacklevel=2,
                 )
         else:
@@ -385,7 +384,8 @@ class _Run:
         mesh = init_device_mesh(self.ranks.device.type, (self.ranks.world_size,))
         for layer in (*network.model.encoder.layers, *network.model.decoder.layers):
             fully_shard(layer, mesh=mesh)
-        return fully_shard(network, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+        return network
 
     def finish_from(self, newest: tuple[Path, int, dict[str, Any]] | None) -> PretrainReport:
         """Train from a checkpoint (None: from the start) to the end, or to a signal."""
@@ -430,9 +430,7 @@ class _Run:
 
     def _steps_of_epoch(self) -> int:
         config = self.config
-        return self.cells.num_steps(
-            self.progress.epoch, world_size=self.ranks.world_size, accumulate=config.accumulate
-        )
+        return self.cells.num_steps(self.progress.epoch, world_size=self.ranks.world_size, accumulate=config.accumulate)
 
     def _is_over(self) -> bool:
         limit = self.config.max_seconds
@@ -549,9 +547,7 @@ class _Run:
         return contextlib.nullcontext()
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.ranks.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bfloat16"
-        )
+        return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def _log_step(self, bar: tqdm) -> None:
         sums, progress = self.progress.since_log, self.progress
@@ -591,7 +587,8 @@ class _Run:
                 baseline_zero_mean=baseline_zero_mean,
                 seconds=self.progress.seconds,
             )
-        bar.write(f"step {step:,}: validation loss {loss:.4f}") if self.show_progress else None
+        if self.show_progress:
+            bar.write(f"step {step:,}: validation loss {loss:.4f}", file=sys.stderr)
 
     def _validate(self) -> tuple[float, float, float]:
         """Mean squared errors at the chosen genes of the validation cells: the model's, and those of two baselines."""

@@ -74,7 +74,7 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log, as dicts, up to the first that is not whole: there a killed run stopped. No file, no lines."""
+    """The lines of a log, as dicts, up to the first that is not whole. No file, no lines."""
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
