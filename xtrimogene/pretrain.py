@@ -41,10 +41,12 @@ from xtrimogene.embed import choose_device
 from xtrimogene.masking import MaskedBatch
 from xtrimogene.model import XTrimoGene
 from xtrimogene.pretrain_config import PretrainConfig
-from xtrimogene.ranks import Ranks, StopSignals
+from xtrimogene.ranks import FirstRankFailed, Ranks, StopSignals
 from xtrimogene.training_data import Data, TrainingCells, genes_of_data
 from xtrimogene.training_log import TrainingLog
 from xtrimogene.vocabulary import Vocabulary
+
+__all__ = ["FirstRankFailed", "PretrainReport", "TrainingFailed", "gene_means", "pretrain"]
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
@@ -91,6 +93,7 @@ class PretrainReport:
     baseline_zero_mean  that of a guess that is told which genes are zero: zero there, else the gene's mean where it is
                         not zero
     seconds             wall time of all calls together
+    rank                number of this process
     signal              number of the signal that stopped the run, 0 if none did
     """
 
@@ -105,6 +108,7 @@ class PretrainReport:
     baseline_mean: float
     baseline_zero_mean: float
     seconds: float
+    rank: int
     signal: int
 
     def __str__(self) -> str:
@@ -418,6 +422,7 @@ class _Run:
             baseline_mean=validated.get("baseline_mean", math.nan),
             baseline_zero_mean=validated.get("baseline_zero_mean", math.nan),
             seconds=progress.seconds,
+            rank=self.ranks.rank,
             signal=number,
         )
 
