@@ -127,14 +127,14 @@ class XTrimoGeneConfig:
 
     @property
     def num_features(self) -> int:
-        """Random features of the decoder's attention, m: favor_features, or int(w ln w) of the head width (at least 1)."""
+        """Random features of the decoder's attention, m: favor_features, or int(w ln w) of the head width."""
         if self.favor_features is not None:
             return self.favor_features
         return max(1, int(self.decoder_head_dim * math.log(self.decoder_head_dim)))
 
     @classmethod
     def preset(cls, name: str, *, num_genes: int, **overrides: Any) -> XTrimoGeneConfig:
-        """The preset "tiny", "3m", "10m" or "100m" for a vocabulary of num_genes genes; overrides replace single keys."""
+        """The preset "tiny", "3m", "10m" or "100m" for a vocabulary of num_genes genes; overrides replace keys."""
         if name not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
         return cls.from_dict({**PRESETS[name], "num_genes": num_genes, **overrides})

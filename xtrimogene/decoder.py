@@ -1,4 +1,4 @@
-"""Decoder: linear attention over all genes of a cell, from the encoder's rows to a row and a prediction for each gene."""
+"""Decoder: linear attention over all genes of a cell, from the encoder's rows to a row and a prediction per gene."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class PerformerLayer(nn.Module):
     x = x + out_proj(favor_attention(q_proj(norm1(x)), k_proj(norm1(x)), v_proj(norm1(x))))
     x = x + linear2(gelu(linear1(norm2(x))))
 
-    with the exact (erf) GELU and no dropout. `projection` (num_features, head width) is a buffer that is saved and loaded:
-    the layer's output depends on it.
+    with the exact (erf) GELU and no dropout. `projection` (num_features, head width) is a buffer that is saved and
+    loaded: the layer's output depends on it.
     """
 
     projection: Tensor
@@ -146,16 +146,14 @@ class PerformerLayer(nn.Module):
 
     def _add_feed_forward(self, x: Tensor) -> Tensor:
         if untouched(x, (self.norm2, self.linear1, self.linear2)):
-            weights = in_autocast_dtype(
-                self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
-            )
+            weights = in_autocast_dtype(self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
             if pays_by_blocks(len(x), *weights):
                 return norm_feed_forward(x, self.norm2.weight, self.norm2.bias, self.norm2.eps, *weights)
         return x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
 
 
 class Decoder(nn.Module):
-    """The decoder of xTrimoGene (Gong et al. 2023, arXiv 2311.15156): what is known of each gene -> a row for each gene.
+    """The decoder of xTrimoGene (Gong et al. 2023, arXiv 2311.15156): from what is known of each gene to a row for it.
 
     The input row of gene g is bridge(x + gene_rows[g]), where x is the encoder's row of an encoded gene, zero_row for a
     gene that is zero and mask_row for a masked one. Then Performer layers, two LayerNorms and a linear head.
@@ -290,11 +288,11 @@ class Decoder(nn.Module):
 
 
 def orthogonal_projection(num_features: int, head_dim: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """(num_features, head_dim) float32 projection of FAVOR+: rows orthogonal in blocks, of the lengths of Gaussian ones.
+    """(num_features, head_dim) float32 projection of FAVOR+: orthogonal rows, in blocks, with lengths of Gaussian ones.
 
     Blocks of up to head_dim rows are rows of Q, from the QR decomposition of a Gaussian matrix; each row is then scaled
-    by the length of a fresh Gaussian vector of head_dim channels. The numbers come from the generator, or torch's global
-    one.
+    by the length of a fresh Gaussian vector of head_dim channels. The numbers come from the generator, or torch's
+    global one.
     """
 
     def normal(rows: int) -> Tensor:

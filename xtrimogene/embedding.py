@@ -18,8 +18,8 @@ class ExpressionEmbedding(nn.Module):
         e(v) = softmax(s) @ bin_table
 
     Parameters: w1, b1, b2 (num_bins,), w2 (num_bins, num_bins), bin_table (num_bins, dim),
-    gene_table (num_genes + 1, dim); depth tokens count as genes here. The last gene row is the padding row of released checkpoints; no token points to
-    it. They start as torch.nn.Linear and torch.nn.Embedding layers do.
+    gene_table (num_genes + 1, dim); depth tokens count as genes here. The last gene row is the padding row of released
+    checkpoints; no token points to it. They start as torch.nn.Linear and torch.nn.Embedding layers do.
     """
 
     def __init__(self, num_genes: int, dim: int, *, num_bins: int = 100, alpha: float = 1.0) -> None:

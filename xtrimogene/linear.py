@@ -82,8 +82,8 @@ def _onednn_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Callable[
 def linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     """F.linear(x, weight, bias), plus residual if given, with gradients to all, by blocks of rows; differentiable once.
 
-    x (rows, in), weight (out, in) and bias (out,) of one dtype on the CPU. residual (rows, out) of that dtype or a wider
-    one, which the result then has.
+    x (rows, in), weight (out, in) and bias (out,) of one dtype on the CPU. residual (rows, out) of that dtype or a
+    wider one, which the result then has.
     """
     return _Linear.apply(x, weight, bias, residual)
 
@@ -185,7 +185,14 @@ class _FeedForward(torch.autograd.Function):
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor, parts: int
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor,
+        parts: int,
     ) -> tuple[Tensor, ...]:
         norm, layer = _RowNorm(norm_weight, norm_bias, eps), row_linear(weight, bias)
         outs = tuple(weight.new_empty((len(x), len(weight) // parts)) for _ in range(parts))

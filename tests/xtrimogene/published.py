@@ -6,6 +6,8 @@ all positions, FAVOR+ as its formula stands. Only the names and shapes are those
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,7 +81,9 @@ class SelfAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(0, 1) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(0, 1) for y in (self.to_q(x), self.to_k(x), self.to_v(x))
+        )
         return self.to_out(self.fast_attention(q, k, v).transpose(0, 1).flatten(1))
 
 
@@ -183,7 +187,7 @@ class PublishedNetwork(nn.Module):
 def cells_of(batch: RaggedBatch) -> list[tuple[Tensor, Tensor]]:
     """(values, gene ids) of each cell."""
     bounds = batch.cu_seqlens.tolist()
-    return [(batch.values[a:b], batch.gene_ids[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [(batch.values[a:b], batch.gene_ids[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
 def published_names(config: XTrimoGeneConfig) -> dict[str, str]:

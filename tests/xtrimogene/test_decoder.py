@@ -1,4 +1,4 @@
-"""Tests of xtrimogene.decoder: its savings equal the plain network, outputs and all gradients; batch mates; autocast."""
+"""Tests of xtrimogene.decoder: its savings equal the plain network, outputs and gradients; batch mates; autocast."""
 
 from __future__ import annotations
 
@@ -131,7 +131,8 @@ def test_each_saving_alone_equals_the_plain_decoder() -> None:
     """All rows of the last layer without asking, and asked genes in any order and twice."""
     model, masked = _model(decoder_layers=2).double(), _double(_masked())
     with use_backend("reference"):
-        everything = model.decode(masked.batch, masked_ids=masked.masked_ids, masked_cu_seqlens=masked.masked_cu_seqlens)
+        masks = {"masked_ids": masked.masked_ids, "masked_cu_seqlens": masked.masked_cu_seqlens}
+        everything = model.decode(masked.batch, **masks)
         plain = published_from(model)
         hidden = _ragged(masked.masked_ids, masked.masked_cu_seqlens)
         want = torch.cat([plain(*cell, ids) for cell, ids in zip(cells_of(masked.batch), hidden, strict=True)])
@@ -139,11 +140,7 @@ def test_each_saving_alone_equals_the_plain_decoder() -> None:
         assert _error(model.decoder.predictions(everything), plain.to_final(want)[:, 0]) < 1e-10
         asked = torch.tensor([5, 0, 59, 5], dtype=torch.int32).repeat(4)
         some = model.decode(
-            masked.batch,
-            masked_ids=masked.masked_ids,
-            masked_cu_seqlens=masked.masked_cu_seqlens,
-            asked_ids=asked,
-            asked_cu_seqlens=torch.arange(0, 17, 4, dtype=torch.int32),
+            masked.batch, **masks, asked_ids=asked, asked_cu_seqlens=torch.arange(0, 17, 4, dtype=torch.int32)
         )
         rows = torch.arange(4).repeat_interleave(4) * GENES + asked
         assert _error(some, everything[rows]) < 1e-12
