@@ -220,8 +220,8 @@ struct CheckedCells {
   int64_t num_cells;
 };
 
-// Packed cells whose every gene id is below num_genes and above the one before it in its cell.
-CheckedCells checked_cells(const CellArrays& arrays, const std::string& name, int64_t num_genes) {
+// Packed cells with offsets that can be followed.
+CheckedCells checked_cells(const CellArrays& arrays, const std::string& name) {
   const auto& [values, gene_ids, cu_seqlens] = arrays;
   require_integers(gene_ids, (name + " gene_ids").c_str());
   require_integers(cu_seqlens, (name + " cu_seqlens").c_str());
@@ -240,17 +240,29 @@ CheckedCells checked_cells(const CellArrays& arrays, const std::string& name, in
     if (starts[row] > starts[row + 1])
       throw py::value_error(name + " cu_seqlens: expected non-decreasing offsets, got " + std::to_string(starts[row]) +
                             " before " + std::to_string(starts[row + 1]));
-    int64_t previous = -1;
-    bool ascending = true;
-    for (int64_t t = starts[row]; t < starts[row + 1]; ++t) {
-      ascending &= checked.cells.gene_ids[t] > previous;
-      previous = checked.cells.gene_ids[t];
-    }
-    if (!ascending || previous >= num_genes)
-      throw py::value_error(name + " gene_ids: expected ids ascending in each cell, from 0 to " +
-                            std::to_string(num_genes - 1));
   }
   return checked;
+}
+
+// In the cells that are to be masked, every gene id is below num_genes and above the one before it.
+void require_ascending_genes(const CheckedCells& batch, const std::string& name, const int64_t* rows, int64_t num_rows,
+                             int64_t num_genes) {
+  bool right = true;
+  {
+    py::gil_scoped_release release;
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const int64_t row = rows ? rows[i] : i;
+      int64_t previous = -1;
+      for (int64_t t = batch.cells.cu_seqlens[row]; t < batch.cells.cu_seqlens[row + 1]; ++t) {
+        right &= batch.cells.gene_ids[t] > previous;
+        previous = batch.cells.gene_ids[t];
+      }
+      right &= previous < num_genes;
+    }
+  }
+  if (!right)
+    throw py::value_error(name + " gene_ids: expected ids ascending in each cell, from 0 to " +
+                          std::to_string(num_genes - 1));
 }
 
 py::array_t<int32_t> as_offsets(const std::vector<int64_t>& starts) {
@@ -275,8 +287,8 @@ py::dict mask_cells(const py::array& values, const py::array& gene_ids, const py
   for (double share : {nonzero_rate, zero_rate, mask_share, random_share})
     if (!(share >= 0.0 && share <= 1.0))
       throw py::value_error("rates and shares: expected numbers from 0 to 1, got " + std::to_string(share));
-  const CheckedCells batch = checked_cells({values, gene_ids, cu_seqlens}, "batch", num_genes);
-  const CheckedCells truth = target ? checked_cells(*target, "target", num_genes) : batch;
+  const CheckedCells batch = checked_cells({values, gene_ids, cu_seqlens}, "batch");
+  const CheckedCells truth = target ? checked_cells(*target, "target") : batch;
   if (truth.num_cells != batch.num_cells)
     throw py::value_error("target: expected " + std::to_string(batch.num_cells) + " cells as the batch has, got " +
                           std::to_string(truth.num_cells));
@@ -309,6 +321,8 @@ py::dict mask_cells(const py::array& values, const py::array& gene_ids, const py
   }
 
   const int64_t* row_data = rows ? row_numbers->data() : nullptr;
+  require_ascending_genes(batch, "batch", row_data, num_cells, num_genes);
+  if (target) require_ascending_genes(truth, "target", row_data, num_cells, num_genes);
   xtg::MaskPlan plan;
   {
     py::gil_scoped_release release;

@@ -436,6 +436,34 @@ def looks_like_counts(source: CellSource) -> bool:
     return whole
 
 
+def check_counts(source: CellSource, normalized: bool) -> None:
+    """Refuse numbers that are not whole unless normalized, and say which other matrix of the data set holds counts.
+
+    Looks at a sample of cells; warns of whole numbers that are said to be normalised.
+
+    Raises:
+        ValueError: names the data set and what to do.
+    """
+    counts = looks_like_counts(source)
+    if normalized and counts and source.n_obs:
+        warnings.warn(
+            f"{source.name}: normalized=True, but the matrix holds whole numbers only, as raw counts do", stacklevel=3
+        )
+    if normalized or counts:
+        return
+    fitting = []
+    for other in source.other_layers:
+        with contextlib.suppress(ValueError), source.open_layer(other) as matrix:
+            if looks_like_counts(matrix):
+                fitting.append("X (no layer)" if other is None else f"layer={other!r} (--layer {other})")
+    hint = f"these matrices hold whole numbers: {', '.join(fitting)}; " if fitting else ""
+    wanted = "X" if source.layer is None else f"layer {source.layer!r}"
+    raise ValueError(
+        f"{source.name}: expected raw counts in {wanted}, got numbers that are not whole; {hint}"
+        "if they are log1p(count / total * 10,000) already, pass normalized=True (--normalized)"
+    )
+
+
 def pack_rows(
     rows_csr: CsrArrays,
     column_gene_ids: npt.NDArray[np.int32],

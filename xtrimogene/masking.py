@@ -328,11 +328,14 @@ def mask_cells_numpy(
     """What the C++ function ``xtg_kernels._C.mask_cells`` computes, in NumPy: the same arguments, the same bits."""
     rows = np.arange(len(cu_seqlens) - 1) if rows is None else np.asarray(rows)
     truth = (values, gene_ids, cu_seqlens) if target is None else target
-    _check_cells((values, gene_ids, cu_seqlens), truth, cells, rows, num_genes, depth)
+    _check_cells(cu_seqlens, truth[2], cells, rows, depth)
     parts: dict[str, list[Array]] = {name: [] for name in ("values", "gene_ids", "masked", "chosen", "chosen_values")}
     for position, (row, stream) in enumerate(zip(rows.tolist(), hash_words(seed, epoch, cells).tolist(), strict=True)):
         own, true = (slice(int(bounds[row]), int(bounds[row + 1])) for bounds in (cu_seqlens, truth[2]))
         genes, numbers = gene_ids[own], values[own]
+        for name, ids in (("batch", genes), ("target", truth[1][true])):
+            if np.any(np.diff(ids, prepend=-1) <= 0) or (len(ids) and ids[-1] >= num_genes):
+                raise ValueError(f"{name} gene_ids: expected ids ascending in each cell, from 0 to {num_genes - 1}")
         keys = hashed_keys(stream, num_genes)
         expressed = np.zeros(num_genes, bool)
         expressed[genes] = True
@@ -381,34 +384,20 @@ def mask_cells_numpy(
     }
 
 
-def _check_cells(
-    batch: tuple[Array, Array, Array],
-    target: tuple[Array, Array, Array],
-    cells: Array,
-    rows: Array,
-    num_genes: int,
-    depth: Array | None,
-) -> None:
+def _check_cells(cu_seqlens: Array, true_cu_seqlens: Array, cells: Array, rows: Array, depth: Array | None) -> None:
+    num_cells = len(cu_seqlens) - 1
     if cells.ndim != 1 or cells.dtype.kind not in "iu":
         raise TypeError(f"cells: expected 1 dimension of integers, got dtype {cells.dtype} and shape {cells.shape}")
     if len(cells) != len(rows):
         raise ValueError(f"cells: expected one number for each of the {len(rows)} rows, got {len(cells)}")
     if len(cells) and cells.min() < 0:
         raise ValueError(f"cells: expected numbers of at least 0, got {cells.min()}")
-    if len(target[2]) != len(batch[2]):
-        raise ValueError(f"target: expected {len(batch[2]) - 1} cells as the batch has, got {len(target[2]) - 1}")
-    if len(rows) and not (rows.min() >= 0 and rows.max() < len(batch[2]) - 1):
-        raise ValueError(f"rows: expected row numbers in 0 .. {len(batch[2]) - 2}, got {rows.min()} .. {rows.max()}")
+    if len(true_cu_seqlens) - 1 != num_cells:
+        raise ValueError(f"target: expected {num_cells} cells as the batch has, got {len(true_cu_seqlens) - 1}")
+    if len(rows) and not (rows.min() >= 0 and rows.max() < num_cells):
+        raise ValueError(f"rows: expected row numbers in 0 .. {num_cells - 1}, got {rows.min()} .. {rows.max()}")
     if depth is not None and depth.shape != (len(cells), 2):
         raise ValueError(f"depth: expected shape ({len(cells)}, 2), got {depth.shape}")
-    for name, (_, gene_ids, cu_seqlens) in (("batch", batch), ("target", target)):
-        starts = np.zeros(len(gene_ids), bool)
-        starts[cu_seqlens[:-1][np.diff(cu_seqlens) > 0]] = True
-        used = gene_ids[: cu_seqlens[-1]]
-        falls = np.flatnonzero(np.diff(used, prepend=-1) <= 0)
-        wrong = falls[~starts[falls]]
-        if len(wrong) or (len(used) and not (used.min() >= 0 and used.max() < num_genes)):
-            raise ValueError(f"{name} gene_ids: expected ids ascending in each cell, from 0 to {num_genes - 1}")
 
 
 def _arrays(batch: RaggedBatch) -> tuple[Array, Array, Array]:
