@@ -13,17 +13,20 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xtg_kernels import ragged_attention
 from xtrimogene.linear import (
     ACTIVATIONS,
     activate,
     feed_forward,
+    in_autocast_dtype,
     is_large,
     linear,
-    pays_in_training,
+    pays_by_blocks,
     row_blocks,
     row_linear,
+    untouched,
 )
 
 Attend = Callable[[Tensor, Tensor, int], Tensor]
@@ -65,15 +68,15 @@ class Layer:
     def _feed_forward(self, x: Tensor) -> Tensor:
         dropout = self.dropouts[1]
         modules = (self.linear1, self.linear2, *(() if dropout is None else (dropout,)))
-        if torch.is_grad_enabled() and _untouched(x, modules):
-            operands = _autocast(x, self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
+        if torch.is_grad_enabled() and untouched(x, modules):
+            rows, w1, w2, *biases = in_autocast_dtype(
+                x, self.linear1.weight, self.linear2.weight, *_present(self.linear1.bias, self.linear2.bias)
+            )
+            b1, b2 = (None if layer.bias is None else biases.pop(0) for layer in (self.linear1, self.linear2))
             share = dropout.p if dropout is not None and dropout.training else 0.0
             # After other activations the mask of the dropout would have to be kept.
-            if _by_blocks(operands) and (self.activation == "relu" or not share):
-                rows, w1, b1, w2, b2 = operands
-                return feed_forward(
-                    cast(Tensor, rows), cast(Tensor, w1), b1, cast(Tensor, w2), b2, share, activation=self.activation
-                )
+            if pays_by_blocks(len(rows), w1, b1, w2, b2, rows) and (self.activation == "relu" or not share):
+                return feed_forward(rows, w1, b1, w2, b2, share, activation=self.activation)
         # ReLU in place: no backward needs the value before it, and this is the widest tensor of the layer.
         return self.linear2(_drop(dropout, activate(self.linear1(x), self.activation)))
 
@@ -91,10 +94,10 @@ def attend(
     """
     weight, bias = in_proj
     qkv = None
-    if torch.is_grad_enabled() and _untouched(x, ()):
-        operands = _autocast(x, weight, bias)
-        if _by_blocks(operands):
-            qkv = linear(cast(Tensor, operands[0]), cast(Tensor, operands[1]), operands[2])
+    if torch.is_grad_enabled() and untouched(x, ()):
+        rows, narrow, *biases = in_autocast_dtype(x, weight, *_present(bias))
+        if pays_by_blocks(len(rows), narrow, rows, *biases):
+            qkv = linear(rows, narrow, biases[0] if biases else None)
     if qkv is None:
         qkv = F.linear(x, weight, bias)
     # Three strided views of one tensor: the op reads them where they are.
@@ -192,6 +195,8 @@ class RaggedTransformerEncoder(nn.Module):
 
         encoder = RaggedTransformerEncoder(dim=128, num_heads=2, num_layers=4)
         y = encoder(x, cu_seqlens, max_seqlen)
+
+    `checkpoint_activations = True` keeps only the input of each layer for the backward and computes the rest again.
     """
 
     def __init__(
@@ -222,6 +227,7 @@ class RaggedTransformerEncoder(nn.Module):
             for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim, eps=layer_norm_eps, bias=bias)
+        self.checkpoint_activations = False
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Encode every segment of x by itself.
@@ -240,7 +246,10 @@ class RaggedTransformerEncoder(nn.Module):
             layers = [layer.parts() for layer in cast(list[RaggedTransformerEncoderLayer], self.layers)]
             return infer_by_blocks(layers, self.norm, x, cu_seqlens, max_seqlen)
         for layer in self.layers:
-            x = layer(x, cu_seqlens, max_seqlen)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cu_seqlens, max_seqlen, use_reentrant=False)
+            else:
+                x = layer(x, cu_seqlens, max_seqlen)
         return self.norm(x)
 
     def _infers_by_blocks(self, x: Tensor) -> bool:
@@ -257,7 +266,8 @@ def infers_by_blocks(x: Tensor, modules: Sequence[nn.Module], width: int) -> boo
         return False
     if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in modules):
         return False
-    if not _untouched(x, modules) or any(p.dtype != x.dtype for module in modules for p in _weights(module)):
+    weights = _present(*(weight for module in modules for weight in module._parameters.values()))
+    if not untouched(x, modules, _KINDS) or any(weight.dtype != x.dtype for weight in weights):
         return False
     # PyTorch's own bfloat16 layers keep kernels for every number of rows: memory would grow from batch to batch.
     return x.dtype == torch.bfloat16 or is_large(len(x), width, x.dtype)
@@ -305,49 +315,16 @@ def infer_by_blocks(
     return out
 
 
-_MODULES = (
+_KINDS = (
     RaggedTransformerEncoder,
     RaggedTransformerEncoderLayer,
     RaggedSelfAttention,
-    nn.ModuleList,
-    nn.Linear,
-    nn.LayerNorm,
-    nn.Dropout,
     # torch's own encoder layer has these two; xtrimogene.dropin takes care that nothing else is in it.
     nn.MultiheadAttention,
     nn.modules.linear.NonDynamicallyQuantizableLinear,
 )
 
 
-def _untouched(x: Tensor, modules: Sequence[nn.Module]) -> bool:
-    """Whether these modules may be computed without calling them: a plain CPU tensor, no tracing, nobody replaced or
-    hooked a module or its weights."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
-        return False
-    return all(
-        type(module) in _MODULES
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-        and all(type(p) is nn.Parameter and p.device == x.device for p in _weights(module))
-        for module in modules
-    )
-
-
-def _weights(module: nn.Module) -> list[nn.Parameter]:
-    """The module's own parameters, without those that it has for None, as a Linear without bias does."""
-    return [p for p in module._parameters.values() if p is not None]
-
-
-def _autocast(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Operands in the dtype in which autocast would have F.linear take them."""
-    if not torch.is_autocast_enabled("cpu"):
-        return operands
-    dtype = torch.get_autocast_dtype("cpu")
-    return tuple(None if x is None else x.to(dtype) for x in operands)
-
-
-def _by_blocks(operands: Sequence[Tensor | None]) -> bool:
-    """operands: rows, then the weight of the wider layer first."""
-    rows, weight = cast(Tensor, operands[0]), cast(Tensor, operands[1])
-    if not is_large(len(rows), len(weight), rows.dtype):
-        return False
-    return all(x is None or x.dtype == rows.dtype for x in operands) and pays_in_training(rows.dtype)
+def _present(*weights: Tensor | None) -> list[Tensor]:
+    """Without those that a layer has for None, as one without bias does."""
+    return [weight for weight in weights if weight is not None]

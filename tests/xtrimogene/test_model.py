@@ -78,7 +78,7 @@ def test_pool_keeps_its_bits_on_one_and_two_threads() -> None:
 
 
 def test_pool_refuses_what_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match="pooling: expected one of mean, max, got 'sum'"):
+    with pytest.raises(ValueError, match="pooling: expected one of mean, max, all, got 'sum'"):
         pool(torch.zeros(2, 3), torch.tensor([0, 2], dtype=torch.int32), "sum")
 
 
