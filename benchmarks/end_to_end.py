@@ -153,8 +153,9 @@ def _mask_rows(packed: RaggedBatch, cells: int) -> Iterator[dict[str, Any]]:
     rows, config = np.arange(cells), MaskingConfig()
     arrays = packed.values.numpy(), packed.gene_ids.numpy(), packed.cu_seqlens.numpy()
     options: dict[str, Any] = {"epoch": 0, "num_genes": NUM_GENES, "rows": rows}
-    exact = mask_cells_numpy(*arrays, cells=rows, **dataclasses.asdict(config), **options)
-    ways = {"numpy": lambda: mask_cells_numpy(*arrays, cells=rows, **dataclasses.asdict(config), **options)}
+    plain = {**options, **dataclasses.asdict(config)}
+    exact = mask_cells_numpy(*arrays, cells=rows, **plain)
+    ways = {"numpy": lambda: mask_cells_numpy(*arrays, cells=rows, **plain)}
     if dispatch.extension() is not None:
         ways["xtg"] = lambda: _as_arrays(mask_cells(packed, rows, config, num_threads=1, **options))
     times: dict[str, list[float]] = {name: [] for name in ways}
