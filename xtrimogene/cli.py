@@ -250,8 +250,9 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 def _pretrain(arguments: argparse.Namespace) -> int:
     # Here, because torch's distributed checkpoints and FSDP take longer to import than the other commands to begin.
-    from xtrimogene.pretrain import FirstRankFailed, TrainingFailed, pretrain
+    from xtrimogene.pretrain import TrainingFailed, pretrain
     from xtrimogene.pretrain_config import PretrainConfig
+    from xtrimogene.ranks import FirstRankFailed
 
     _set_threads(arguments)
     try:
