@@ -19,6 +19,7 @@ struct VecAvx512Bf16 : VecAvx512 {
 template <class V>
 struct DotBf16 {
   using elem = uint32_t;
+  using part = bf16;
   static constexpr int group = 2;
   static constexpr int step_multiple = 1;
   static constexpr bool tiles = false;
@@ -31,6 +32,18 @@ struct DotBf16 {
   static void store_pair(elem* row, int64_t j, typename V::reg x, typename V::reg y) {
     const __m512bh packed = _mm512_cvtne2ps_pbh(y, x);
     std::memcpy(reinterpret_cast<bf16*>(row) + j, &packed, sizeof(packed));
+  }
+  static typename V::reg square(typename V::reg acc, const elem* b) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)load(b), (__m512bh)load(b));
+  }
+  // k is even.
+  static void store_rows(elem* b, int64_t ld, int64_t k, int64_t j, typename V::reg x, typename V::reg y) {
+    alignas(64) static constexpr uint16_t interleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512bh packed = _mm512_cvtne2ps_pbh(y, x);
+    _mm512_storeu_si512(b + k / 2 * ld + j,
+                        _mm512_permutexvar_epi16(_mm512_load_si512(interleave), (__m512i)packed));
   }
 };
 

@@ -15,6 +15,7 @@ namespace xtg {
 template <class V>
 struct DotFloat {
   using elem = float;
+  using part = float;                     // what an element holds `group` of
   static constexpr int group = 1;         // neighbouring k held by one element
   static constexpr int step_multiple = 1;  // k is padded with zeros to a multiple of this many elements
   static constexpr bool tiles = false;     // whether Dot brings a product of its own
@@ -23,11 +24,18 @@ struct DotFloat {
     return V::fma(V::set1(*a), b, acc);
   }
   static typename V::reg load(const elem* b) { return V::load(b); }
+  // acc + the squares that the elements at b hold.
+  static typename V::reg square(typename V::reg acc, const elem* b) { return V::fma(V::load(b), V::load(b), acc); }
   // Floats as elements j.. of a left-operand row.
   static void store(elem* row, int64_t j, typename V::reg x) { V::store(row + j, x); }
   static void store_pair(elem* row, int64_t j, typename V::reg x, typename V::reg y) {
     V::store(row + j, x);
     V::store(row + j + V::width, y);
+  }
+  // Floats as elements j.. of the rows k and k + 1 of a right operand.
+  static void store_rows(elem* b, int64_t ld, int64_t k, int64_t j, typename V::reg x, typename V::reg y) {
+    V::store(b + k * ld + j, x);
+    V::store(b + (k + 1) * ld + j, y);
   }
 };
 
@@ -145,6 +153,38 @@ static inline void pack_right(DotFloat<V>, const T* src, int64_t stride, int64_t
                               float* dst, int64_t padded) {
   for (int64_t r = 0; r < rows; ++r) load_row<V>(src + r * stride, dim, dst + r * padded, padded);
   for (int64_t i = rows * padded; i < all_rows * padded; ++i) dst[i] = 0.0f;
+}
+
+// Rows of floats, times factor, as the left operand a: (rows, ld), zero from dim on.
+template <class V, class Dot>
+static inline void pack_left_scaled(const float* src, int64_t stride, int64_t rows, int64_t dim, float factor,
+                                    typename Dot::elem* dst, int64_t ld) {
+  using part = typename Dot::part;
+  for (int64_t r = 0; r < rows; ++r) {
+    part* out = reinterpret_cast<part*>(dst + r * ld);
+    store_row<V>(src + r * stride, dim, factor, out);
+    for (int64_t i = dim; i < ld * Dot::group; ++i) from_float(0.0f, out + i);
+  }
+}
+
+// The same of the transposed rows: (dim, ld), zero from rows on.
+template <class V, class Dot>
+static inline void pack_left_transposed(const float* src, int64_t stride, int64_t rows, int64_t dim, float factor,
+                                        typename Dot::elem* dst, int64_t ld) {
+  using part = typename Dot::part;
+  constexpr int w = V::width;
+  part* out = reinterpret_cast<part*>(dst);
+  const int64_t out_ld = ld * Dot::group, square_rows = rows / w * w, square_dim = dim / w * w;
+  for (int64_t r = 0; r < square_rows; r += w)
+    for (int64_t d = 0; d < square_dim; d += w) {
+      typename V::reg x[w];
+      for (int i = 0; i < w; ++i) x[i] = V::mul(V::load(src + (r + i) * stride + d), V::set1(factor));
+      V::transpose(x);
+      for (int i = 0; i < w; ++i) V::store(out + (d + i) * out_ld + r, x[i]);
+    }
+  for (int64_t d = 0; d < dim; ++d)
+    for (int64_t r = d < square_dim ? square_rows : 0; r < out_ld; ++r)
+      from_float(r < rows ? src[r * stride + d] * factor : 0.0f, out + d * out_ld + r);
 }
 
 }  // namespace xtg

@@ -14,6 +14,7 @@
 #include "../common/exp.h"
 #include "../common/kernels.h"
 #include "../common/product.h"
+#include "../common/rows.h"
 #include "../common/scratch.h"
 
 namespace xtg {
@@ -97,11 +98,6 @@ size_t attention_scratch(const AttentionArgs& args) {
   return AttentionScratch<V, T>(args, nullptr).bytes;
 }
 
-template <class T>
-static inline const T* rows_of(const Operand& x, int64_t row, int64_t head) {
-  return static_cast<const T*>(x.data) + row * x.row_stride + head * x.head_stride;
-}
-
 // One group of stationary rows against one block of the panel.
 struct Step {
   int64_t row, rows;     // the group: first stationary row and how many
@@ -159,23 +155,6 @@ static inline void pack_panel(const AttentionShape<V, T>& shape, const Operand& 
   using Tile = AttentionTile<V, T>;
   pack_right(typename Tile::Dot{}, rows_of<T>(x, first, head), x.row_stride, count,
              round_up(count, Tile::column_multiple), shape.dim, dst, shape.padded_dim);
-}
-
-// Calls f(j, valid) for each vector of a row of n columns; valid < width only in the last.
-template <class V, class Columns, class F>
-static inline void for_each_vector(Columns n, F f) {
-  int64_t j = 0;
-  for (; j + V::width <= n; j += V::width) f(j, V::width);
-  if (j < n) f(j, int(n - j));
-}
-
-// Calls f with n, as a constant where it is the whole of a block: almost every block, which the compiler unrolls.
-template <int64_t whole, class F>
-static inline void with_columns(int64_t n, F f) {
-  if (n == whole)
-    f(std::integral_constant<int64_t, whole>{});
-  else
-    f(n);
 }
 
 // Raw scores of some rows to probs relative to the row_max so far; factors bring each row's older sums to it.
