@@ -174,8 +174,8 @@ def prepared(network: XTrimoGene, device: torch.device, dtype: torch.dtype) -> I
     training = network.training
     network.eval()
     try:
-        # Not inference_mode: its tensors do not count their changes, and the GPU kernels would list the blocks of a batch
-        # anew in every layer.
+        # Not inference_mode: its tensors do not count their changes, and the GPU kernels would list the blocks of a
+        # batch anew in every layer.
         with torch.no_grad():
             yield network
     finally:
