@@ -57,7 +57,7 @@ def real_counts(file: str, gene_symbols: str | None = None) -> tuple[str, anndat
 
 def pack(quick: bool) -> Iterator[dict[str, Any]]:
     """CSR rows in memory -> RaggedBatch at 1,500 genes a cell, sorted and in vocabulary order, on one thread."""
-    cells, length = (200 if quick else 4000), 1500
+    cells, length = (200 if quick else 1024), 1500  # a window of embed
     counts, gene_ids = umi_counts((length,) * cells)
     rows = (np.arange(cells + 1) * length, gene_ids, counts.astype(np.float32))
     columns = np.arange(NUM_GENES, dtype=np.int32)
@@ -153,8 +153,9 @@ def _mask_rows(packed: RaggedBatch, cells: int) -> Iterator[dict[str, Any]]:
     rows, config = np.arange(cells), MaskingConfig()
     arrays = packed.values.numpy(), packed.gene_ids.numpy(), packed.cu_seqlens.numpy()
     options: dict[str, Any] = {"epoch": 0, "num_genes": NUM_GENES, "rows": rows}
-    exact = mask_cells_numpy(*arrays, cells=rows, **dataclasses.asdict(config), **options)
-    ways = {"numpy": lambda: mask_cells_numpy(*arrays, cells=rows, **dataclasses.asdict(config), **options)}
+    plain = {**options, **dataclasses.asdict(config)}
+    exact = mask_cells_numpy(*arrays, cells=rows, **plain)
+    ways = {"numpy": lambda: mask_cells_numpy(*arrays, cells=rows, **plain)}
     if dispatch.extension() is not None:
         ways["xtg"] = lambda: _as_arrays(mask_cells(packed, rows, config, num_threads=1, **options))
     times: dict[str, list[float]] = {name: [] for name in ways}

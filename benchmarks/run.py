@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import end_to_end
+from benchmarks import end_to_end, pretraining
 from benchmarks.cases import BACKWARD, BOTH, DTYPES, FORWARD, TASKS, Provider, Task
 from xtg_kernels.info import info
 
@@ -227,6 +227,7 @@ OTHERS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "loader": end_to_end.loader,
     "embed": end_to_end.embed_share,
     "memory": end_to_end.memory,
+    "step": pretraining.step,
 }
 
 

@@ -195,7 +195,7 @@ def _add_reading_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--target-depth",
-        default=str(DEFAULT_TARGET_DEPTH),
+        default=DEFAULT_TARGET_DEPTH,
         metavar="T",
         help="for models with depth tokens: log10 total to aim at, or fold:N times the cell's own total, or offset:X "
         "added to its log10 (default: %(default)s)",
@@ -250,8 +250,9 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 def _pretrain(arguments: argparse.Namespace) -> int:
     # Here, because torch's distributed checkpoints and FSDP take longer to import than the other commands to begin.
-    from xtrimogene.pretrain import FirstRankFailed, TrainingFailed, pretrain
+    from xtrimogene.pretrain import TrainingFailed, pretrain
     from xtrimogene.pretrain_config import PretrainConfig
+    from xtrimogene.ranks import FirstRankFailed
 
     _set_threads(arguments)
     try:

@@ -27,6 +27,7 @@ from xtrimogene.linear import (
     row_blocks,
     row_linear,
     untouched,
+    weights_of,
 )
 
 Attend = Callable[[Tensor, Tensor, int], Tensor]
@@ -69,10 +70,8 @@ class Layer:
         dropout = self.dropouts[1]
         modules = (self.linear1, self.linear2, *(() if dropout is None else (dropout,)))
         if torch.is_grad_enabled() and untouched(x, modules):
-            rows, w1, w2, *biases = in_autocast_dtype(
-                x, self.linear1.weight, self.linear2.weight, *_present(self.linear1.bias, self.linear2.bias)
-            )
-            b1, b2 = (None if layer.bias is None else biases.pop(0) for layer in (self.linear1, self.linear2))
+            rows, w1, w2 = in_autocast_dtype(x, self.linear1.weight, self.linear2.weight)
+            b1, b2 = in_autocast_dtype(self.linear1.bias, self.linear2.bias)
             share = dropout.p if dropout is not None and dropout.training else 0.0
             # After other activations the mask of the dropout would have to be kept.
             if pays_by_blocks(len(rows), w1, b1, w2, b2, rows) and (self.activation == "relu" or not share):
@@ -95,9 +94,9 @@ def attend(
     weight, bias = in_proj
     qkv = None
     if torch.is_grad_enabled() and untouched(x, ()):
-        rows, narrow, *biases = in_autocast_dtype(x, weight, *_present(bias))
-        if pays_by_blocks(len(rows), narrow, rows, *biases):
-            qkv = linear(rows, narrow, biases[0] if biases else None)
+        (rows, wide), (offsets,) = in_autocast_dtype(x, weight), in_autocast_dtype(bias)
+        if pays_by_blocks(len(rows), wide, offsets, rows):
+            qkv = linear(rows, wide, offsets)
     if qkv is None:
         qkv = F.linear(x, weight, bias)
     # Three strided views of one tensor: the op reads them where they are.
@@ -266,8 +265,7 @@ def infers_by_blocks(x: Tensor, modules: Sequence[nn.Module], width: int) -> boo
         return False
     if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in modules):
         return False
-    weights = _present(*(weight for module in modules for weight in module._parameters.values()))
-    if not untouched(x, modules, _KINDS) or any(weight.dtype != x.dtype for weight in weights):
+    if not untouched(x, modules, _KINDS) or any(p.dtype != x.dtype for module in modules for p in weights_of(module)):
         return False
     # PyTorch's own bfloat16 layers keep kernels for every number of rows: memory would grow from batch to batch.
     return x.dtype == torch.bfloat16 or is_large(len(x), width, x.dtype)
@@ -315,16 +313,11 @@ def infer_by_blocks(
     return out
 
 
+# torch's own encoder layer has the last two; xtrimogene.dropin takes care that nothing else is in it.
 _KINDS = (
     RaggedTransformerEncoder,
     RaggedTransformerEncoderLayer,
     RaggedSelfAttention,
-    # torch's own encoder layer has these two; xtrimogene.dropin takes care that nothing else is in it.
     nn.MultiheadAttention,
     nn.modules.linear.NonDynamicallyQuantizableLinear,
 )
-
-
-def _present(*weights: Tensor | None) -> list[Tensor]:
-    """Without those that a layer has for None, as one without bias does."""
-    return [weight for weight in weights if weight is not None]

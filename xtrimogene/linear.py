@@ -17,13 +17,16 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+# Where one is None, it is a bias that a layer does not have.
+Operand = TypeVar("Operand", Tensor, Tensor | None)
 
 # Bytes of the widest tensor of a block: for each thread, and at most for all of them. Smaller blocks would fit caches
 # better, but threads that meet more often wait more for each other on a busy machine. From 32 MB on glibc gives every
@@ -359,28 +362,33 @@ class _LinearGrads:
 
 def untouched(x: Tensor, modules: Sequence[nn.Module], kinds: tuple[type[nn.Module], ...] = ()) -> bool:
     """Whether these modules may be computed without calling them: a plain CPU tensor, no tracing, nobody replaced or
-    hooked a module or its weights (biases may be missing). kinds are the classes, beside PyTorch's own, that the caller
-    knows."""
+    hooked a module or its weights. kinds are the classes, beside PyTorch's own, that the caller knows."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
         return False
     return all(
         type(module) in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList, *kinds)
         and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-        and all(p is None or (type(p) is nn.Parameter and p.device == x.device) for p in module._parameters.values())
+        and all(type(p) is nn.Parameter and p.device == x.device for p in weights_of(module))
         for module in modules
     )
 
 
-def in_autocast_dtype(*operands: Tensor) -> tuple[Tensor, ...]:
+def weights_of(module: nn.Module) -> list[nn.Parameter]:
+    """The module's own parameters, without those that it has for None, as a Linear without bias does."""
+    return [p for p in module._parameters.values() if p is not None]
+
+
+def in_autocast_dtype(*operands: Operand) -> tuple[Operand, ...]:
     """Operands in the dtype in which autocast would have F.linear take them."""
     if not torch.is_autocast_enabled("cpu"):
         return operands
-    return tuple(x.to(torch.get_autocast_dtype("cpu")) for x in operands)
+    dtype = torch.get_autocast_dtype("cpu")
+    return tuple(x if x is None else x.to(dtype) for x in operands)
 
 
 def pays_by_blocks(rows: int, weight: Tensor, *operands: Tensor | None) -> bool:
     """Whether layers of so many rows are faster by blocks; weight is the one of the wider layer. Never where the dtypes
-    of the operands (None for a bias that there is not) differ."""
+    of the operands differ."""
     if not is_large(rows, len(weight), weight.dtype):
         return False
     return all(x is None or x.dtype == weight.dtype for x in operands) and pays_in_training(weight.dtype)

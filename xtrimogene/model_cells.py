@@ -174,7 +174,9 @@ def prepared(network: XTrimoGene, device: torch.device, dtype: torch.dtype) -> I
     training = network.training
     network.eval()
     try:
-        with torch.inference_mode():
+        # Not inference_mode: its tensors do not count their changes, and the GPU kernels would list the blocks of a
+        # batch anew in every layer.
+        with torch.no_grad():
             yield network
     finally:
         network.train(training)

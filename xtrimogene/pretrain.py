@@ -37,16 +37,14 @@ from tqdm import tqdm
 from xtg_kernels import dispatch
 from xtrimogene.checkpoints import Checkpoints, write_whole
 from xtrimogene.config import XTrimoGeneConfig
-from xtrimogene.embed import choose_device
 from xtrimogene.masking import MaskedBatch
 from xtrimogene.model import XTrimoGene
+from xtrimogene.model_cells import choose_device
 from xtrimogene.pretrain_config import PretrainConfig
-from xtrimogene.ranks import FirstRankFailed, Ranks, StopSignals
+from xtrimogene.ranks import Ranks, StopSignals
 from xtrimogene.training_data import Data, TrainingCells, genes_of_data
 from xtrimogene.training_log import TrainingLog
 from xtrimogene.vocabulary import Vocabulary
-
-__all__ = ["FirstRankFailed", "PretrainReport", "TrainingFailed", "gene_means", "pretrain"]
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"

@@ -72,6 +72,10 @@ struct FavorArgs {
   void *grad_q, *grad_k, *grad_v;      // contiguous
 };
 
+// A stabiliser as the kernels use it. It is stored as a natural logarithm: what uses the one that was stored, and not the
+// one that was found, agrees with the backward to the last bit.
+static inline float in_log2(float stabilizer) { return stabilizer * 1.4426950408889634f; }
+
 // What one chunk adds to the sums of its segment and head: to context and key_sum, or to their gradients.
 struct FavorPart {
   float* context;  // (num_features, head_dim), rows padded to the vector width

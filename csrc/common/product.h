@@ -159,36 +159,48 @@ static inline void pack_right(DotFloat<V>, const T* src, int64_t stride, int64_t
   for (int64_t i = rows * padded; i < all_rows * padded; ++i) dst[i] = 0.0f;
 }
 
+// x times a number that is no float: a factor that all elements have in common would show in sums of rounded products.
+template <class V>
+struct Factor {
+  typename V::reg high, low;
+  explicit Factor(double x) : high(V::set1(float(x))), low(V::set1(float(x - double(float(x))))) {}
+  typename V::reg operator()(typename V::reg x) const { return V::fma(x, high, V::mul(x, low)); }
+};
+
 // Rows of floats, times factor, as the left operand a: (rows, ld), zero from dim on.
 template <class V, class Dot>
-static inline void pack_left_scaled(const float* src, int64_t stride, int64_t rows, int64_t dim, float factor,
+static inline void pack_left_scaled(const float* src, int64_t stride, int64_t rows, int64_t dim, double factor,
                                     typename Dot::elem* dst, int64_t ld) {
   using part = typename Dot::part;
+  const Factor<V> times(factor);
   for (int64_t r = 0; r < rows; ++r) {
+    const float* row = src + r * stride;
     part* out = reinterpret_cast<part*>(dst + r * ld);
-    store_row<V>(src + r * stride, dim, factor, out);
-    for (int64_t i = dim; i < ld * Dot::group; ++i) from_float(0.0f, out + i);
+    int64_t i = 0;
+    for (; i + V::width <= dim; i += V::width) V::store(out + i, times(V::load(row + i)));
+    for (; i < ld * Dot::group; ++i) from_float(i < dim ? float(row[i] * factor) : 0.0f, out + i);
   }
 }
 
 // The same of the transposed rows: (dim, ld), zero from rows on.
 template <class V, class Dot>
-static inline void pack_left_transposed(const float* src, int64_t stride, int64_t rows, int64_t dim, float factor,
+static inline void pack_left_transposed(const float* src, int64_t stride, int64_t rows, int64_t dim, double factor,
                                         typename Dot::elem* dst, int64_t ld) {
   using part = typename Dot::part;
   constexpr int w = V::width;
+  const Factor<V> times(factor);
   part* out = reinterpret_cast<part*>(dst);
   const int64_t out_ld = ld * Dot::group, square_rows = rows / w * w, square_dim = dim / w * w;
   for (int64_t r = 0; r < square_rows; r += w)
     for (int64_t d = 0; d < square_dim; d += w) {
       typename V::reg x[w];
-      for (int i = 0; i < w; ++i) x[i] = V::mul(V::load(src + (r + i) * stride + d), V::set1(factor));
+      for (int i = 0; i < w; ++i) x[i] = times(V::load(src + (r + i) * stride + d));
       V::transpose(x);
       for (int i = 0; i < w; ++i) V::store(out + (d + i) * out_ld + r, x[i]);
     }
   for (int64_t d = 0; d < dim; ++d)
     for (int64_t r = d < square_dim ? square_rows : 0; r < out_ld; ++r)
-      from_float(r < rows ? src[r * stride + d] * factor : 0.0f, out + d * out_ld + r);
+      from_float(r < rows ? float(src[r * stride + d] * factor) : 0.0f, out + d * out_ld + r);
 }
 
 }  // namespace xtg

@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> favor_attention(
           if (!(by_head[h] <= largest)) largest = by_head[h];
         for (int64_t h = 0; h < heads; ++h) by_head[h] = largest;
       }
-      for (int64_t h = 0; h < heads; ++h) args.key_max[c * heads + h] = by_head[h] * kLn2;
+      for (int64_t h = 0; h < heads; ++h) by_head[h] = in_log2(args.key_max[c * heads + h] = by_head[h] * kLn2);
     }
     add_parts(args, kernels, keys, parts, log2_max.data(), args.context, args.key_sum);
   }

@@ -20,6 +20,7 @@
 
 namespace xtg {
 
+constexpr double kLog2EDouble = 1.4426950408889634;
 constexpr float kNoFeature = -1e30f;  // exp2 of it vanishes: where a block has columns but no tokens
 
 template <class V, class T>
@@ -28,6 +29,8 @@ struct FavorTile {
   static constexpr int64_t columns = 64;   // tokens of a block
   static constexpr int64_t features = 96;  // features of a block: a multiple of every tile height
   static constexpr int64_t column_multiple = max_of<int64_t>(V::width, Dot::group * Dot::step_multiple);
+  // Tokens that are summed before their sum goes to the rest: one long chain of additions would lose digits.
+  static constexpr int64_t chain = 512;
 };
 
 template <class V, class T>
@@ -36,14 +39,14 @@ struct FavorShape {
   int64_t dim, features;
   int64_t steps, feature_steps;  // elements of a row of dim channels, or of all features, as inner dimension
   int64_t padded_dim;
-  float scale;  // on q and k
+  double scale;  // on q and k
   explicit FavorShape(const FavorArgs& args)
       : dim(args.head_dim),
         features(args.num_features),
         steps(steps_of(dim)),
         feature_steps(steps_of(features)),
         padded_dim(round_up(dim, V::width)),
-        scale(float(std::pow(double(dim), -0.25))) {}
+        scale(std::pow(double(dim), -0.25)) {}
   static constexpr int64_t steps_of(int64_t n) { return round_up(ceil_div(n, Dot::group), Dot::step_multiple); }
 };
 
@@ -63,9 +66,11 @@ struct FavorScratch {
   elem *right_features, *right_grad_scores;  // and as right operands
   float *acc_a, *acc_b;             // (dim, columns)
   float* rows;                      // (columns, padded_dim)
+  float* sums;                      // (features, padded_dim): over the tokens of a chain
   float* lanes;                     // (features, V::width): sums over tokens, spread over the lanes
-  float* context_sum;               // (padded_dim,): of all features
-  float *half_norms, *bias, *row_max, *row_sum, *minus_delta, *grad_sum;  // (columns,); half_norms are negative
+  float* context_sum;               // (padded_dim,): of all features, or over the tokens of a block
+  double* wide_sum;                 // (padded_dim,)
+  float *half_norms, *row_max, *row_sum, *minus_delta, *grad_sum;  // (columns,); half_norms are negative
   size_t bytes;
 
   FavorScratch(const FavorArgs& args, void* base) {
@@ -88,10 +93,11 @@ struct FavorScratch {
     acc_a = cursor.take<float>(dim * columns);
     acc_b = cursor.take<float>(dim * columns);
     rows = cursor.take<float>(columns * shape.padded_dim);
+    sums = cursor.take<float>(features * shape.padded_dim);
     lanes = cursor.take<float>(shape.features * V::width);
     context_sum = cursor.take<float>(shape.padded_dim);
+    wide_sum = cursor.take<double>(shape.padded_dim);
     half_norms = cursor.take<float>(columns);
-    bias = cursor.take<float>(columns);
     row_max = cursor.take<float>(columns);
     row_sum = cursor.take<float>(columns);
     minus_delta = cursor.take<float>(columns);
@@ -103,6 +109,12 @@ struct FavorScratch {
 template <class V, class T>
 size_t favor_scratch(const FavorArgs& args) {
   return FavorScratch<V, T>(args, nullptr).bytes;
+}
+
+// exp of score - stabilizer - half norm, in this order: the first difference is small, and exact, where it counts.
+template <class V, bool accurate>
+static inline typename V::reg exponential(typename V::reg score, typename V::reg stabilizer, typename V::reg half_norm) {
+  return exp2<V, accurate>(V::add(V::sub(score, stabilizer), half_norm));
 }
 
 // Calls f(first, count, columns) for each block of tokens of a chunk.
@@ -118,7 +130,7 @@ static inline void for_each_token_block(const RowChunk& chunk, F f) {
 template <class V, class T>
 static inline void pack_projection(const FavorArgs& args, const FavorShape<V, T>& shape, const FavorScratch<V, T>& s) {
   pack_left_scaled<V, typename FavorTile<V, T>::Dot>(args.projection, shape.dim, shape.features, shape.dim,
-                                                     shape.scale * kLog2E, s.projection, shape.steps);
+                                                     shape.scale * kLog2EDouble, s.projection, shape.steps);
 }
 
 template <class V, class T>
@@ -148,11 +160,12 @@ template <class V, class T>
 static inline void half_norms_of_columns(const FavorShape<V, T>& shape, const FavorScratch<V, T>& s, int64_t count,
                                          int64_t columns) {
   using Dot = typename FavorTile<V, T>::Dot;
-  const auto factor = V::set1(-0.5f * shape.scale * shape.scale * kLog2E);
+  const Factor<V> times(-0.5 * shape.scale * shape.scale * kLog2EDouble);
   for (int64_t j = 0; j < columns; j += V::width) {
-    auto sum = V::zero();
-    for (int64_t p = 0; p < shape.steps; ++p) sum = Dot::square(sum, s.right_x + p * columns + j);
-    V::store(s.half_norms + j, V::mul(sum, factor));
+    // Four sums: a half norm is common to all features of a token, so that its error does not average out.
+    typename V::reg sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+    for (int64_t p = 0; p < shape.steps; ++p) sums[p % 4] = Dot::square(sums[p % 4], s.right_x + p * columns + j);
+    V::store(s.half_norms + j, times(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3]))));
   }
   for (int64_t j = count; j < columns; ++j) s.half_norms[j] = kNoFeature;
 }
@@ -180,14 +193,14 @@ static inline void product_with_features(const FavorShape<V, T>& shape, int64_t 
                   Tile::columns, first > 0);
 }
 
-// sums (features of a block, dim) += features x token rows.
+// s.sums (features of a block, dim) (+)= features x token rows.
 template <class V, class T>
 static inline void product_with_rows(const FavorShape<V, T>& shape, const FavorScratch<V, T>& s, int64_t first,
-                                     int64_t features, int64_t columns, float* sums) {
+                                     int64_t features, int64_t columns, bool accumulate) {
   using Tile = FavorTile<V, T>;
   using Dot = typename Tile::Dot;
   product<V, Dot>(features, shape.padded_dim, columns / Dot::group, s.left_features, Tile::columns / Dot::group,
-                  s.right_rows, shape.padded_dim, sums + first * shape.padded_dim, shape.padded_dim, true);
+                  s.right_rows, shape.padded_dim, s.sums + first * shape.padded_dim, shape.padded_dim, accumulate);
 }
 
 // s.rows (columns, padded_dim) = the transpose of acc.
@@ -239,11 +252,14 @@ static inline void scale_all(float* x, int64_t n, float factor) {
   store_row<V>(x, n, factor, x);
 }
 
-// s.context_sum = the sum over all features of a (features, dim) array.
+// s.context_sum = the sum over all features of a (features, dim) array. With eps in command they are all alike, and
+// rounding errors of a sum of equal numbers do not average out.
 template <class V, class T>
 static inline void sum_over_features(const FavorShape<V, T>& shape, const FavorScratch<V, T>& s, const float* context) {
-  clear(s.context_sum, shape.padded_dim);
-  for (int64_t f = 0; f < shape.features; ++f) add_row<V>(context + f * shape.dim, 1.0f, shape.dim, s.context_sum);
+  for (int64_t d = 0; d < shape.dim; ++d) s.wide_sum[d] = 0.0;
+  for (int64_t f = 0; f < shape.features; ++f)
+    for (int64_t d = 0; d < shape.dim; ++d) s.wide_sum[d] += context[f * shape.dim + d];
+  for (int64_t d = 0; d < shape.dim; ++d) s.context_sum[d] = float(s.wide_sum[d]);
 }
 
 template <class V, class T>
@@ -256,16 +272,21 @@ void favor_context(const FavorArgs& args, const RowChunk& keys, int64_t head, Fa
   const typename Dot::Session session;
   (void)session;
   pack_projection(args, shape, s);
-  clear(part.context, shape.features * shape.padded_dim);
+  const int64_t sums = shape.features * shape.padded_dim;
+  clear(part.context, sums);
   clear(part.context_of_eps, shape.padded_dim);
   clear(s.lanes, shape.features * V::width);
   float key_max = -INFINITY;
   for_each_token_block<V, T>(keys, [&](int64_t first, int64_t count, int64_t columns) {
+    const bool chain_starts = (first - keys.first) % Tile::chain == 0;
+    if (chain_starts && first != keys.first) add_row<V>(s.sums, 1.0f, sums, part.context);
     pack_columns(shape, args.k, first, count, columns, head, s.right_x);
     pack_rows(shape, args.v, first, count, columns, head, s.right_rows);
     half_norms_of_columns(shape, s, count, columns);
+    clear(s.context_sum, shape.padded_dim);
     for (int64_t r = 0; r < count; ++r)
-      add_row<V>(rows_of<T>(args.v, first + r, head), 1.0f, shape.dim, part.context_of_eps);
+      add_row<V>(rows_of<T>(args.v, first + r, head), 1.0f, shape.dim, s.context_sum);
+    add_row<V>(s.context_sum, 1.0f, shape.dim, part.context_of_eps);
     for (int64_t f0 = 0; f0 < shape.features; f0 += Tile::features) {
       const int64_t features = min_of(Tile::features, shape.features - f0);
       product_with_columns(shape, f0, features, s.projection, s.right_x, columns, s.scores);
@@ -283,18 +304,19 @@ void favor_context(const FavorArgs& args, const RowChunk& keys, int64_t head, Fa
       const float block_max = V::maximum(maximum);
       if (!(block_max <= key_max)) {  // NaN enters too
         const float factor = std::exp2(key_max - block_max);
-        scale_all<V>(part.context, shape.features * shape.padded_dim, factor);
+        scale_all<V>(part.context, sums, factor);
+        // At the start of a chain these are the sums of another one, which are about to be overwritten.
+        if (!chain_starts || f0) scale_all<V>(s.sums, chain_starts ? f0 * shape.padded_dim : sums, factor);
         scale_all<V>(s.lanes, shape.features * V::width, factor);
         key_max = block_max;
       }
-      for (int64_t j = 0; j < columns; j += V::width)
-        V::store(s.bias + j, V::sub(V::load(s.half_norms + j), V::set1(key_max)));
+      const auto stabilizer = V::set1(key_max);
       with_columns<Tile::columns>(columns, [&](auto n) {
         for (int64_t f = 0; f < features; ++f) {
           const float* scores = s.scores + f * Tile::columns;
           auto* row = s.left_features + f * (Tile::columns / Dot::group);
           const auto feature = [&](int64_t j) {
-            return exp2<V, accurate>(V::add(V::load(scores + j), V::load(s.bias + j)));
+            return exponential<V, accurate>(V::load(scores + j), stabilizer, V::load(s.half_norms + j));
           };
           auto sum = V::load(s.lanes + (f0 + f) * V::width);
           int64_t paired = 0;
@@ -311,9 +333,10 @@ void favor_context(const FavorArgs& args, const RowChunk& keys, int64_t head, Fa
           V::store(s.lanes + (f0 + f) * V::width, sum);
         }
       });
-      product_with_rows(shape, s, f0, features, columns, part.context);
+      product_with_rows(shape, s, f0, features, columns, !chain_starts);
     }
   });
+  add_row<V>(s.sums, 1.0f, sums, part.context);
   for (int64_t f = 0; f < shape.features; ++f) part.key_sum[f] = V::sum(V::load(s.lanes + f * V::width));
   part.key_sum_of_eps = float(keys.rows);
   part.key_max = key_max;
@@ -349,10 +372,11 @@ void favor_query(const FavorArgs& args, const RowChunk& queries, int64_t head, v
   const float* context = args.context + group * shape.features * shape.dim;
   const float* key_sum = args.key_sum + group * shape.features;
   pack_projection(args, shape, s);
-  pack_left_transposed<V, Dot>(context, shape.dim, shape.features, shape.dim, 1.0f, s.context_t, shape.feature_steps);
+  pack_left_transposed<V, Dot>(context, shape.dim, shape.features, shape.dim, 1.0, s.context_t, shape.feature_steps);
   sum_over_features(shape, s, context);
-  float key_sum_sum = 0.0f;
-  for (int64_t f = 0; f < shape.features; ++f) key_sum_sum += key_sum[f];
+  double wide_sum = 0.0;
+  for (int64_t f = 0; f < shape.features; ++f) wide_sum += key_sum[f];
+  const float key_sum_sum = float(wide_sum);
   for_each_token_block<V, T>(queries, [&](int64_t first, int64_t count, int64_t columns) {
     pack_columns(shape, args.q, first, count, columns, head, s.right_x);
     half_norms_of_columns(shape, s, count, columns);
@@ -397,11 +421,12 @@ void favor_query(const FavorArgs& args, const RowChunk& queries, int64_t head, v
     }
     transpose_to_rows(shape, s, s.acc_a, columns);
     for (int64_t r = 0; r < count; ++r) {
+      const int64_t at = head * args.total_q + first + r;
+      args.row_max[at] = s.row_max[r] * kLn2;
       // Without eps the half norm of a query cancels; left out, it cannot make the feature vanish.
-      const float query = args.eps == 0.0f ? 1.0f : std::exp2(s.half_norms[r]);
-      const float row_sum = query * s.row_sum[r] + args.eps * key_sum_sum;
-      args.row_max[head * args.total_q + first + r] = s.row_max[r] * kLn2;
-      args.row_sum[head * args.total_q + first + r] = row_sum;
+      const float half_norm = args.eps == 0.0f ? 0.0f : s.half_norms[r];
+      const float query = std::exp2(half_norm + (s.row_max[r] - in_log2(args.row_max[at])));
+      const float row_sum = args.row_sum[at] = query * s.row_sum[r] + args.eps * key_sum_sum;
       store_sum<V>(s.rows + r * shape.padded_dim, query / row_sum, s.context_sum, args.eps / row_sum, shape.dim,
                    static_cast<T*>(args.out) + ((first + r) * args.num_heads + head) * shape.dim);
     }
@@ -417,7 +442,7 @@ static inline void store_projected(const FavorArgs& args, const FavorShape<V, T>
   transpose_to_rows(shape, s, acc, columns);
   for (int64_t r = 0; r < count; ++r)
     store_sum<V>(s.rows + r * shape.padded_dim, 1.0f, rows_of<T>(x, first + r, head),
-                 -shape.scale * shape.scale * s.grad_sum[r], shape.dim,
+                 float(-shape.scale * shape.scale * double(s.grad_sum[r])), shape.dim,
                  static_cast<T*>(dst) + ((first + r) * args.num_heads + head) * shape.dim);
 }
 
@@ -437,39 +462,45 @@ void favor_backward_query(const FavorArgs& args, const RowChunk& queries, int64_
   pack_projection_transposed(args, shape, s);
   pack_left_scaled<V, Dot>(args.context + group * shape.features * shape.dim, shape.dim, shape.features, shape.dim, 1.0f,
                            s.context, shape.steps);
-  clear(part.context, shape.features * shape.padded_dim);
+  const int64_t sums = shape.features * shape.padded_dim;
+  clear(part.context, sums);
   clear(part.context_of_eps, shape.padded_dim);
   clear(s.lanes, shape.features * V::width);
-  part.key_sum_of_eps = 0.0f;
-  part.key_max = 0.0f;
+  double key_sum_of_eps = 0.0;
   for_each_token_block<V, T>(queries, [&](int64_t first, int64_t count, int64_t columns) {
+    const bool chain_starts = (first - queries.first) % Tile::chain == 0;
+    if (chain_starts && first != queries.first) add_row<V>(s.sums, 1.0f, sums, part.context);
     pack_columns(shape, args.q, first, count, columns, head, s.right_x);
     pack_columns(shape, args.grad_out, first, count, columns, head, s.right_y);
     pack_rows(shape, args.grad_out, first, count, columns, head, s.right_rows);
     half_norms_of_columns(shape, s, count, columns);
+    clear(s.context_sum, shape.padded_dim);
     for (int64_t r = 0; r < columns; ++r) {
       s.minus_delta[r] = s.grad_sum[r] = 0.0f;
-      s.bias[r] = kNoFeature;
+      s.row_max[r] = 0.0f;
       if (r >= count) continue;
       const T* grad = rows_of<T>(args.grad_out, first + r, head);
       const T* out = static_cast<const T*>(args.out) + ((first + r) * args.num_heads + head) * shape.dim;
       const int64_t at = head * args.total_q + first + r;
       s.minus_delta[r] = -dot_rows<V>(grad, out, shape.dim);
+      s.row_max[r] = in_log2(args.row_max[at]);
       // Every use of a feature divides it by the row's sum.
-      s.bias[r] = (args.eps == 0.0f ? 0.0f : s.half_norms[r]) - args.row_max[at] * kLog2E - std::log2(args.row_sum[at]);
-      add_row<V>(grad, 1.0f / args.row_sum[at], shape.dim, part.context_of_eps);
-      part.key_sum_of_eps += s.minus_delta[r] / args.row_sum[at];
+      s.half_norms[r] = (args.eps == 0.0f ? 0.0f : s.half_norms[r]) - std::log2(args.row_sum[at]);
+      add_row<V>(grad, 1.0f / args.row_sum[at], shape.dim, s.context_sum);
+      key_sum_of_eps += s.minus_delta[r] / args.row_sum[at];
     }
+    add_row<V>(s.context_sum, 1.0f, shape.dim, part.context_of_eps);
     for (int64_t f0 = 0; f0 < shape.features; f0 += Tile::features) {
       const int64_t features = min_of(Tile::features, shape.features - f0);
       product_with_columns(shape, f0, features, s.projection, s.right_x, columns, s.scores);
       product_with_columns(shape, f0, features, s.context, s.right_y, columns, s.grad_features);
       for (int64_t j = 0; j < columns; j += V::width) {
-        const auto bias = V::load(s.bias + j), minus_delta = V::load(s.minus_delta + j);
+        const auto row_max = V::load(s.row_max + j), half_norm = V::load(s.half_norms + j);
+        const auto minus_delta = V::load(s.minus_delta + j);
         auto grad_sum = V::load(s.grad_sum + j);
         const auto grad_score = [&](int64_t f) {
           const int64_t at = f * Tile::columns + j;
-          const auto x = exp2<V, accurate>(V::add(V::load(s.scores + at), bias));
+          const auto x = exponential<V, accurate>(V::load(s.scores + at), row_max, half_norm);
           const auto grad = V::fma(V::set1(key_sum[f0 + f]), minus_delta, V::load(s.grad_features + at));
           float* lanes = s.lanes + (f0 + f) * V::width;
           V::store(lanes, V::fma(x, minus_delta, V::load(lanes)));
@@ -486,11 +517,14 @@ void favor_backward_query(const FavorArgs& args, const RowChunk& queries, int64_
         if (f < features) Dot::store_rows(s.right_grad_scores, Tile::columns, f, j, grad_score(f), V::zero());
         V::store(s.grad_sum + j, grad_sum);
       }
-      product_with_rows(shape, s, f0, features, columns, part.context);
+      product_with_rows(shape, s, f0, features, columns, !chain_starts);
       product_with_features(shape, f0, features, s.projection_t, s.right_grad_scores, columns, s.acc_a);
     }
     store_projected(args, shape, s, s.acc_a, args.q, first, count, columns, head, args.grad_q);
   });
+  add_row<V>(s.sums, 1.0f, sums, part.context);
+  part.key_sum_of_eps = float(key_sum_of_eps);
+  part.key_max = 0.0f;
   for (int64_t f = 0; f < shape.features; ++f) part.key_sum[f] = V::sum(V::load(s.lanes + f * V::width));
 }
 
@@ -506,11 +540,11 @@ void favor_backward_key(const FavorArgs& args, const RowChunk& keys, int64_t hea
   const int64_t group = keys.segment * args.num_heads + head;
   const float* grad_context = args.grad_context + group * shape.features * shape.dim;
   const float* grad_key_sum = args.grad_key_sum + group * shape.features;
-  const auto key_max = V::set1(args.key_max[group] * kLog2E);
+  const auto key_max = V::set1(in_log2(args.key_max[group]));
   pack_projection(args, shape, s);
   pack_projection_transposed(args, shape, s);
-  pack_left_scaled<V, Dot>(grad_context, shape.dim, shape.features, shape.dim, 1.0f, s.context, shape.steps);
-  pack_left_transposed<V, Dot>(grad_context, shape.dim, shape.features, shape.dim, 1.0f, s.context_t,
+  pack_left_scaled<V, Dot>(grad_context, shape.dim, shape.features, shape.dim, 1.0, s.context, shape.steps);
+  pack_left_transposed<V, Dot>(grad_context, shape.dim, shape.features, shape.dim, 1.0, s.context_t,
                                shape.feature_steps);
   sum_over_features(shape, s, grad_context);
   for_each_token_block<V, T>(keys, [&](int64_t first, int64_t count, int64_t columns) {
@@ -523,10 +557,10 @@ void favor_backward_key(const FavorArgs& args, const RowChunk& keys, int64_t hea
       product_with_columns(shape, f0, features, s.projection, s.right_x, columns, s.scores);
       product_with_columns(shape, f0, features, s.context, s.right_y, columns, s.grad_features);
       for (int64_t j = 0; j < columns; j += V::width) {
-        const auto bias = V::sub(V::load(s.half_norms + j), key_max);
+        const auto half_norm = V::load(s.half_norms + j);
         auto grad_sum = V::load(s.grad_sum + j);
         const auto feature = [&](int64_t f) {
-          return exp2<V, accurate>(V::add(V::load(s.scores + f * Tile::columns + j), bias));
+          return exponential<V, accurate>(V::load(s.scores + f * Tile::columns + j), key_max, half_norm);
         };
         const auto grad_feature = [&](int64_t f) {
           return V::add(V::load(s.grad_features + f * Tile::columns + j), V::set1(grad_key_sum[f0 + f]));

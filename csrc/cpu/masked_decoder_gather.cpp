@@ -106,7 +106,9 @@ Gather gather(int64_t num_genes, int64_t dim, const Tensor& cu_seqlens, const Te
     g.used_rows = out.cu_seqlens[args.batch];
     g.unit_genes = num_genes;
     const int64_t cells = max_of<int64_t>(ceil_div(args.batch, kUnits), 1);
-    for (int64_t c = 0; c < args.batch; c += cells) g.units.push_back({c, min_of(c + cells, args.batch), 0, num_genes});
+    // Without rows out_genes may have no storage, and a null pointer stands for all genes.
+    for (int64_t c = 0; c < args.batch && g.used_rows; c += cells)
+      g.units.push_back({c, min_of(c + cells, args.batch), 0, num_genes});
   } else {
     g.out_rows = g.used_rows = args.batch * num_genes;
     g.unit_genes = min_of(max_of<int64_t>(num_genes / kUnits, 1), kGeneBlock);

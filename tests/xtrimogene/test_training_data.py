@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,24 @@ def test_resuming_reads_nothing_of_what_came_before(folder: Path, monkeypatch: p
         next(cells.iterate(0, start))
         # The window of the step, and one more that it may reach into.
         assert 0 < sum(read) <= 2 * 3 * 8
+
+
+def test_few_windows_are_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    def window(*arguments: Any) -> Any:
+        nonlocal most
+        made = original(*arguments)
+        alive.add(made)
+        most = max(most, len(alive))
+        return made
+
+    original = xtrimogene.training_data._Window
+    monkeypatch.setattr(xtrimogene.training_data, "_Window", window)
+    with training_cells(folder, window_blocks=1) as cells:
+        assert sum(batch.batch_size for batch in cells.iterate(0)) == len(cells.training)
+    assert 2 <= most <= 3
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (1, 2), (3, 1), (2, 3)])
