@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,21 @@ from xtrimogene import linear
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.embedding import ExpressionEmbedding
 from xtrimogene.encoder import RaggedTransformerEncoder
-from xtrimogene.flops import FlopCount, dense_flops, encoder_backward_flops, encoder_flops, padded_flops
+from xtrimogene.flops import (
+    DecoderFlopCount,
+    FlopCount,
+    decoder_backward_flops,
+    decoder_flops,
+    dense_autoencoder_flops,
+    dense_flops,
+    encoder_backward_flops,
+    encoder_flops,
+    padded_flops,
+    performer_flops,
+)
+from xtrimogene.masking import MaskingConfig, mask_cells
+from xtrimogene.model import XTrimoGene
+from xtrimogene.vocabulary import Vocabulary
 
 LENGTHS = [7, 0, 1, 64, 33]
 CONFIG = XTrimoGeneConfig.preset(
@@ -123,6 +139,120 @@ def test_dense_equals_the_counter_on_explicit_products() -> None:
     # A cell that expresses every gene costs the dense encoder, and nothing less.
     assert encoder_flops(CONFIG, [CONFIG.num_genes]).attention == dense_flops(CONFIG, 1).attention
     assert encoder_flops(CONFIG, [CONFIG.num_genes]).linear == dense_flops(CONFIG, 1).linear
+
+
+SMALL = XTrimoGeneConfig.preset(
+    "3m",
+    num_genes=40,
+    dim=24,
+    num_heads=3,
+    num_layers=2,
+    num_bins=10,
+    ffn_mult=3,
+    dropout=0.0,
+    decoder_dim=16,
+    decoder_heads=2,
+    decoder_layers=3,
+    favor_features=7,
+)
+PARTS = {"xtg.favor_attention": "favor", "xtg.masked_head": "head", "xtg.masked_mse": "head"}
+
+
+def _decoder_parts(counter: FlopCounterMode, encoder: FlopCount) -> tuple[int, int, int, int]:
+    """Embedding, linear, FAVOR+ and head of what was counted, the encoder's share taken off."""
+    found = {"embedding": -encoder.embedding, "linear": -encoder.linear, "favor": 0, "head": 0}
+    for op, flops in counter.get_flop_counts()["Global"].items():
+        name = str(op).removesuffix(".default").removesuffix(".reference").removesuffix("_backward")
+        if name == "xtg.ragged_attention":
+            continue
+        part = "embedding" if name == "xtg.expression_embedding" else PARTS.get(name, "linear")
+        found[part] += flops
+    return found["embedding"], found["linear"], found["favor"], found["head"]
+
+
+def _by_part(count: DecoderFlopCount) -> tuple[int, int, int, int]:
+    return count.embedding, count.bridge + count.projections + count.ffn, count.favor, count.head
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("cells", [1, 4])
+def test_decoder_forward_and_backward_equal_the_counter(backend: str, layers: int, cells: int) -> None:
+    config = dataclasses.replace(SMALL, decoder_layers=layers, depth_tokens=cells == 4)
+    model = XTrimoGene(config, Vocabulary(f"g{i}" for i in range(40)))
+    # One cell without expressed genes, whose chosen zero genes are then kept.
+    lengths = [15, 0, 30, 7][:cells]
+    values = torch.randint(1, 6, (sum(lengths),)).float().log1p()
+    ids = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths])
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    batch = RaggedBatch(values, ids, cu_seqlens, max(lengths))
+    depth = torch.ones(cells, 2) if config.depth_tokens else None
+    choice = MaskingConfig(zero_rate=0.2)
+    masked = mask_cells(batch, np.arange(cells), choice, epoch=0, num_genes=40, depth=depth)
+    tokens, hidden, chosen = (
+        offsets.diff().tolist()
+        for offsets in (masked.batch.cu_seqlens, masked.masked_cu_seqlens, masked.chosen_cu_seqlens)
+    )
+    distinct = [len(cell.unique()) for cell in masked.batch.values.split(tokens)]
+    with use_backend(backend):
+        with FlopCounterMode(display=False) as forward:
+            loss = model.loss(masked)
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+        with FlopCounterMode(display=False) as everything:
+            model.decoder.predictions(model.decode(masked.batch))
+    encoder = encoder_flops(config, tokens, distinct)
+    assert _decoder_parts(forward, encoder) == _by_part(decoder_flops(config, tokens, hidden, chosen))
+    assert forward.get_total_flops() == encoder.total + decoder_flops(config, tokens, hidden, chosen).total
+    expected = decoder_backward_flops(config, tokens, hidden, chosen)
+    encoder_backward = encoder_backward_flops(config, tokens, distinct)
+    assert _decoder_parts(backward, encoder_backward) == _by_part(expected)
+    assert everything.get_total_flops() == encoder.total + decoder_flops(config, tokens).total
+
+
+def test_decoder_without_savings_equals_the_counter_on_explicit_products() -> None:
+    """One cell, all of it spelled out: embedding, bridge, layers and head at every position."""
+    dim, width, positions = SMALL.decoder_dim, SMALL.dim, SMALL.num_genes
+    x = torch.randn(positions, width)
+    features, heads = SMALL.num_features, SMALL.decoder_heads
+    with FlopCounterMode(display=False) as counter:
+        hidden = torch.mm(torch.mm(torch.randn(positions, 1), torch.randn(1, 10)), torch.randn(10, 10))
+        x = torch.mm(x + torch.mm(hidden, torch.randn(10, width)), torch.randn(width, dim))
+        for _ in range(SMALL.decoder_layers):
+            q, k, v = (torch.mm(x, torch.randn(dim, dim)).view(positions, heads, -1).transpose(0, 1) for _ in "qkv")
+            q, k = (torch.bmm(a, torch.randn(heads, dim // heads, features)) for a in (q, k))
+            mixed = torch.bmm(q, torch.bmm(k.transpose(1, 2), v)).transpose(0, 1).reshape(positions, dim)
+            x = x + torch.mm(mixed, torch.randn(dim, dim))
+            x = x + torch.mm(torch.mm(x, torch.randn(dim, 3 * dim)), torch.randn(3 * dim, dim))
+        torch.mm(x, torch.randn(dim, 1))
+    assert counter.get_total_flops() == decoder_flops(SMALL, [5], savings=False).total
+    assert decoder_flops(SMALL, [5, 9], [1, 0], [3, 3], savings=False).total == 2 * counter.get_total_flops()
+
+
+def test_shares_of_the_dense_encoder_are_those_of_the_literature() -> None:
+    """Shares computed once by hand from the published shapes: Performer, and encoder with the whole decoder."""
+    for preset, performer, by_length in (("3m", 6.5, {500: 3.5, 4000: 8.3}), ("100m", 21.5, {1000: 6.3, 4000: 12.6})):
+        config = XTrimoGeneConfig.preset(preset, num_genes=19264)
+        dense = dense_flops(config, 1).total
+        assert 100 * performer_flops(config, 1).total / dense == pytest.approx(performer, abs=0.05)
+        for length, share in by_length.items():
+            # Value embedding and head are left out there.
+            decoder = decoder_flops(config, [length], savings=False)
+            total = encoder_flops(config, [length], [0]).total + decoder.total - decoder.embedding - decoder.head
+            assert 100 * total / dense == pytest.approx(share, abs=0.05)
+
+
+def test_dense_autoencoder_written_out() -> None:
+    config = XTrimoGeneConfig.preset("100m", num_genes=19264)
+    decoder = 19264 * (2 * 768 * 512 + 6 * 24 * 512**2 + 2 * 512) + 6 * 4 * 512 * 19264**2
+    assert dense_autoencoder_flops(config, 3).total == 3 * (dense_flops(config, 1).total + decoder)
+
+
+def test_bad_decoder_counts_are_refused() -> None:
+    with pytest.raises(ValueError, match="asked: expected one count for each of 2 cells, got 1"):
+        decoder_flops(SMALL, [3, 4], None, [1])
+    with pytest.raises(ValueError, match="masked: expected at most the 40 positions of a cell, got 41"):
+        decoder_flops(SMALL, [3, 4], [41, 0])
 
 
 def test_large_counts_do_not_overflow() -> None:
