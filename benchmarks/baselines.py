@@ -29,7 +29,7 @@ def attention_split(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> 
 
 def attention_padded(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
     """(total_nnz, num_heads, head_dim): one SDPA on the batch padded to its longest cell, with a mask."""
-    used = _used_slots(lengths, max(lengths))
+    used = _used_slots(lengths, max(lengths), q.device)
     q, k, v = (_padded(x, lengths, max(lengths)).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=used[:, None, None])
     return out.transpose(1, 2)[used]
@@ -75,7 +75,7 @@ def torch_encoder(encoder: RaggedTransformerEncoder) -> nn.TransformerEncoder:
     dim, heads, ffn = first.norm1.normalized_shape[0], first.self_attn.num_heads, first.linear1.out_features
     layer = nn.TransformerEncoderLayer(dim, heads, ffn, dropout=0.0, batch_first=True)
     theirs = nn.TransformerEncoder(layer, len(encoder.layers), norm=nn.LayerNorm(dim), enable_nested_tensor=False)
-    theirs.to(encoder.norm.weight.dtype).load_state_dict(encoder.state_dict())
+    theirs.to(encoder.norm.weight.device, encoder.norm.weight.dtype).load_state_dict(encoder.state_dict())
     return theirs.eval()
 
 
@@ -84,11 +84,21 @@ def encoder_padded(theirs: nn.TransformerEncoder, x: Tensor, lengths: Sequence[i
 
     With the longest cell as width this is the usual padded batch, with all genes of the vocabulary the dense form.
     """
-    used = _used_slots(lengths, width)
+    used = _used_slots(lengths, width, x.device)
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused inference path stores all scores
     try:
         return theirs(_padded(x, lengths, width), src_key_padding_mask=~used)[used]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def encoder_dense(theirs: nn.TransformerEncoder, x: Tensor) -> Tensor:
+    """(positions, dim): torch's encoder on one cell whose every position is a token; no mask."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        return theirs(x[None])[0]
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 
@@ -131,9 +141,9 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _used_slots(lengths: Sequence[int], width: int) -> Tensor:
+def _used_slots(lengths: Sequence[int], width: int, device: torch.device) -> Tensor:
     """(cells, width) bool: the first slots of each row, as many as the cell has tokens."""
-    return torch.arange(width) < torch.tensor(lengths)[:, None]
+    return torch.arange(width, device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
 def _padded(x: Tensor, lengths: Sequence[int], width: int) -> Tensor:

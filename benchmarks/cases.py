@@ -155,18 +155,32 @@ def embedding_task(case: str, lengths: Lengths, dtype: str, preset: str = "100m"
     )  # fmt: skip
 
 
-def encoder_task(preset: str, lengths: Lengths, dtype: str, *, dense: bool = False, check_cells: int = 8) -> Task:
-    """The Transformer layers of a preset. dense adds the form that runs all genes of the vocabulary, masked."""
+def encoder_task(
+    preset: str,
+    lengths: Lengths,
+    dtype: str,
+    *,
+    dense: bool = False,
+    full: bool = False,
+    check_cells: int = 8,
+    orders: tuple[int, ...] = (2, 3, 4),
+    device: str = "cpu",
+) -> Task:
+    """The Transformer layers of a preset. dense adds the form that runs all genes of the vocabulary, masked.
+
+    full adds the dense form of a single cell whose every gene is a token, without a mask.
+    orders are the several ways to sum in which the plain form is judged again.
+    """
     config = XTrimoGeneConfig.preset(preset, num_genes=NUM_GENES, dropout=0.0)
     torch.manual_seed(0)
     encoder = (
         RaggedTransformerEncoder(config.dim, config.num_heads, config.num_layers, ffn_dim=config.ffn_dim, dropout=0.0)
-        .to(DTYPES[dtype])
+        .to(device, DTYPES[dtype])
         .eval()
     )
-    total, cu_seqlens, longest = sum(lengths), offsets(lengths), max(lengths)
-    x = torch.randn(total, config.dim).to(DTYPES[dtype]).requires_grad_()
-    grad_out = torch.randn(total, config.dim).to(DTYPES[dtype])
+    total, cu_seqlens, longest = sum(lengths), offsets(lengths).to(device), max(lengths)
+    x = torch.randn(total, config.dim).to(device, DTYPES[dtype]).requires_grad_()
+    grad_out = torch.randn(total, config.dim).to(device, DTYPES[dtype])
     weights = (x, *encoder.parameters())
     twin = baselines.torch_encoder(encoder)
     providers = {
@@ -182,12 +196,14 @@ def encoder_task(preset: str, lengths: Lengths, dtype: str, *, dense: bool = Fal
     for name, width in widths.items():
         run = functools.partial(baselines.encoder_padded, twin, x, lengths, width)
         providers[name] = Provider(run, twins)
+    if full:
+        providers["dense"] = Provider(functools.partial(baselines.encoder_dense, twin, x), twins)
     checked = lengths[:check_cells]
 
     def exact() -> tuple[Tensor, list[Tensor]]:
         exactly = RaggedTransformerEncoder(
             config.dim, config.num_heads, config.num_layers, ffn_dim=config.ffn_dim, dropout=0.0
-        ).double()
+        ).to(device, torch.float64)
         exactly.load_state_dict(encoder.state_dict())
         rows = x[: sum(checked)].detach().double().requires_grad_()
         out = baselines.encoder_packed(exactly, rows, checked)
@@ -201,7 +217,7 @@ def encoder_task(preset: str, lengths: Lengths, dtype: str, *, dense: bool = Fal
         _with_both(forward.linear + forward.attention, backward.linear + backward.attention),
         tuple(
             Provider(functools.partial(baselines.encoder_packed, encoder, x, lengths, parts), weights)
-            for parts in (2, 3, 4)
+            for parts in orders
         ),
     )  # fmt: skip
 

@@ -88,14 +88,20 @@ def _error(x: Tensor, exact: Tensor) -> float:
     return error if math.isfinite(error) else math.inf  # the maximum of NaN and a number depends on their order
 
 
-def measure(task: Task, names: Sequence[str], seconds: float) -> dict[str, dict[str, list[float]]]:
+def measure(
+    task: Task, names: Sequence[str], seconds: float, rounds_at_least: int = 4
+) -> dict[str, dict[str, list[float]]]:
     """Provider -> direction -> times (s), the providers taking turns; "gemm" is a matrix product of the same dtype."""
-    square = torch.randn(GEMM_SIZE, GEMM_SIZE, dtype=DTYPES[task.dtype])
+    square = torch.randn(GEMM_SIZE, GEMM_SIZE, dtype=DTYPES[task.dtype], device=task.grad_out.device)
     times: dict[str, dict[str, list[float]]] = {name: {FORWARD: [], BACKWARD: [], BOTH: []} for name in names}
     times["gemm"] = {FORWARD: []}
     started, rounds = time.perf_counter(), 0
-    # At least two rounds that count, four where they are not slow.
-    while (spent := time.perf_counter() - started) < seconds * (rounds < 60) or rounds < (3 if spent > 60 else 5):
+    while True:
+        spent = time.perf_counter() - started
+        # One round warms up; of those that count, two are enough where they are slow.
+        enough = 1 + (min(2, rounds_at_least) if spent > 60 else rounds_at_least)
+        if rounds >= enough and (spent >= seconds or rounds >= 60):
+            return times
         for name in (*names[rounds % len(names) :], *names[: rounds % len(names)]):
             forward, backward, both = _time_once(task.providers[name], task.grad_out)
             # The first round warms caches, allocators and oneDNN's kernels.
@@ -103,33 +109,48 @@ def measure(task: Task, names: Sequence[str], seconds: float) -> dict[str, dict[
                 times[name][FORWARD].append(forward)
                 times[name][BACKWARD].append(backward)
                 times[name][BOTH].append(both)
-        clock = time.perf_counter()
+        clock = _now(square)
         torch.mm(square, square)
         if rounds:
-            times["gemm"][FORWARD].append(time.perf_counter() - clock)
+            times["gemm"][FORWARD].append(_now(square) - clock)
         rounds += 1
-    return times
+
+
+def _now(x: Tensor) -> float:
+    """The clock (s) when all that was asked of the device of x is done."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
 
 
 def _time_once(provider: Provider, grad_out: Tensor) -> tuple[float, float, float]:
     """Seconds of a forward for inference, of a backward alone, and of a forward and backward for training."""
-    clock = time.perf_counter()
+    clock = _now(grad_out)
     with torch.no_grad():
         provider.run()
-    inference = time.perf_counter() - clock
-    clock = time.perf_counter()
+    inference = _now(grad_out) - clock
+    clock = _now(grad_out)
     out = provider.run()
-    middle = time.perf_counter()
+    middle = _now(grad_out)
     torch.autograd.grad(out, provider.inputs, grad_out)
-    end = time.perf_counter()
+    end = _now(grad_out)
     return inference, end - middle, end - clock
 
 
-def task_rows(task: Task, seconds: float) -> Iterator[Row]:
-    """The rows of one task: every provider and direction, speeds only where the result is right."""
-    checked = check(task)
+def task_rows(
+    task: Task,
+    seconds: float,
+    *,
+    checked: dict[str, dict[str, tuple[float, float]]] | None = None,
+    rounds_at_least: int = 4,
+) -> Iterator[Row]:
+    """The rows of one task: every provider and direction, speeds only where the result is right.
+
+    checked are errors and limits that were found already, by default those of check.
+    """
+    checked = check(task) if checked is None else checked
     good = [name for name, found in checked.items() if right(found)]
-    times = measure(task, good, seconds) if good else {}
+    times = measure(task, good, seconds, rounds_at_least) if good else {}
     for name in task.providers:
         for direction in (FORWARD, BACKWARD, BOTH):
             error, limit = checked[name][direction]
@@ -192,6 +213,9 @@ def machine() -> Row:
 
 def _git(*arguments: str) -> str:
     root = Path(__file__).parents[1]
+    # Installed, the folder above may lie in somebody else's repository.
+    if not (root / ".git").exists():
+        return ""
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 

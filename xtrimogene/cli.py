@@ -1,4 +1,4 @@
-"""The command line: ``xtrimogene embed``, ``genes``, ``impute``, ``convert``, ``pretrain`` and ``init``."""
+"""The command line: ``xtrimogene embed``, ``genes``, ``impute``, ``convert``, ``pretrain``, ``init`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -168,6 +168,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights (default: %(default)s)")
+
+    command = commands.add_parser(
+        "bench",
+        help="FLOPs, time and memory against dense and padded Transformers, as a report",
+        description="Count and measure what a model costs on this machine, against dense and padded Transformers of "
+        "the same size, on the project's cell lengths or on your cells. Writes report.html, report.md, results.csv and "
+        "pictures, and prints the short table.",
+    )
+    command.set_defaults(run=_bench, smaller="; try --preset 3m, or --quick")
+    command.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    command.add_argument("--input", metavar="FILE", help="cells, .h5ad or .zarr (default: lengths of real cells)")
+    command.add_argument(
+        "--vocabulary", metavar="FILE", help="genes of the model, one a line (default: those of the input)"
+    )
+    command.add_argument("--layer", metavar="L", help="layer of the input (default: X; raw: .raw)")
+    command.add_argument("--gene-symbols", metavar="COL", help="var column with gene names (default: var_names)")
+    command.add_argument("--preset", choices=("3m", "10m", "100m"), help="measure this size (default: all)")
+    command.add_argument("--device", default="cpu", metavar="D", help="cpu or cuda (default: %(default)s)")
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    command.add_argument(
+        "--quick", action="store_true", help="small shapes, under a minute: does it work, not how fast"
+    )
     return parser
 
 
@@ -321,6 +343,28 @@ def _init(arguments: argparse.Namespace) -> None:
     model = XTrimoGene.from_preset(arguments.preset, Vocabulary.from_tsv(arguments.vocabulary), seed=arguments.seed)
     model.save_pretrained(Path(arguments.output))
     print(f"{arguments.output}: untrained {arguments.preset} model, {_size(model)}")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    # Measuring takes pictures and baselines with it, which no other command needs.
+    from benchmarks.bench import bench
+    from benchmarks.report import short_table
+
+    _set_threads(arguments)
+    if arguments.input is None:
+        for name in ("vocabulary", "layer", "gene_symbols"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')}: says how to read --input FILE, which is not given")
+    vocabulary = None if arguments.vocabulary is None else Vocabulary.from_tsv(arguments.vocabulary)
+    names = ("input", "layer", "gene_symbols", "preset", "device", "quick")
+    options = {name: getattr(arguments, name) for name in names}
+    try:
+        report = bench(arguments.output, vocabulary=vocabulary, **options)
+    except RuntimeError as error:
+        _show_error(error)
+        return 1
+    print(f"\n{short_table(report)}\n\n{arguments.output}: report.html, report.md, results.csv, pictures")
+    return 0
 
 
 def _size(model: XTrimoGene) -> str:

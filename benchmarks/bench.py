@@ -1,0 +1,117 @@
+"""`xtrimogene bench`: FLOPs, time and memory against dense and padded Transformers, as one report.
+
+The friendly front of this package: it asks the same registry and runner as python -m benchmarks.run, on the cells of
+the project or of a file, and writes report.html, report.md, results.csv and the pictures into a folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import costs, figures, report, timings
+from benchmarks.cells import Cells, cells_of_file, known_cells
+from benchmarks.run import Row, machine, write_csv
+from xtg_kernels.info import info
+from xtrimogene.config import PRESETS
+from xtrimogene.model_cells import choose_device
+from xtrimogene.vocabulary import Vocabulary
+
+TITLE = "What ragged attention over expressed genes saves"
+SIZES = tuple(name for name in PRESETS if name != "tiny")
+
+
+def bench(
+    output: str | Path,
+    *,
+    input: str | Path | None = None,
+    vocabulary: Vocabulary | None = None,
+    layer: str | None = None,
+    gene_symbols: str | None = None,
+    preset: str | None = None,
+    device: str = "cpu",
+    quick: bool = False,
+    measure: bool = True,
+    progress: bool = True,
+) -> report.Report:
+    """Measure, and write the report into the folder ``output``.
+
+    input, vocabulary, layer, gene_symbols   cells of a file instead of the project's, see cells_of_file
+    preset    the one size that is measured; None for all (with quick: the smallest). FLOPs are those of all sizes.
+    device    "cpu" or "cuda"
+    quick     small shapes and few runs, under a minute: does it work, not how fast
+    measure   False: FLOPs only
+    progress  print a line for every measured row
+
+    Raises ValueError for a file, preset or device that cannot be, RuntimeError where a way gave wrong numbers (after the
+    report, which leaves it out, is written), and ImportError without matplotlib.
+    """
+    if preset is not None and preset not in SIZES:
+        raise ValueError(f"preset: expected one of {', '.join(SIZES)}, got {preset!r}")
+    kind = choose_device(device).type
+    started = time.perf_counter()
+    cells = known_cells() if input is None else cells_of_file(
+        input, vocabulary=vocabulary, layer=layer, gene_symbols=gene_symbols
+    )  # fmt: skip
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    presets = (preset,) if preset is not None else SIZES[:1] if quick else SIZES
+    size = timings.QUICK if quick else timings.FULL
+    where = {**machine(), "gpus": ", ".join(info()["gpus"]) if kind == "cuda" else ""}
+    rows: list[Row] = []
+    for row in _rows(presets, cells, size, kind, quick, measure):
+        rows.append({**row, "quick": quick, **where})
+        if progress and "median_ms" in row:
+            shown = (row["benchmark"], row["case"], row["dtype"], row["direction"], row["provider"])
+            mark = " (extrapolated)" if row.get("extrapolated") else ""
+            print(", ".join(shown) + f": {row['median_ms']:,.4g} ms{mark}", flush=True)
+    write_csv(folder / "results.csv", rows)
+    found = info()
+    described = {
+        **where, "system": platform.platform(), "python": found["python"], "numpy": found["numpy"],
+        "transformers": _version("transformers"), "xtrimogene": found["xtg_kernels"],
+        "seconds": f"{time.perf_counter() - started:.0f}",
+    }  # fmt: skip
+    made = report.Report(rows, {}, described, cells.source, cells.num_genes, size, quick)
+    made = dataclasses.replace(made, pictures=figures.draw(made, cells, folder))
+    (folder / "report.md").write_text(report.markdown(made, TITLE), encoding="utf-8")
+    (folder / "report.html").write_text(report.page(made, TITLE, folder), encoding="utf-8")
+    wrong = [row for row in rows if not row["correct"]]
+    if wrong:
+        cases = "; ".join(f"{row['benchmark']}, {row['case']}, {row['provider']}" for row in wrong)
+        raise RuntimeError(f"{folder / 'results.csv'}: wrong numbers, which got no time: {cases}")
+    return made
+
+
+def _rows(
+    presets: tuple[str, ...], cells: Cells, size: timings.Size, device: str, quick: bool, measure: bool
+) -> Iterator[Row]:
+    yield from costs.flop_rows(SIZES, cells)
+    yield from costs.counted_rows(presets, cells, 1 if quick else 2)
+    if not measure:
+        return
+    yield from timings.encoder(presets, cells, size, device)
+    longest: dict[str, int] = {}
+    for row in timings.dense(presets, cells, size, device):
+        if not row.get("extrapolated") and row["dtype"] == "float32":
+            longest[row["preset"]] = max(longest.get(row["preset"], 0), row["x"])
+        yield row
+    yield from timings.memory(presets, cells, size, device, longest)
+    yield from timings.step(presets, cells, size, device)
+    yield from timings.by_length(presets[0], size, device)
+    yield from timings.by_unevenness(presets[0], size, device)
+    if device == "cpu":
+        yield from timings.by_threads(presets[0], cells, size)
+    yield from timings.dropin(cells, size, device)
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""

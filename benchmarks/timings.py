@@ -1,0 +1,505 @@
+"""What `xtrimogene bench` measures: encoder, dense encoder, scaling, drop-in and pre-training step, time and memory.
+
+Every function yields rows of benchmarks.run. Providers of a case take turns in one process. Encoder and drop-in are
+checked against float64 before they get a time; the points of a scaling series against plain PyTorch in their dtype.
+Peak memory is that of a process of its own, above its weights and input: python -m benchmarks.timings JSON
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks import baselines, costs
+from benchmarks.cases import BACKWARD, BOTH, DTYPES, FORWARD, Lengths, Provider, Task, encoder_task, offsets
+from benchmarks.cells import Cells
+from benchmarks.run import PLAIN_LIMIT, Row, task_rows
+from xtg_kernels import use_backend
+from xtrimogene.config import XTrimoGeneConfig
+from xtrimogene.dropin import ragged_encoder
+from xtrimogene.flops import encoder_flops
+from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells
+from xtrimogene.model import XTrimoGene
+from xtrimogene.vocabulary import Vocabulary
+
+# A loss in pre-training against float64, and one in bfloat16.
+LOSS_LIMIT = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the measured work is.
+
+    cells           most cells of a batch
+    shorter         every measured cell has this many times fewer genes than the real one
+    task_gflop      most forward GFLOP of a batch, unless one cell has more
+    dense_seconds   longest run of the dense encoder (forward and backward); beyond, its time is extrapolated
+    expressed       expressed genes of the scaling series
+    rounds          runs of each that count, at least
+    step_gflop      most GFLOP of a pre-training step
+    """
+
+    cells: int
+    shorter: int
+    task_gflop: float
+    dense_seconds: float
+    expressed: tuple[int, ...]
+    rounds: int
+    step_gflop: float
+
+
+FULL = Size(8, 1, 120.0, 15.0, (200, 500, 1000, 2000, 4000, 8000, 15000), 4, 4e3)
+QUICK = Size(4, 8, 20.0, 0.7, (100, 250, 500, 1000), 2, 300.0)
+
+
+def measured_lengths(cells: Cells, preset: str, size: Size) -> Lengths:
+    """Lengths of the cells that are measured with a preset: as many of the shuffled ones as the size allows."""
+    config = XTrimoGeneConfig.preset(preset, num_genes=cells.num_genes)
+    lengths = [max(1, int(cells.lengths[i]) // size.shorter) for i in cells.shuffled()[: size.cells]]
+    return tuple(_within(lengths, lambda n: encoder_flops(config, [n]).total, size.task_gflop))
+
+
+def _within(lengths: Sequence[int], flops: Callable[[int], int], gflop: float) -> list[int]:
+    sums = itertools.accumulate(flops(length) for length in lengths)
+    return [n for i, (n, total) in enumerate(zip(lengths, sums, strict=True)) if i == 0 or total <= 1e9 * gflop]
+
+
+def encoder(presets: Sequence[str], cells: Cells, size: Size, device: str) -> Iterator[Row]:
+    """The layers of every preset on real cells: ours, packed plain PyTorch, and padded where there is padding."""
+    for preset, dtype in itertools.product(presets, DTYPES):
+        lengths = measured_lengths(cells, preset, size)
+        # float64 and several orders of summation cost more than what is measured.
+        few = {"check_cells": 1, "orders": (2,)} if preset == "100m" else {"check_cells": 2}
+        task = encoder_task(preset, lengths, dtype, device=device, **few)
+        task = dataclasses.replace(task, case=f"{task.case}{_shorter(size)}")
+        for row in task_rows(task, 0, rounds_at_least=size.rounds):
+            yield _with_rates(row) | {"preset": preset}
+
+
+def dense(presets: Sequence[str], cells: Cells, size: Size, device: str) -> Iterator[Row]:
+    """A dense torch.nn.TransformerEncoder of the same width and depth on one cell, every gene a token.
+
+    At a thirty-second of the genes, a sixteenth, and so on as long as a run takes size.dense_seconds. Where that ends
+    before all genes, a row with `extrapolated` says what the curve a n + b n n through the measured times gives.
+    """
+    for preset, dtype in itertools.product(presets, DTYPES):
+        times: dict[str, list[tuple[int, float]]] = {FORWARD: [], BOTH: []}
+        lengths = [max(1, round(cells.num_genes / 2**k)) for k in range(5, -1, -1)]
+        for n in lengths:
+            if times[BOTH] and times[BOTH][-1][1] * (n / times[BOTH][-1][0]) ** 2 > size.dense_seconds:
+                break
+            task = encoder_task(preset, (n,), dtype, full=True, orders=(), device=device)
+            checked, case = agreement(task), f"{preset}, {n:,} genes"
+            alone = dataclasses.replace(
+                task, benchmark="dense", case=case, providers={"dense": task.providers["dense"]}
+            )
+            for row in task_rows(alone, 0, checked={"dense": checked["dense"]}, rounds_at_least=2):
+                if row["direction"] in times and row["correct"]:
+                    times[row["direction"]].append((n, row["median_ms"] / 1e3))
+                    yield _with_rates(row) | {"preset": preset, "x": n}
+        for direction, points in times.items():
+            if len(points) >= 2 and points[-1][0] < cells.num_genes:
+                seconds, deviation = extrapolated(points, cells.num_genes)
+                yield {
+                    "benchmark": "dense", "case": f"{preset}, {cells.num_genes:,} genes", "cells": 1, "preset": preset,
+                    "tokens": cells.num_genes, "dtype": dtype, "direction": direction, "provider": "dense",
+                    "correct": True, "median_ms": _digits(1e3 * seconds), "cells_per_second": _digits(1 / seconds),
+                    "x": cells.num_genes, "extrapolated": True, "fit_deviation": _digits(deviation),
+                    "fit_up_to": points[-1][0],
+                }  # fmt: skip
+
+
+def extrapolated(points: Sequence[tuple[int, float]], n: int) -> tuple[float, float]:
+    """Value at n of the curve a n + b n n (a, b >= 0) through points (n, value), and its largest relative deviation."""
+    xs, values = (np.asarray(column, dtype=float) for column in zip(*points, strict=True))
+    terms = np.stack([xs, xs * xs], axis=1)
+    fits = []
+    # Least squares of relative errors; where a coefficient would be negative, the other term alone.
+    for used in ([0, 1], [0], [1]):
+        coefficients = np.zeros(2)
+        coefficients[used] = np.linalg.lstsq(terms[:, used] / values[:, None], np.ones(len(values)), rcond=None)[0]
+        if (coefficients >= 0).all():
+            deviations = np.abs(terms @ coefficients / values - 1)
+            fits.append((float((deviations**2).sum()), coefficients, float(deviations.max())))
+    _, coefficients, deviation = min(fits, key=lambda fit: fit[0])
+    return float(coefficients @ [n, n * n]), deviation
+
+
+def agreement(task: Task) -> dict[str, dict[str, tuple[float, float]]]:
+    """Provider -> direction -> (error, limit) of its output against that of plain PyTorch in the same dtype."""
+    limit = PLAIN_LIMIT[task.dtype][FORWARD]
+    with torch.no_grad():
+        expected = task.providers["plain"].run().double()
+        errors = {
+            name: float((provider.run().double() - expected).norm() / expected.norm())
+            for name, provider in task.providers.items()
+        }
+    return {
+        name: dict.fromkeys((FORWARD, BACKWARD, BOTH), (error if error == error else np.inf, limit))
+        for name, error in errors.items()
+    }
+
+
+def _series(
+    benchmark: str, preset: str, points: Sequence[tuple[str, float, Lengths]], dtype: str, size: Size, device: str,
+    skipped: Callable[[str, Lengths], bool] = lambda provider, lengths: False,
+) -> Iterator[Row]:  # fmt: skip
+    """Rows of a scaling series: (case, x, lengths) of each point; skipped providers are not timed."""
+    for case, x, lengths in points:
+        task = encoder_task(preset, lengths, dtype, orders=(), device=device)
+        if len(lengths) > 1 and preset == "100m":
+            task = dataclasses.replace(task, providers={k: p for k, p in task.providers.items() if k != "padded"})
+        checked = agreement(task)
+        kept = {name: p for name, p in task.providers.items() if not skipped(name, lengths)}
+        task = dataclasses.replace(task, benchmark=benchmark, case=case, providers=kept)
+        # A point of a series needs no more runs than show that it is not an outlier.
+        for row in task_rows(task, 0, checked=checked, rounds_at_least=2):
+            if row["direction"] != BACKWARD:
+                yield _with_rates(row) | {"preset": preset, "x": x}
+
+
+def by_length(preset: str, size: Size, device: str) -> Iterator[Row]:
+    """Cost against expressed genes: batches of equal cells of about the same number of tokens."""
+    tokens = 8192 // size.shorter
+    points = [
+        (f"{preset}, {n:,} genes", n, (n,) * max(1, tokens // n))
+        for n in size.expressed
+    ]  # fmt: skip
+    # Equal cells have no padding, and plain PyTorch on the longest ones says nothing new.
+    for dtype in DTYPES:
+        yield from _series(
+            "length", preset, points, dtype, size, device,
+            lambda provider, lengths: provider == "padded" or (provider == "plain" and sum(lengths) > 8192),
+        )  # fmt: skip
+
+
+def by_unevenness(preset: str, size: Size, device: str) -> Iterator[Row]:
+    """Cost against unevenness: 16 cells of 16,000 genes in all, one of them up to eight times as long as the mean."""
+    mean, count = 1000 // size.shorter, 16
+    points = []
+    for ratio in (1, 2, 4, 8):
+        longest = ratio * mean
+        rest = (count * mean - longest) // (count - 1)
+        points.append((f"{preset}, longest {ratio} x mean", ratio, (longest, *[rest] * (count - 1))))
+    yield from _series("unevenness", preset, points, "float32", size, device)
+
+
+def by_threads(preset: str, cells: Cells, size: Size) -> Iterator[Row]:
+    """Cost against CPU threads: 1, 2, 4 ... all, the same cells."""
+    lengths, every = measured_lengths(cells, preset, size), torch.get_num_threads()
+    numbers = sorted({*(1 << k for k in range(every.bit_length()) if 1 << k <= every), every})
+    try:
+        for number, dtype in itertools.product(numbers, DTYPES):
+            torch.set_num_threads(number)
+            case = f"{preset}, {number} thread{'s' * (number > 1)}"
+            points = [(case, number, lengths)]
+            yield from _series(
+                "threads", preset, points, dtype, size, "cpu", lambda provider, lengths: provider == "padded"
+            )
+    finally:
+        torch.set_num_threads(every)
+
+
+def dropin(cells: Cells, size: Size, device: str) -> Iterator[Row]:
+    """Encoders as other single-cell models have them, with their own weights: padded, one by one, and ragged."""
+    for (name, make, dim, layers, ffn, longest), dtype in itertools.product(_others(), DTYPES):
+
+        def flops(n: int, dim: int = dim, layers: int = layers, ffn: int = ffn) -> int:
+            return layers * ((8 * dim + 4 * ffn) * dim * n + 4 * dim * n * n)
+
+        lengths = [min(longest, max(1, int(cells.lengths[i]) // size.shorter)) for i in cells.shuffled()[: size.cells]]
+        # Two cells at least: one has nothing to pad.
+        chosen = lengths[: max(2, len(_within(lengths, flops, size.task_gflop)))]
+        task = _dropin_task(name, make, dim, tuple(chosen), dtype, device)
+        forward = sum(map(flops, chosen))
+        backward = sum(layers * (2 * (8 * dim + 4 * ffn) * dim * n + 10 * dim * n * n) for n in chosen)
+        task = dataclasses.replace(
+            task, flops={FORWARD: forward, BACKWARD: backward, BOTH: forward + backward},
+            case=f"{task.case}{_shorter(size)}",
+        )  # fmt: skip
+        for row in task_rows(task, 0, rounds_at_least=size.rounds):
+            yield _with_rates(row)
+
+
+def _others() -> list[tuple[str, Callable[[], nn.Module], int, int, int, int]]:
+    """Name, module, width, layers, feed-forward width and longest input of encoders of published sizes."""
+
+    def transformer() -> nn.Module:
+        layer = nn.TransformerEncoderLayer(512, 8, 512, dropout=0.0, batch_first=True)
+        return nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
+
+    found: list[tuple[str, Callable[[], nn.Module], int, int, int, int]] = [
+        ("nn.TransformerEncoder, size of scGPT", transformer, 512, 12, 512, 1200)
+    ]
+    try:
+        from transformers import BertConfig, BertModel
+    except ImportError:
+        return found
+
+    def bert() -> nn.Module:
+        return BertModel(
+            BertConfig(
+                hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, hidden_act="relu",
+                max_position_embeddings=2048, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+            )
+        ).encoder  # fmt: skip
+
+    return [("BERT, size of Geneformer", bert, 256, 6, 512, 2048), *found]
+
+
+def _dropin_task(name: str, make: Callable[[], nn.Module], dim: int, lengths: Lengths, dtype: str, device: str) -> Task:
+    torch.manual_seed(0)
+    module = make().to(device, DTYPES[dtype]).eval()
+    ragged = ragged_encoder(module)
+    x = torch.randn(sum(lengths), dim).to(device, DTYPES[dtype]).requires_grad_()
+    grad_out = torch.randn(x.shape).to(device, DTYPES[dtype])
+    inputs = (x, *ragged.parameters())
+    cu_seqlens, longest = offsets(lengths).to(device), max(lengths)
+
+    def one_by_one(encoder: nn.Module, rows: Tensor, cells: Lengths) -> Tensor:
+        return torch.cat([_padded(encoder, cell, (len(cell),)) for cell in rows.split(list(cells))])
+
+    def exact() -> tuple[Tensor, list[Tensor]]:
+        exactly = copy.deepcopy(module).double()
+        checked = lengths[:1]
+        rows = x[: sum(checked)].detach().double().requires_grad_()
+        out = one_by_one(exactly, rows, checked)
+        leaves = (rows, *ragged_encoder(exactly).parameters())
+        return out.detach(), list(torch.autograd.grad(out, leaves, grad_out[: sum(checked)].double()))
+
+    providers = {
+        "plain": Provider(lambda: one_by_one(module, x, lengths), inputs),
+        "padded": Provider(lambda: _padded(module, x, lengths), inputs),
+        "xtg": Provider(lambda: ragged(x, cu_seqlens, longest), inputs),
+    }
+    case = f"{name}, {len(lengths)} cells"
+    return Task("drop-in", case, lengths, dtype, providers, grad_out, exact, lengths[0], {})
+
+
+def _padded(module: Any, x: Tensor, lengths: Lengths) -> Tensor:
+    """(total_nnz, dim): the original module on the batch padded to its longest cell, with its mask if it needs one."""
+    if isinstance(module, nn.TransformerEncoder):
+        if len(lengths) == 1:
+            return baselines.encoder_dense(module, x)
+        return baselines.encoder_padded(module, x, lengths, max(lengths))
+    rows = nn.utils.rnn.pad_sequence(x.split(list(lengths)), batch_first=True)
+    if len(lengths) == 1:
+        return module(rows).last_hidden_state[0]
+    used = torch.arange(max(lengths), device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
+    # True where a key may be seen: what transformers makes of an attention mask for its fused attention.
+    mask = used[:, None, None].expand(-1, 1, max(lengths), -1)
+    return module(rows, attention_mask=mask).last_hidden_state[used]
+
+
+def step(presets: Sequence[str], cells: Cells, size: Size, device: str) -> Iterator[Row]:
+    """A pre-training step of the whole auto-encoder: forward, backward and AdamW, on masked real cells.
+
+    The loss of the first cell is checked against the model in float64 on the reference backend.
+    """
+    vocabulary = Vocabulary(f"gene{gene}" for gene in range(cells.num_genes))
+    for preset in presets:
+        config = XTrimoGeneConfig.preset(preset, num_genes=cells.num_genes)
+        chosen, masked, flops = _step_cells(config, cells, size)
+        if flops > 1e9 * size.step_gflop:
+            continue
+        model = XTrimoGene.from_preset(preset, vocabulary, dropout=0.0).to(device).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        first = mask_cells(cells.batch(chosen[:1]), np.asarray(chosen[:1]), MaskingConfig(), epoch=0,
+                           num_genes=cells.num_genes).to(device)  # fmt: skip
+        errors = _loss_errors(model, first)
+        on_device = masked.to(device)
+        steps = {
+            dtype: functools.partial(_step, model, on_device, optimizer, dtype)
+            for dtype in DTYPES
+            if errors[dtype] <= LOSS_LIMIT[dtype]
+        }
+        times = _in_turns(steps, size.rounds if flops < 1e12 else 2)
+        for dtype in DTYPES:
+            row: Row = {
+                "benchmark": "step", "case": f"{preset}, {len(chosen)} cell{'s' * (len(chosen) > 1)}",
+                "cells": len(chosen), "tokens": masked.batch.total_nnz, "dtype": dtype, "direction": "training step",
+                "provider": "xtg", "correct": dtype in steps, "error": f"{errors[dtype]:.2e}",
+                "error_limit": f"{LOSS_LIMIT[dtype]:.2e}", "preset": preset,
+            }  # fmt: skip
+            if dtype in steps:
+                low, median, high = np.quantile(times[dtype], [0.2, 0.5, 0.8])
+                gemm = 2 * 2048**3 / float(np.median(times[f"gemm {dtype}"])) / 1e9
+                row |= {
+                    "runs": len(times[dtype]), "median_ms": _digits(1e3 * median), "q20_ms": _digits(1e3 * low),
+                    "q80_ms": _digits(1e3 * high), "gflops": _digits(flops / median / 1e9),
+                    "gemm_gflops": _digits(gemm), "share_of_gemm": _digits(flops / median / 1e9 / gemm),
+                }  # fmt: skip
+            yield _with_rates(row)
+
+
+def _step_cells(config: XTrimoGeneConfig, cells: Cells, size: Size) -> tuple[list[int], MaskedBatch, int]:
+    """As many of the shuffled cells as size.step_gflop allows, one at least; their masked batch and its FLOPs."""
+    found: tuple[list[int], MaskedBatch, int] | None = None
+    for count in range(1, size.cells + 1):
+        chosen = cells.shuffled()[:count]
+        masked = mask_cells(
+            cells.batch(chosen), np.asarray(chosen), MaskingConfig(), epoch=0, num_genes=cells.num_genes
+        )
+        tokens, hidden, asked = (
+            ends.diff().numpy().astype(np.int64)
+            for ends in (masked.batch.cu_seqlens, masked.masked_cu_seqlens, masked.chosen_cu_seqlens)
+        )
+        flops = costs.step_flops(config, tokens, np.minimum(tokens, cells.distinct[chosen]), hidden, asked)
+        if found is not None and flops > 1e9 * size.step_gflop / 2:
+            break
+        found = chosen, masked, flops
+    assert found is not None
+    return found
+
+
+def _loss(model: XTrimoGene, masked: MaskedBatch, dtype: str) -> Tensor:
+    with torch.autocast(model.mask_row.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        return model.loss(masked) / masked.total_chosen
+
+
+def _loss_errors(model: XTrimoGene, masked: MaskedBatch) -> dict[str, float]:
+    exactly = XTrimoGene(model.config, model.vocabulary).to(model.mask_row.device, torch.float64)
+    exactly.load_state_dict(model.state_dict())
+    batch = dataclasses.replace(masked.batch, values=masked.batch.values.double())
+    exact = dataclasses.replace(masked, batch=batch, chosen_values=masked.chosen_values.double())
+    with torch.no_grad():
+        with use_backend("reference"):
+            expected = float(_loss(exactly, exact, "float64"))
+        errors = {dtype: abs(float(_loss(model, masked, dtype)) / expected - 1) for dtype in DTYPES}
+    return {dtype: error if error == error else np.inf for dtype, error in errors.items()}
+
+
+def _step(model: XTrimoGene, masked: MaskedBatch, optimizer: torch.optim.Optimizer, dtype: str) -> None:
+    _loss(model, masked, dtype).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if masked.chosen_values.is_cuda:
+        torch.cuda.synchronize()
+
+
+def _in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Name -> seconds; "gemm DTYPE" is the matrix product of benchmarks.run."""
+    times: dict[str, list[float]] = {}
+    squares = {dtype: torch.randn(2048, 2048, dtype=DTYPES[dtype]) for dtype in ways}
+    products = {f"gemm {dtype}": functools.partial(torch.mm, square, square) for dtype, square in squares.items()}
+    every: dict[str, Callable[[], object]] = {**ways, **products}
+    for number in range(rounds + 1):
+        for name, way in every.items():
+            clock = time.perf_counter()
+            way()
+            # The first round warms caches, allocators and oneDNN's kernels.
+            if number:
+                times.setdefault(name, []).append(time.perf_counter() - clock)
+    return times
+
+
+def memory(presets: Sequence[str], cells: Cells, size: Size, device: str, dense_up_to: dict[str, int]) -> Iterator[Row]:
+    """Peak memory of forward and of forward and backward in float32, above weights and input.
+
+    dense_up_to is the longest dense run of each preset; where that is not all genes, a line through it and its half
+    says what all genes take.
+    """
+    for preset in presets:
+        lengths = measured_lengths(cells, preset, size)
+        forms = ["xtg", *(["padded"] if len(lengths) > 1 else [])]
+        for provider, direction in itertools.product(forms, (FORWARD, BOTH)):
+            peak = _memory_of(preset, lengths, provider, direction, device)
+            if peak is not None:
+                yield _memory_row(preset, lengths, provider, direction, peak)
+        longest = dense_up_to.get(preset, 0)
+        for direction in (FORWARD, BOTH) if longest > 1 else ():
+            peak = _memory_of(preset, (longest,), "dense", direction, device)
+            if peak is None:
+                continue
+            if longest == cells.num_genes:
+                yield _memory_row(preset, (longest,), "dense", direction, peak)
+                continue
+            half = _memory_of(preset, (longest // 2,), "dense", direction, device)
+            if half is None:
+                continue
+            slope = (peak - half) / (longest - longest // 2)
+            total = peak + slope * (cells.num_genes - longest)
+            row = _memory_row(preset, (cells.num_genes,), "dense", direction, total)
+            yield row | {"extrapolated": True, "fit_up_to": longest}
+
+
+def _memory_row(preset: str, lengths: Lengths, provider: str, direction: str, peak: float) -> Row:
+    return {
+        "benchmark": "peak", "case": f"{preset}, {len(lengths)} cell{'s' * (len(lengths) > 1)}", "cells": len(lengths),
+        "tokens": sum(lengths), "dtype": "float32", "direction": direction, "provider": provider, "correct": True,
+        "preset": preset, "peak_mib": _digits(peak),
+    }  # fmt: skip
+
+
+def _memory_of(preset: str, lengths: Lengths, provider: str, direction: str, device: str) -> float | None:
+    """MiB, or None where the system does not tell."""
+    if device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        return None
+    case = json.dumps([preset, lengths, provider, direction, device])
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    root = Path(__file__).parents[1]
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "benchmarks.timings", case]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def _run_and_tell_memory(preset: str, lengths: list[int], provider: str, direction: str, device: str) -> None:
+    """In a process of its own: one forward, or forward and backward, and the memory at its peak."""
+    task = encoder_task(preset, tuple(lengths), "float32", full=provider == "dense", orders=(), device=device)
+    way = task.providers[provider]
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+    else:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+    if direction == FORWARD:
+        with torch.no_grad():
+            way.run()
+    else:
+        torch.autograd.grad(way.run(), way.inputs, task.grad_out)
+    print((_status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20) - before)
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def _with_rates(row: Row) -> Row:
+    """The row with cells and tokens per second, where it has a time."""
+    if "median_ms" in row:
+        seconds = row["median_ms"] / 1e3
+        row |= {
+            "cells_per_second": _digits(row["cells"] / seconds),
+            "tokens_per_second": _digits(row["tokens"] / seconds),
+        }
+    return row
+
+
+def _shorter(size: Size) -> str:
+    return f" / {size.shorter}" if size.shorter > 1 else ""
+
+
+def _digits(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
+if __name__ == "__main__":
+    _run_and_tell_memory(*json.loads(sys.argv[1]))
