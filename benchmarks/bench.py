@@ -46,12 +46,13 @@ def bench(
     measure   False: FLOPs only
     progress  print a line for every measured row
 
-    Raises ValueError for a file, preset or device that cannot be, RuntimeError where a way gave wrong numbers (after the
-    report, which leaves it out, is written), and ImportError without matplotlib.
+    Raises ValueError for a file, preset or device that cannot be, ImportError without matplotlib, and RuntimeError
+    where a way gave wrong numbers, after the report, which leaves it out, is written.
     """
     if preset is not None and preset not in SIZES:
         raise ValueError(f"preset: expected one of {', '.join(SIZES)}, got {preset!r}")
     kind = choose_device(device).type
+    figures.check_matplotlib()
     started = time.perf_counter()
     cells = known_cells() if input is None else cells_of_file(
         input, vocabulary=vocabulary, layer=layer, gene_symbols=gene_symbols
@@ -64,10 +65,8 @@ def bench(
     rows: list[Row] = []
     for row in _rows(presets, cells, size, kind, quick, measure):
         rows.append({**row, "quick": quick, **where})
-        if progress and "median_ms" in row:
-            shown = (row["benchmark"], row["case"], row["dtype"], row["direction"], row["provider"])
-            mark = " (extrapolated)" if row.get("extrapolated") else ""
-            print(", ".join(shown) + f": {row['median_ms']:,.4g} ms{mark}", flush=True)
+        if progress:
+            _tell(row)
     write_csv(folder / "results.csv", rows)
     found = info()
     described = {
@@ -106,6 +105,14 @@ def _rows(
     if device == "cpu":
         yield from timings.by_threads(presets[0], cells, size)
     yield from timings.dropin(cells, size, device)
+
+
+def _tell(row: Row) -> None:
+    for column, unit in (("median_ms", "ms"), ("peak_mib", "MiB")):
+        if column in row:
+            shown = (row["benchmark"], row["case"], row["dtype"], row["direction"], row["provider"])
+            mark = " (extrapolated)" if row.get("extrapolated") else ""
+            print(f"{', '.join(shown)}: {row[column]:,.4g} {unit}{mark}", flush=True)
 
 
 def _version(package: str) -> str:

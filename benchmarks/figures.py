@@ -25,16 +25,18 @@ PART_COLORS = ("#b3b3b3", "#0072b2", "#56b4e9", "#003f66", "#f0e442", "#e69f00",
 DASHES = {"float32": "-", "bfloat16": "--"}
 
 
-def draw(report: Report, cells: Cells, folder: Path) -> dict[str, str]:
-    """Writes NAME.png and NAME.svg of every picture that the rows give; returns name -> caption.
-
-    Raises ImportError, saying what to install, without matplotlib.
-    """
+def check_matplotlib() -> None:
+    """Raises ImportError, saying what to install, without matplotlib."""
     try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError("the pictures need matplotlib: pip install 'xtrimogene[bench]'") from error
+
+
+def draw(report: Report, cells: Cells, folder: Path) -> dict[str, str]:
+    """Writes NAME.png and NAME.svg of every picture that the rows give; returns name -> caption."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
 
     captions = {}
     style: Any = {

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.report import MODEL_NAMES
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 OPENING, CLOSING = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -64,6 +66,19 @@ def _ops(title: str, *, share: bool = True) -> Callable[[Rows], str]:
     return section
 
 
+def _bench(rows: Rows) -> str:
+    flops = [row for row in rows if row["benchmark"] == "flops" and row["correct"] == "True"]
+    sizes = list(dict.fromkeys(row["case"] for row in flops))
+    body = []
+    for model, name in MODEL_NAMES.items():
+        by_size = {row["case"]: row for row in flops if row["provider"] == model}
+        shares = [f"{100 * float(by_size[size]['share_of_dense']):.1f} %" for size in sizes]
+        body.append([name, *(f"{float(by_size[size]['gflop_per_cell']):,.3g}" for size in sizes), *shares])
+    header = ["model", *(f"{size}, GFLOP" for size in sizes), *(f"{size}, of dense" for size in sizes)]
+    cells = f"{int(flops[0]['cells']):,} cells, {int(flops[0]['tokens']) / int(flops[0]['cells']):,.0f} genes each"
+    return f"**Forward FLOPs per cell** in closed form ({cells} on average):\n\n" + _table(header, body)
+
+
 def _pack(rows: Rows) -> str:
     header = ["packer", "cells/s"]
     names = {"xtg": "C++", "numpy": "NumPy (without the extension)"}
@@ -103,6 +118,7 @@ def _step(rows: Rows) -> str:
 
 # The embedding is no matrix product of its tokens: few of them have values of their own.
 SECTIONS: dict[str, Callable[[Rows], str]] = {
+    "bench/results": _bench,
     "memory": _memory,
     "embed": _embed,
     "encoder": _ops("Layers of the encoder**, cells of real lengths:"),

@@ -28,6 +28,7 @@ MODEL_NAMES = {
     "auto-encoder, plain": "our auto-encoder, as written down",
     "auto-encoder": "our auto-encoder, exact savings",
 }
+PART_NAMES = {"ffn": "FFN", "favor": "FAVOR", "decoder projections": "dec. proj.", "decoder ffn": "dec. FFN"}
 DIRECTION_NAMES = {FORWARD: "forward", BOTH: "training step"}
 DAGGER = "\N{DAGGER}"
 
@@ -113,35 +114,40 @@ def per_cell(row: Row) -> tuple[float, float]:
 
 
 def _summary(report: Report) -> Section:
-    parts: list[str | Table | Picture] = []
-    shares = []
+    body = []
     for row in report.of("flops", provider="encoder"):
-        whole = report.one("flops", provider="auto-encoder", case=row["case"])
-        wide = report.one("flops", provider="dense auto-encoder", case=row["case"])
-        if whole is None or wide is None:
-            continue
-        # What a pre-training step computes forward, against the same step of a dense auto-encoder.
-        share = whole["gflop_per_cell"] / wide["gflop_per_cell"]
-        shares.append(
-            f"{row['case']}: {_percent(row['share_of_dense'])} of the dense encoder to embed a cell "
-            f"({1 / row['share_of_dense']:,.0f} times fewer), {_percent(share)} of the dense auto-encoder in "
-            f"pre-training ({1 / share:,.0f} times fewer)"
-        )
-    parts.append(
-        "xTrimoGene runs a Transformer over the genes that a cell expresses instead of all genes of the vocabulary. "
-        "This report says what that saves, in arithmetic, time and memory, on this machine."
+        size, line = row["case"], [row["case"]]
+        whole = report.one("flops", provider="auto-encoder", case=size)
+        wide = report.one("flops", provider="dense auto-encoder", case=size)
+        assert whole is not None
+        assert wide is not None
+        for share in (row["share_of_dense"], whole["gflop_per_cell"] / wide["gflop_per_cell"]):
+            line += [_percent(share), f"{1 / share:,.0f}"]
+        for dtype in ("float32", "bfloat16"):
+            found = report.one("encoder", provider="xtg", preset=size, dtype=dtype, direction=FORWARD)
+            against = dense_seconds(report, size, dtype, FORWARD)
+            line.append("" if found is None else _number(found["cells_per_second"]))
+            if found is None or against is None:
+                line.append("")
+            else:
+                line.append(_times(against[0] * found["cells_per_second"]) + (DAGGER if against[1] else ""))
+        body.append(line)
+    header = [
+        "size", "FLOPs to embed a cell, of dense", "times fewer", "FLOPs in pre-training, of dense", "times fewer",
+        "cells/s, float32", "against dense", "cells/s, bfloat16", "against dense",
+    ]  # fmt: skip
+    if not report.of("encoder"):
+        header, body = header[:5], [line[:5] for line in body]
+    how = (
+        "FLOPs in closed form, forward, mean over the cells; the dense encoder and auto-encoder have the same width "
+        "and depth over all genes. Speed of the encoder's layers, forward, measured in this run, against the dense "
+        f"encoder on this machine. The tables below say more. {DAGGER} the dense time is extrapolated."
     )
-    parts.append(f"FLOPs per cell, forward, mean over {report.cells}: {'; '.join(shares)}.")
-    speeds = []
-    for row in report.of("encoder", provider="xtg", direction=FORWARD):
-        text = f"{row['preset']} {row['dtype']}: {_number(row['cells_per_second'])} cells/s"
-        against = dense_seconds(report, row["preset"], row["dtype"], FORWARD)
-        if against is not None:
-            text += f", {_times(against[0] * row['cells_per_second'])} the dense encoder"
-            text += f" ({'extrapolated' if against[1] else 'measured'})"
-        speeds.append(text)
-    if speeds:
-        parts.append(f"Measured speed of our encoder, forward: {'; '.join(speeds)}.")
+    parts: list[str | Table | Picture] = [
+        "xTrimoGene runs a Transformer over the genes that a cell expresses instead of all genes of the vocabulary. "
+        "This report says what that saves, in arithmetic, time and memory, on this machine.",
+        Table(header, body, how),
+    ]
     if report.quick:
         parts.append("This was a quick run on small shapes: it shows that everything works, not how fast it is.")
     parts.append(_where(report))
@@ -163,11 +169,10 @@ def _flops(report: Report) -> Section:
         f"Closed form (xtrimogene.flops), mean over {tokens['cells']:,} cells with "
         f"{tokens['tokens'] / tokens['cells']:,.0f} expressed genes on average and {report.num_genes:,} genes in the "
         "vocabulary. FLOPs of matrix products, two for a multiply-add. The share is that of the dense encoder of the "
-        "same width "
-        "and depth; its embedding is left out, which favours it. The dense auto-encoder has a softmax decoder of our "
-        "decoder's width and depth. Both of our auto-encoders are counted in pre-training (30 % of the expressed and "
-        "3 % of the other genes chosen); the savings are exact: nothing is approximated, and they are shared by "
-        f"batches of {costs.STEP_CELLS} cells."
+        "same width and depth; its embedding is left out, which favours it. The dense auto-encoder has a softmax "
+        "decoder of our decoder's width and depth. Both of our auto-encoders are counted in pre-training (30 % of "
+        "the expressed and 3 % of the other genes chosen); the savings are exact: nothing is approximated, and they "
+        f"are shared by batches of {costs.STEP_CELLS} cells."
     )
     main = Table(["model"] + [x for preset in presets for x in (f"{preset}, GFLOP", "of dense")], body, how)
     parts: list[str | Table | Picture] = [main, *_pictures(report, "flops")]
@@ -182,11 +187,10 @@ def _flops(report: Report) -> Section:
     parts.append("Where they go, in GFLOP per cell:")
     parts.append(
         Table(
-            ["size", "model", *costs.PARTS], body,
+            ["size", "model", *(PART_NAMES.get(part, part) for part in costs.PARTS)], body,
             "The same closed forms by part. Embedding: values into vectors. Projections: queries, keys, values and "
             "output. Attention: products with queries, keys and values (of the Performer: with random features). "
-            "FAVOR: "
-            "the decoder's linear attention. Bridge: from encoder width to decoder width.",
+            "FAVOR: the decoder's linear attention. Bridge: from encoder width to decoder width.",
             labels=2,
         )
     )  # fmt: skip
@@ -204,7 +208,8 @@ def _flops(report: Report) -> Section:
     parts += _pictures(report, "lengths")
 
     body = [
-        [row["case"], MODEL_NAMES[row["provider"]], f"{row['cells']}", f"{row['flops_counted']:,}", f"{row['flops_closed_form']:,}"]
+        [row["case"], MODEL_NAMES[row["provider"]], f"{row['cells']}",
+         *(f"{row[f'flops_{how}']:,}" for how in ("counted", "closed_form"))]
         for row in report.of("flops counted")
     ]  # fmt: skip
     parts.append("The closed forms are what runs, to the last unit:")
@@ -213,8 +218,8 @@ def _flops(report: Report) -> Section:
             ["size", "model", "cells", "counted", "closed form"], body,
             "Counted: one real forward pass in this run under torch.utils.flop_counter.FlopCounterMode, which sums "
             "over the calls of our ops and of linear layers. A difference of one would end this run with an error. "
-            "Dense forms are tested against explicit matrix products in the project's test suite, since PyTorch counts "
-            "its own fused attention on a CPU as 0.",
+            "Dense forms are tested against explicit matrix products in the project's test suite, since PyTorch "
+            "counts its own fused attention on a CPU as 0.",
             labels=2,
         )
     )  # fmt: skip
@@ -232,7 +237,7 @@ def _time(report: Report) -> Section:
         ratios = ["" if o is None else _times(o["median_ms"] / row["median_ms"]) for o in others.values()]
         wide = "" if against is None else _times(against[0] * row["cells_per_second"]) + DAGGER * against[1]
         body.append(
-            [row["case"], row["dtype"], DIRECTION_NAMES[row["direction"]], _milliseconds(row["median_ms"] / row["cells"]),
+            [row["case"], row["dtype"], DIRECTION_NAMES[row["direction"]], _milliseconds(per_cell(row)[1]),
              _number(row["cells_per_second"]), _number(row["tokens_per_second"]), _percent(row["share_of_gemm"], 0),
              *ratios, wide, _noise(row)]
         )  # fmt: skip
@@ -241,19 +246,15 @@ def _time(report: Report) -> Section:
         parts.append("The encoder's layers on real cells, and how many times as long other ways take:")
         parts.append(
             Table(
-                ["cells", "dtype", "what", "ms a cell", "cells/s", "tokens/s", "of GEMM", "packed plain PyTorch", "padded",
-                 "dense", "noise"],
+                ["cells", "dtype", "what", "time a cell", "cells/s", "tokens/s", "of GEMM", "packed plain PyTorch",
+                 "padded", "dense", "noise"],
                 body,
                 "Median of the runs of a process in which all ways take turns. Packed plain PyTorch: linear layers "
-                "over "
-                "all tokens, F.scaled_dot_product_attention cell by cell. Padded: torch.nn.TransformerEncoder with a "
-                "mask. Dense: the table below, per cell. Of GEMM: closed-form FLOPs by time, against torch.mm at 2048 "
-                "x "
-                "2048 x 2048 in the same turns and dtype; above 100 % where PyTorch's own product is slow. Training "
-                "step: "
-                "forward and backward, without optimiser. Noise: 20 % and 80 % quantile around the median. Every way "
-                "was "
-                f"right against float64 before it was timed. {DAGGER} extrapolated.",
+                "over all tokens, F.scaled_dot_product_attention cell by cell. Padded: torch.nn.TransformerEncoder "
+                "with a mask. Dense: the table below, per cell. Of GEMM: closed-form FLOPs by time, against torch.mm "
+                "at 2048 x 2048 x 2048 in the same turns and dtype; above 100 % where PyTorch's own product is slow. "
+                "Training step: forward and backward, without optimiser. Noise: 20 % and 80 % quantile around the "
+                f"median. Every way was right against float64 before it was timed. {DAGGER} extrapolated.",
                 labels=3,
             )
         )  # fmt: skip
@@ -277,12 +278,14 @@ def _time(report: Report) -> Section:
         parts.append("A dense encoder of the same width and depth, one cell, every gene a token:")
         parts.append(
             Table(
-                ["size", "dtype", "what", "points", "longest run", "its time", f"{report.num_genes:,} genes", "misfit"], body,
+                ["size", "dtype", "what", "points", "longest run", "its time", f"{report.num_genes:,} genes", "misfit"],
+                body,
                 "torch.nn.TransformerEncoder with F.scaled_dot_product_attention, at a thirty-second of the genes, a "
                 f"sixteenth and so on, as long as a run was expected to take {report.size.dense_seconds:g} s at most. "
-                f"{DAGGER} extrapolated: the curve a n + b n\N{SUPERSCRIPT TWO} (a, b at least 0) fitted to the "
-                "measured times by "
-                "least relative squares; misfit is its largest relative deviation from them.",
+                f"{DAGGER} extrapolated: the curve of its FLOPs, linear layers (as n) and attention (as "
+                "n\N{SUPERSCRIPT TWO}) each at a rate of its own, fitted to the measured times by least relative "
+                "squares (attention between a quarter of and four times the rate of linear layers); misfit is its "
+                "largest relative deviation from them.",
                 labels=3,
             )
         )  # fmt: skip
@@ -301,11 +304,10 @@ def _time(report: Report) -> Section:
         parts.append(
             Table(
                 ["size", "what", "ours", "padded", "dense", "cells in the batch"], body,
-                "Highest resident memory of a process that does this once, above that with weights and input in place, "
-                "by the cells of the batch (dense: one cell). Training step: forward and backward, gradients of all "
-                f"weights included. {DAGGER} a line through the two longest runs, since the dense attention is fused "
-                "and "
-                "stores no scores.",
+                "Highest resident memory of a process that does this once, above that with weights and input in "
+                "place, by the cells of the batch (dense: one cell). Training step: forward and backward, gradients "
+                f"of all weights included. {DAGGER} a line through the two longest runs, since the dense attention is "
+                "fused and stores no scores.",
                 labels=2,
             )
         )  # fmt: skip
@@ -319,8 +321,9 @@ def _time(report: Report) -> Section:
         parts.append(
             Table(
                 ["cells", "dtype", "time", "cells/s", "GFLOP/s", "of GEMM", "noise"], body,
-                "Forward, backward and AdamW on masked cells, every gene of the vocabulary in the decoder; bfloat16 is "
-                "autocast. The loss of the first cell was right against the model in float64 on the reference backend.",
+                "Forward, backward and AdamW on masked cells, every gene of the vocabulary in the decoder; bfloat16 "
+                "is autocast. The loss of the first cell was right against the model in float64 on the reference "
+                "backend.",
                 labels=2,
             )
         )  # fmt: skip
@@ -349,8 +352,8 @@ def _scaling(report: Report) -> Section:
             Table(
                 ["way", "dtype", "what", "expressed genes", "exponent", "from 2,000 genes", "longest, ms"], body,
                 "Slope of the least-squares line through log time and log genes. Between 1 (linear layers) and 2 "
-                "(attention) by construction; a batch of equal cells per point, about as many tokens in each. Outputs "
-                "were compared with plain PyTorch in the same dtype.",
+                "(attention) by construction; a batch of equal cells per point, about as many tokens in each. "
+                "Outputs were compared with plain PyTorch in the same dtype.",
                 labels=3,
             )
         )  # fmt: skip
@@ -366,9 +369,8 @@ def _scaling(report: Report) -> Section:
         parts.append(
             Table(
                 ["longest cell", "ours", "packed plain PyTorch", "padded"], body,
-                "The same number of genes in every batch; one cell holds so many times the mean, the others share the "
-                "rest. "
-                "The attention of the long cell is real work, the padding is not.",
+                "The same number of genes in every batch; one cell holds so many times the mean, the others share "
+                "the rest. The attention of the long cell is real work, the padding is not.",
             )
         )  # fmt: skip
     parts += _pictures(report, "unevenness")
@@ -425,19 +427,17 @@ def _dropin(report: Report) -> Section:
     if not body:
         return Section("Other models without padding", [])
     table = Table(
-        ["module", "dtype", "what", "ragged", "padded", "one by one", "ragged against padded", "against one by one"], body,
+        ["module", "dtype", "what", "ragged", "padded", "one by one", "against padded", "against one by one"],
+        body,
         "xtrimogene.dropin.ragged_encoder(module) on the module's own weights. Padded: the module on a batch padded "
-        "to its "
-        "longest cell, with its mask. One by one: the module on a cell at a time. Modules have random weights and the "
-        "sizes "
-        "of published models; cells longer than the model's input are cut. All three ways take turns, and were right "
-        "against float64.",
+        "to its longest cell, with its mask. One by one: the module on a cell at a time. Modules have random weights "
+        "and the sizes of published models; cells longer than the model's input are cut. All three ways take turns, "
+        "and were right against float64.",
         labels=3,
     )  # fmt: skip
     intro = (
         "Other single-cell models are plain Transformer encoders, as Geneformer's BERT or scGPT's "
-        "nn.TransformerEncoder. "
-        "The same kernels run them, with the weights that they have:"
+        "nn.TransformerEncoder. The same kernels run them, with the weights that they have:"
     )
     return Section("Other models without padding", [intro, table, *_pictures(report, "dropin")])
 
@@ -461,14 +461,12 @@ def _how(report: Report) -> Section:
         f"Cells: {report.cells}. They are taken in an order shuffled with a fixed seed; weights and inputs are random "
         "with a fixed seed too.",
         "All rows, with the runs and quantiles of each, are in results.csv beside this page. A way whose numbers are "
-        "not "
-        "right gets no time: the error is that of the output (in training also of every gradient) against float64, "
-        "and at "
-        "most twice (gradients: three times) that of plain PyTorch in the same dtype.",
+        "not right gets no time: the error is that of the output (in training also of every gradient) against "
+        "float64, and at most twice (gradients: three times) that of plain PyTorch in the same dtype.",
     ]
     if noise:
         parts.append(
-            f"Noise: half of the measured medians have their 20 % and 80 % quantiles within "
+            "Noise: half of the measured medians have their 20 % and 80 % quantiles within "
             f"{100 * float(np.median(noise)):.0f} % of each other, nine in ten within "
             f"{100 * float(np.quantile(noise, 0.9)):.0f} %. Only ratios inside one run mean something on another "
             "machine."
@@ -589,7 +587,7 @@ def _render_table(table: Table) -> str:
 def _render_picture(picture: Picture, folder: Path) -> str:
     data = base64.b64encode((folder / f"{picture.name}.svg").read_bytes()).decode()
     caption = html.escape(picture.caption)
-    image = f'<img src="data:image/svg+xml;base64,{data}" alt="{caption}" />'
+    image = f'<div class="scroll"><img src="data:image/svg+xml;base64,{data}" alt="{caption}" /></div>'
     return f"<figure>\n{image}\n<figcaption>{caption}</figcaption>\n</figure>"
 
 
@@ -605,13 +603,14 @@ _PAGE = """<!DOCTYPE html>
 * {{ box-sizing: border-box; }}
 body {{ margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
   "Helvetica Neue", Arial, sans-serif; }}
-main {{ max-width: 68rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }}
+main {{ max-width: 72rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }}
 h1 {{ font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }}
 h2 {{ font-size: 1.3rem; margin: 2.75rem 0 .75rem; padding-top: .9rem; border-top: 2px solid var(--accent); }}
 p {{ max-width: 46rem; margin: .7rem 0; overflow-wrap: anywhere; }}
 figure {{ margin: 1.1rem 0 1.8rem; }}
 figcaption {{ max-width: 46rem; margin-top: .5rem; color: var(--soft); font-size: .86rem; line-height: 1.45;
   overflow-wrap: anywhere; }}
+.scroll {{ overflow-x: auto; }}
 .table {{ overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }}
 table {{ border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .38rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }}
@@ -625,6 +624,7 @@ img {{ display: block; width: 100%; max-width: 56rem; height: auto; }}
   main {{ padding: 1.25rem .9rem 3rem; }}
   h1 {{ font-size: 1.5rem; }}
   th, td {{ padding: .32rem .5rem; font-size: .8rem; }}
+  .scroll img {{ min-width: 38rem; }}
 }}
 </style>
 </head>

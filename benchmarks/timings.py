@@ -32,7 +32,7 @@ from benchmarks.run import PLAIN_LIMIT, Row, task_rows
 from xtg_kernels import use_backend
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.dropin import ragged_encoder
-from xtrimogene.flops import encoder_flops
+from xtrimogene.flops import dense_flops, encoder_flops
 from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells
 from xtrimogene.model import XTrimoGene
 from xtrimogene.vocabulary import Vocabulary
@@ -95,7 +95,7 @@ def dense(presets: Sequence[str], cells: Cells, size: Size, device: str) -> Iter
     """A dense torch.nn.TransformerEncoder of the same width and depth on one cell, every gene a token.
 
     At a thirty-second of the genes, a sixteenth, and so on as long as a run takes size.dense_seconds. Where that ends
-    before all genes, a row with `extrapolated` says what the curve a n + b n n through the measured times gives.
+    before all genes, a row with `extrapolated` says what a curve through the measured times gives.
     """
     for preset, dtype in itertools.product(presets, DTYPES):
         times: dict[str, list[tuple[int, float]]] = {FORWARD: [], BOTH: []}
@@ -113,8 +113,10 @@ def dense(presets: Sequence[str], cells: Cells, size: Size, device: str) -> Iter
                     times[row["direction"]].append((n, row["median_ms"] / 1e3))
                     yield _with_rates(row) | {"preset": preset, "x": n}
         for direction, points in times.items():
-            if len(points) >= 2 and points[-1][0] < cells.num_genes:
-                seconds, deviation = extrapolated(points, cells.num_genes)
+            if points and points[-1][0] < cells.num_genes:
+                config = XTrimoGeneConfig.preset(preset, num_genes=1)
+                flops = dense_flops(config, 1)
+                seconds, deviation = extrapolated(points, cells.num_genes, (flops.linear, flops.attention))
                 yield {
                     "benchmark": "dense", "case": f"{preset}, {cells.num_genes:,} genes", "cells": 1, "preset": preset,
                     "tokens": cells.num_genes, "dtype": dtype, "direction": direction, "provider": "dense",
@@ -124,20 +126,24 @@ def dense(presets: Sequence[str], cells: Cells, size: Size, device: str) -> Iter
                 }  # fmt: skip
 
 
-def extrapolated(points: Sequence[tuple[int, float]], n: int) -> tuple[float, float]:
-    """Value at n of the curve a n + b n n (a, b >= 0) through points (n, value), and its largest relative deviation."""
+def extrapolated(points: Sequence[tuple[int, float]], n: int, flops: tuple[float, float]) -> tuple[float, float]:
+    """Value at n of a curve through points (n, value), and its largest relative deviation from them.
+
+    The curve is that of the FLOPs, flops[0] n of linear layers and flops[1] n n of attention, each at a rate of its
+    own: s (flops[0] n + flops[1] n n / r), by least relative squares, with r, the rate of attention by that of linear
+    layers, between a quarter and four. Without a bound, noise in short runs could do away with either term.
+    """
     xs, values = (np.asarray(column, dtype=float) for column in zip(*points, strict=True))
-    terms = np.stack([xs, xs * xs], axis=1)
     fits = []
-    # Least squares of relative errors; where a coefficient would be negative, the other term alone.
-    for used in ([0, 1], [0], [1]):
-        coefficients = np.zeros(2)
-        coefficients[used] = np.linalg.lstsq(terms[:, used] / values[:, None], np.ones(len(values)), rcond=None)[0]
-        if (coefficients >= 0).all():
-            deviations = np.abs(terms @ coefficients / values - 1)
-            fits.append((float((deviations**2).sum()), coefficients, float(deviations.max())))
-    _, coefficients, deviation = min(fits, key=lambda fit: fit[0])
-    return float(coefficients @ [n, n * n]), deviation
+    for ratio in np.geomspace(0.25, 4, 161):
+        shape = flops[0] * xs + flops[1] * xs * xs / ratio
+        relative = shape / values
+        scale = float(relative.sum() / (relative**2).sum())
+        deviations = np.abs(scale * relative - 1)
+        at_n = scale * (flops[0] * n + flops[1] * n * n / ratio)
+        fits.append((float((deviations**2).sum()), float(at_n), float(deviations.max())))
+    _, value, deviation = min(fits)
+    return value, deviation
 
 
 def agreement(task: Task) -> dict[str, dict[str, tuple[float, float]]]:
@@ -164,8 +170,8 @@ def _series(
         task = encoder_task(preset, lengths, dtype, orders=(), device=device)
         if len(lengths) > 1 and preset == "100m":
             task = dataclasses.replace(task, providers={k: p for k, p in task.providers.items() if k != "padded"})
-        checked = agreement(task)
         kept = {name: p for name, p in task.providers.items() if not skipped(name, lengths)}
+        checked = {name: found for name, found in agreement(task).items() if name in kept}
         task = dataclasses.replace(task, benchmark=benchmark, case=case, providers=kept)
         # A point of a series needs no more runs than show that it is not an outlier.
         for row in task_rows(task, 0, checked=checked, rounds_at_least=2):

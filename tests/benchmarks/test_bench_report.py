@@ -1,0 +1,258 @@
+"""`xtrimogene bench`: its counts by hand on a small case, its cells, and a tiny run through the command line."""
+
+from __future__ import annotations
+
+import base64
+import re
+import sys
+import tomllib
+from pathlib import Path
+from xml.etree import ElementTree
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+from benchmarks import bench, costs, readme, report, timings
+from benchmarks.cells import Cells, cells_of_file, known_cells
+from xtg_kernels import RaggedBatch
+from xtrimogene.cli import main
+from xtrimogene.masking import MaskingConfig, mask_cells
+from xtrimogene.vocabulary import Vocabulary
+
+GENES = 120
+TINY = timings.Size(
+    cells=3, shorter=2, task_gflop=1.0, dense_seconds=5.0, expressed=(10, 20, 40), rounds=1, step_gflop=2.0
+)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 cells of up to 70 of 120 genes, the third one empty."""
+    rng = np.random.default_rng(0)
+    dense = rng.zipf(2.0, (30, GENES)).clip(max=50) * (rng.random((30, GENES)) < rng.uniform(0.1, 0.5, (30, 1)))
+    dense[2] = 0
+    path = tmp_path_factory.mktemp("cells") / "cells.h5ad"
+    genes = pd.DataFrame(index=[f"G{i}" for i in range(GENES)])
+    anndata.AnnData(sp.csr_matrix(dense.astype(np.float32)), var=genes).write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder and output of one run through the command line."""
+    folder = tmp_path_factory.mktemp("bench") / "made"
+    patch, threads = pytest.MonkeyPatch(), torch.get_num_threads()
+    patch.setattr(timings, "QUICK", TINY)
+    patch.setattr("benchmarks.run.GEMM_SIZE", 64)
+    patch.setenv("OMP_NUM_THREADS", "1")
+    printed: list[str] = []
+    patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+    try:
+        arguments = ["bench", "--quick", "--threads", "1", "--input", str(path), "--output", str(folder)]
+        assert main(arguments) == 0, printed
+    finally:
+        patch.undo()
+        torch.set_num_threads(threads)
+    return folder, "\n".join(printed)
+
+
+def test_flops_per_cell_by_hand() -> None:
+    """The 3m model on two cells of 3 and 5 expressed genes among 10, with 2 and 4 distinct values."""
+    cells = Cells("two", 10, np.asarray([3, 5]), np.asarray([2, 4]), lambda chosen: pytest.fail("no batch is needed"))
+    rows = {row["provider"]: row for row in costs.flop_rows(["3m"], cells) if row["benchmark"] == "flops"}
+    total = {name: row["gflop_per_cell"] * 2e9 for name, row in rows.items()}
+    # 4 layers of width 128: 24 d d a token, 4 d L L a cell; a value costs 2 (b + b b + b d) with b = 100.
+    layers, value = 4 * 24 * 128 * 128, 2 * (100 + 100 * 100 + 100 * 128)
+    assert total["encoder"] == pytest.approx(8 * layers + 4 * 4 * 128 * (9 + 25) + 6 * value)
+    assert total["padded"] == pytest.approx(10 * layers + 4 * 4 * 128 * 50 + 10 * value)
+    assert total["dense"] == pytest.approx(20 * layers + 4 * 4 * 128 * 200)
+    # 64 channels a head make int(64 ln 64) = 266 random features.
+    assert total["performer"] == pytest.approx(20 * layers + 4 * 8 * 128 * 266 * 20)
+    decoder = 2 * 24 * 128 * 128
+    assert total["dense auto-encoder"] == pytest.approx(
+        total["dense"] + 20 * (2 * 128 * 128 + decoder + 2 * 128) + 2 * 4 * 128 * 200
+    )
+    # Chosen: round(0.9) = 1 and round(1.5) = 2 expressed genes, no other; hidden: round(0.8) = 1, round(1.6) = 2.
+    assert [counts.tolist() for counts in costs.masked_counts(cells.lengths, 10)] == [[2, 3], [1, 2], [1, 2]]
+    encoder = 5 * layers + 4 * 4 * 128 * (4 + 9)
+    favor = 4 * 128 * 266
+    plain = 20 * (2 * 128 * 128 + decoder + 2 * 128) + 2 * 2 * 20 * favor
+    assert total["auto-encoder, plain"] == pytest.approx(encoder + 5 * value + 20 * value + plain)
+    # Savings: 10 + 5 + 2 rows through the bridge; first layer 10 + 5 + 3 distinct rows; last layer 3 asked ones.
+    first = 18 * 6 + 20 * (2 + 16)
+    last = 3 * 2 + 20 * 4 + 3 * (2 + 16)
+    saved = 17 * 2 * 128 * 128 + (first + last) * 128 * 128 + (40 + 20 + 3) * favor + 3 * 2 * 128
+    assert total["auto-encoder"] == pytest.approx(encoder + (2 + 3) * value + value + saved)
+    assert rows["encoder"]["share_of_dense"] == pytest.approx(total["encoder"] / total["dense"])
+    for row in rows.values():
+        parts = [value for name, value in row.items() if name.startswith("gflop_") and name != "gflop_per_cell"]
+        assert not parts or sum(parts) == pytest.approx(row["gflop_per_cell"])
+
+
+def test_masked_counts_are_those_of_the_masks(path: Path) -> None:
+    cells = cells_of_file(path)
+    chosen = [0, 5, 9, 20]
+    masked = mask_cells(cells.batch(chosen), np.asarray(chosen), MaskingConfig(), epoch=0, num_genes=GENES)
+    for counts, offsets in zip(
+        costs.masked_counts(cells.lengths[chosen], GENES),
+        (masked.batch.cu_seqlens, masked.masked_cu_seqlens, masked.chosen_cu_seqlens),
+        strict=True,
+    ):
+        assert counts.tolist() == offsets.diff().tolist()
+
+
+def test_cells_of_a_file(path: Path) -> None:
+    matrix = anndata.read_h5ad(path).X.tocsr()
+    kept = [i for i in range(30) if i != 2]
+    cells = cells_of_file(path)
+    assert cells.num_genes == GENES
+    assert cells.lengths.tolist() == [matrix[i].nnz for i in kept]
+    assert cells.distinct.tolist() == [len(np.unique(matrix[i].data)) for i in kept]
+    assert "29 cells of cells.h5ad, 120 genes (1 cells without any of them left out)" in cells.source
+    batch = cells.batch([2, 0])
+    assert batch.gene_ids.tolist() == [*matrix[3].indices, *matrix[0].indices]
+    counts = np.concatenate([matrix[3].data / matrix[3].sum(), matrix[0].data / matrix[0].sum()])
+    np.testing.assert_allclose(batch.values.numpy(), np.log1p(1e4 * counts), rtol=1e-6)
+    few = cells_of_file(path, vocabulary=Vocabulary([f"G{i}" for i in range(40)]))
+    assert few.lengths.tolist() == [matrix[i, :40].nnz for i in kept if matrix[i, :40].nnz]
+    with pytest.raises(ValueError, match="none of the 1 vocabulary genes"):
+        cells_of_file(path, vocabulary=Vocabulary(["other"]))
+
+
+def test_known_cells_have_the_committed_lengths() -> None:
+    cells = known_cells()
+    assert len(cells.lengths) == 906
+    assert ((cells.distinct > 0) & (cells.distinct <= cells.lengths)).all()
+    batch: RaggedBatch = cells.batch([5, 700])
+    assert batch.cu_seqlens.diff().tolist() == cells.lengths[[5, 700]].tolist()
+    assert [len(cell.unique()) for cell in batch.values.split(cells.lengths[[5, 700]].tolist())] == (
+        cells.distinct[[5, 700]].tolist()
+    )
+
+
+def test_curves_and_exponents() -> None:
+    # Linear layers at 2 units of FLOPs a second, attention at 3 (rates are searched on a grid, hence the tolerance).
+    points = [(n, 8 * n / 2 + 0.01 * n * n / 3) for n in (500, 1000, 2000)]
+    value, deviation = timings.extrapolated(points, 16_000, (8, 0.01))
+    assert value == pytest.approx(8 * 16_000 / 2 + 0.01 * 16_000**2 / 3, rel=0.01)
+    assert deviation < 0.01
+    # Noise that hides the quadratic term does not do away with it: at least a quarter of its FLOPs are there.
+    value, deviation = timings.extrapolated([(10, 1.0), (20, 1.8), (40, 3.0)], 1000, (1, 0.1))
+    assert value == pytest.approx((1000 + 0.1 * 1000**2 / 4) * 3 / 80, rel=0.25)
+    assert 0.05 < deviation < 0.5
+    assert report.exponent([(n, 7 * n**1.4) for n in (2, 30, 400)]) == pytest.approx(1.4)
+
+
+def test_a_run_writes_everything_and_all_of_it_is_right(run: tuple[Path, str]) -> None:
+    folder, printed = run
+    pictures = {"flops", "parts", "lengths", "time_by_length", "unevenness", "dropin"}
+    names = {"report.html", "report.md", "results.csv"}
+    names |= {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")}
+    assert {file.name for file in folder.iterdir()} == names
+    rows = readme.read_rows(folder / "results.csv")
+    assert all(row["correct"] == "True" and row["quick"] == "True" and row["torch"] for row in rows)
+    assert {row["benchmark"] for row in rows} == {
+        "flops", "flops of a cell", "flops counted", "encoder", "dense", "peak", "step", "length", "unevenness",
+        "threads", "drop-in",
+    }  # fmt: skip
+    counted = [row for row in rows if row["benchmark"] == "flops counted"]
+    assert {row["provider"] for row in counted} == {"encoder", "auto-encoder"}
+    assert all(row["flops_counted"] == row["flops_closed_form"] != "" for row in counted)
+    dense = [row for row in rows if row["benchmark"] == "dense" and row["direction"] == "forward"]
+    assert {int(row["x"]) for row in dense} == {4, 8, 15, 30, 60, 120}
+    assert not any(row["extrapolated"] for row in dense)
+    assert {row["provider"] for row in rows if row["benchmark"] == "drop-in"} == {"plain", "padded", "xtg"}
+    assert "dense Transformer encoder" in printed
+    assert "report.html, report.md, results.csv, pictures" in printed
+
+
+def test_the_page_is_well_formed_and_fetches_nothing(run: tuple[Path, str]) -> None:
+    text = (run[0] / "report.html").read_text(encoding="utf-8")
+    page = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
+    assert "//" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", text)
+    links = [value for element in page.iter() for name, value in element.items() if name in ("src", "href")]
+    assert links
+    for link in links:
+        kind, data = link.split(";base64,")
+        assert kind == "data:image/svg+xml"
+        svg = base64.b64decode(data).decode()
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+        assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', svg))
+    # Every table says how its numbers were obtained, and every picture what it shows.
+    figures = list(page.iter("figure"))
+    assert len(figures) > 10
+    assert all((figure.findtext("figcaption") or "").endswith(".") for figure in figures)
+    tables = list(page.iter("table"))
+    assert len(tables) >= 9
+    for table in tables:
+        widths = {len(line) for line in table.iter("tr")}
+        assert len(widths) == 1
+
+
+def test_both_reports_hold_the_same_numbers(run: tuple[Path, str]) -> None:
+    page = ElementTree.fromstring((run[0] / "report.html").read_text().removeprefix("<!DOCTYPE html>\n"))
+    text = (run[0] / "report.md").read_text()
+    for element in page.iter():
+        if element.tag in ("td", "p", "h2", "figcaption") and element.text:
+            assert element.text in text
+
+
+def test_readme_shows_the_committed_run(run: tuple[Path, str]) -> None:
+    made = readme.with_tables(f"{readme.OPENING}\n{readme.CLOSING}", run[0].parent / "none")
+    assert "dense Transformer encoder" not in made
+    (run[0].parent / "results" / "bench").mkdir(parents=True)
+    (run[0].parent / "results" / "bench" / "results.csv").write_bytes((run[0] / "results.csv").read_bytes())
+    made = readme.with_tables(f"{readme.OPENING}\n{readme.CLOSING}", run[0].parent / "results")
+    assert "dense Transformer encoder" in made
+    assert "100.0 %" in made
+    assert "Quick shapes: not for comparison." in made
+
+
+def test_wrong_counts_end_the_run_with_an_error(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(costs, "encoder_flops", lambda *a: costs.FlopCount(1, 2, 3))
+    monkeypatch.setattr(bench, "_rows", lambda presets, cells, *a: costs.counted_rows(presets, cells, 1))
+    monkeypatch.setattr(bench.figures, "draw", lambda *a: {})
+    monkeypatch.setattr(bench.report, "markdown", lambda *a: "")
+    monkeypatch.setattr(bench.report, "page", lambda *a: "")
+    assert main(["bench", "--quick", "--preset", "3m", "--input", str(path), "--output", str(tmp_path / "out")]) == 1
+    assert "wrong numbers, which got no time: flops counted, 3m, encoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--vocabulary", "genes.txt"], "--vocabulary: says how to read --input FILE, which is not given"),
+        (["--input", "none.h5ad"], "none.h5ad: no such file"),
+        (["--device", "abacus"], "device: expected 'auto'"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+    ],
+)
+def test_errors_are_one_line(
+    change: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--quick", "--output", str(tmp_path / "out"), *change]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_need_matplotlib_and_say_so_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(bench, "_rows", lambda *a: pytest.fail("measured before it was found missing"))
+    assert main(["bench", "--quick", "--output", str(tmp_path / "out")]) == 2
+    assert "pip install 'xtrimogene[bench]'" in capsys.readouterr().err
+
+
+def test_installed_with_the_project() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "benchmarks" in project["packages"]["find"]["include"]
+    assert project["package-data"]["benchmarks"] == ["cell_lengths.json"]
