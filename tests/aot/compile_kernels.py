@@ -25,6 +25,8 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from xtg_kernels.ops.expression_embedding import triton_kernel as expression_embedding
+from xtg_kernels.ops.masked_decoder_gather import triton_kernel as masked_decoder_gather
+from xtg_kernels.ops.masked_head import triton_kernel as masked_head
 from xtg_kernels.ops.ragged_attention import triton_kernel as ragged_attention
 
 TARGETS = {
@@ -81,6 +83,34 @@ def embedding_launches(dtype: torch.dtype, num_bins: int, dim: int) -> list[Laun
     return record_launches(call)
 
 
+def gather_launches(dtype: torch.dtype, dim: int) -> list[Launch]:
+    """Every kernel, once for all genes of every cell and once for asked ones, with masked genes."""
+    rows = [torch.zeros(shape, dtype=dtype) for shape in ((300, dim), (dim,), (dim,), (256, dim))]
+    cu_seqlens, ids = torch.tensor([0, 100, 256], dtype=torch.int32), torch.zeros(256, dtype=torch.int32)
+    indices = (cu_seqlens, ids, ids, cu_seqlens)
+
+    def call() -> None:
+        for asked, shape in (((None, None), (2, 300, dim)), ((ids, cu_seqlens), (256, dim))):
+            masked_decoder_gather.forward(*rows, *indices, *asked)
+            masked_decoder_gather.backward(torch.zeros(shape, dtype=dtype), *indices, *asked, 300)
+
+    return record_launches(call)
+
+
+def head_launches(dtype: torch.dtype, dim: int) -> list[Launch]:
+    """masked_head at all rows and masked_mse at chosen ones, with float32 parameters."""
+    x, rows = torch.zeros((300, dim), dtype=dtype), torch.zeros(256, dtype=torch.int32)
+    params = (*(torch.zeros(dim) for _ in range(5)), torch.zeros(1))
+
+    def call() -> None:
+        masked_head.masked_head(x, None, *params, 1e-5)
+        masked_head.masked_head_backward(torch.zeros(300), x, None, *params, 1e-5)
+        masked_head.masked_mse(x, rows, torch.zeros(256), *params, 1e-5, True)
+        masked_head.masked_mse_backward(torch.zeros(()), x, rows, torch.zeros(256), *params, 1e-5, True)
+
+    return record_launches(call)
+
+
 def compile_launch(launch: Launch, target: GPUTarget) -> Any:
     """The compiled kernel of one recorded launch for one GPU."""
     kernel, args, kwargs = launch
@@ -109,6 +139,8 @@ def _nvidia_report(compiled: Any) -> dict[str, Any]:
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "tensor_core": len(re.findall(r"\b(?:HMMA|HGMMA)\b", sass)),
         "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
+        "wide_loads": len(re.findall(r"\bLDG\.E\.128", sass)),
+        "wide_stores": len(re.findall(r"\bSTG\.E\.128", sass)),
         "async_copies": len(re.findall(r"\bLDGSTS\b", sass)),
         "atomics": len(re.findall(r"\b(?:ATOMG?|RED|REDG)\b", sass)),
     }
@@ -126,6 +158,8 @@ def _amd_report(compiled: Any) -> dict[str, Any]:
         # Spilled scalar registers go to lanes of vector registers, not to memory.
         "spills": metadata("vgpr_spill_count"),
         "tensor_core": len(re.findall(r"\bv_mfma_\w*bf16\w*|\bv_mfma_\w*f16\w*", assembly)),
+        "wide_loads": len(re.findall(r"\bglobal_load_dwordx4", assembly)),
+        "wide_stores": len(re.findall(r"\bglobal_store_dwordx4", assembly)),
         "atomics": len(re.findall(r"\bglobal_atomic_\w+", assembly)),
     }
 
@@ -143,13 +177,19 @@ def report(case: dict[str, Any], launch: Launch) -> dict[str, Any]:
     return {**where, "shared": compiled.metadata.shared, "fma_dots": fma_dots, **found}
 
 
+LAUNCHES: dict[str, Callable[..., list[Launch]]] = {
+    "ragged_attention": attention_launches,
+    "expression_embedding": embedding_launches,
+    "masked_decoder_gather": gather_launches,
+    "masked_head": head_launches,
+}
+
+
 def case_reports(case: dict[str, Any]) -> list[dict[str, Any]]:
     """The reports of all kernels of one case, {"op", "target", "dtype", sizes}."""
     dtype = DTYPES[case["dtype"]]
-    if case["op"] == "ragged_attention":
-        launches = attention_launches(dtype, case["head_dim"])
-    else:
-        launches = embedding_launches(dtype, case["num_bins"], case["dim"])
+    sizes = [case[name] for name in case if name not in ("op", "target", "dtype")]
+    launches = LAUNCHES[case["op"]](dtype, *sizes)
     return [report(case, launch) for launch in launches]
 
 
