@@ -18,6 +18,15 @@ STABLE_TORCH_LIBRARY(xtg, m) {
       " Tensor bin_table, float alpha, Tensor? gene_ids, Tensor? gene_table, Tensor? distinct_index,"
       " bool needs_values_grad) -> (Tensor grad_values, Tensor grad_w1, Tensor grad_b1, Tensor grad_w2,"
       " Tensor grad_b2, Tensor grad_bin_table, Tensor grad_gene_table)");
+  m.def(
+      "favor_attention(Tensor q, Tensor k, Tensor v, Tensor projection, Tensor cu_seqlens, SymInt max_seqlen,"
+      " Tensor cu_seqlens_q, SymInt max_seqlen_q, float eps, bool per_cell) -> (Tensor out, Tensor context,"
+      " Tensor key_sum, Tensor key_max, Tensor row_max, Tensor row_sum)");
+  m.def(
+      "favor_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor projection, Tensor out,"
+      " Tensor context, Tensor key_sum, Tensor key_max, Tensor row_max, Tensor row_sum, Tensor cu_seqlens,"
+      " SymInt max_seqlen, Tensor cu_seqlens_q, SymInt max_seqlen_q, float eps)"
+      " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def("distinct_index(Tensor values, Tensor cu_seqlens) -> Tensor");
   m.def(
       "masked_decoder_gather(Tensor table, Tensor zero_row, Tensor mask_row, Tensor encoded, Tensor cu_seqlens,"

@@ -85,7 +85,8 @@ def check_cu_seqlens(
             raise ValueError(f"{name}: expected non-decreasing values, got {start} then {end} at segment {c}")
         longest = max(longest, end - start)
     if max_seqlen is not None and longest > max_seqlen:
-        raise ValueError(f"max_seqlen: expected at least the longest segment, {longest}, got {max_seqlen}")
+        limit = name.replace("cu_seqlens", "max_seqlen")
+        raise ValueError(f"{limit}: expected at least the longest segment, {longest}, got {max_seqlen}")
 
 
 def check_ids_dtype(name: str, ids: Tensor) -> None:

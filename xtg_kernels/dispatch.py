@@ -2,7 +2,8 @@
 
 Every op has three overloads in namespace xtg: ``default`` (C++ on CPU tensors, Triton on GPU tensors; the reference on
 CPU where the extension was not built), ``reference`` (any device, any dtype) and ``triton`` (GPU tensors, or CPU
-tensors under TRITON_INTERPRET=1). The public functions check their arguments and choose the overload.
+tensors under TRITON_INTERPRET=1). The public functions check their arguments and choose the overload. The backend
+"varlen" is PyTorch's own attention for ragged_attention; the other ops then run as under "auto".
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-BACKENDS = ("auto", "reference", "cpp", "triton")
+BACKENDS = ("auto", "reference", "cpp", "triton", "varlen")
 
 
 def _checked_backend(name: str, source: str) -> str:
@@ -65,9 +66,10 @@ def current_backend() -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs ops called inside the block on one backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
+    """Runs ops called inside the block on one backend: ``auto``, ``reference``, ``cpp``, ``triton`` or ``varlen``.
 
-    The choice is process-wide, made when an op is called; its backward runs where its forward ran.
+    ``varlen`` sends ragged_attention to torch.nn.attention.varlen and leaves the other ops to ``auto``. The choice is
+    process-wide, made when an op is called; its backward runs where its forward ran.
 
     Raises:
         ValueError: an unknown name. An op that the backend cannot take raises ValueError with all reasons when called.
@@ -121,6 +123,12 @@ def automatic_backend(reasons: Callable[[str], list[str]]) -> str:
     return "triton" if torch.cuda.is_available() and not reasons("triton") else "reference"
 
 
+def refuse(op: str, backend: str, reasons: list[str]) -> None:
+    """Raises ValueError with all reasons why a backend that was asked for by name declines, if there are any."""
+    if reasons:
+        raise ValueError(f"{op}: backend {backend!r} declines: " + "; ".join(reasons))
+
+
 def choose_overload(op: str, reasons: Callable[[str], list[str]]) -> Any:
     """The overload of ``torch.ops.xtg.<op>`` that runs now; ``reasons`` as for ``automatic_backend``.
 
@@ -129,10 +137,10 @@ def choose_overload(op: str, reasons: Callable[[str], list[str]]) -> Any:
         ImportError: the extension is present and failed to load (the loader's own error).
     """
     name = _backend
-    if name == "auto":
+    if name in ("auto", "varlen"):
         name = automatic_backend(reasons)
-    elif declined := reasons(name):
-        raise ValueError(f"{op}: backend {name!r} declines: " + "; ".join(declined))
+    else:
+        refuse(op, name, reasons(name))
     packet = getattr(torch.ops.xtg, op)
     return {"reference": packet.reference, "cpp": packet.default, "triton": packet.triton}[name]
 
@@ -197,28 +205,40 @@ def register_autograd(
         torch.library.register_autograd(qualname, backward(backward_op), setup_context=setup_context, lib=_fragment)
 
 
-def register_autocast(name: str, dtype: torch.dtype | None, *, cast: bool = True) -> None:
+def register_autocast(
+    name: str, dtype: torch.dtype | None, *, tensors: int | None = None, instead_of_float16: torch.dtype | None = None
+) -> None:
     """Autocast rule of an op: floating tensors, float64 excepted, go to ``dtype`` (None: the dtype of autocast).
 
-    With cast=False they stay what they are; autocast is then off inside the op, no more.
+    Args:
+        name: op name in namespace xtg.
+        dtype: where they go.
+        tensors: only so many of the first arguments go there (None: all; 0: nothing is cast, autocast is only off
+            inside the op).
+        instead_of_float16: where they go instead of float16.
     """
     for overload, qualname in zip(OVERLOADS, overload_names(name), strict=True):
         op = getattr(getattr(torch.ops.xtg, name), overload)
         for device_type in ("cpu", "cuda"):
             key = "AutocastCPU" if device_type == "cpu" else "AutocastCUDA"
-            _fragment.impl(qualname.removeprefix("xtg::"), _autocast_kernel(op, device_type, dtype, cast), key)
+            kernel = _autocast_kernel(op, device_type, dtype, tensors, instead_of_float16)
+            _fragment.impl(qualname.removeprefix("xtg::"), kernel, key)
 
 
-def _autocast_kernel(op: Any, device_type: str, dtype: torch.dtype | None, cast: bool) -> Callable[..., Any]:
+def _autocast_kernel(
+    op: Any, device_type: str, dtype: torch.dtype | None, tensors: int | None, instead_of_float16: torch.dtype | None
+) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         target = torch.get_autocast_dtype(device_type) if dtype is None else dtype
+        if target == torch.float16 and instead_of_float16 is not None:
+            target = instead_of_float16
 
         def in_target(x: Any) -> Any:
-            if cast and isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
+            if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
                 return x.to(target)
             return x
 
-        args = tuple(in_target(x) for x in args)
+        args = (*(in_target(x) for x in args[:tensors]), *(args[len(args[:tensors]) :]))
         with torch.autocast(device_type, enabled=False):
             return op(*args)
 

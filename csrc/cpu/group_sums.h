@@ -1,12 +1,14 @@
 // Sums of the rows of a tensor by group, one owner for each sum.
 #pragma once
 
+#include <cstring>
+
 #include "../common/work_list.h"
 #include "parallel.h"
 
 namespace xtg {
 
-// dst[g] = sum of src[t] over the tokens t of group g, in their order. Rows of groups without a token are left alone.
+// dst[g] = sum of src[t] over the tokens t of group g, in their order. Groups without a token get zeros.
 inline void sum_groups(const Kernels& kernels, DType dtype, const void* src, int64_t dim, const Groups& groups,
                        void* dst) {
   constexpr int64_t kGroups = 256;
@@ -18,6 +20,8 @@ inline void sum_groups(const Kernels& kernels, DType dtype, const void* src, int
       if (tokens)
         kernels.sum_rows(dtype, src, dim, groups.tokens.data() + first, tokens, static_cast<float*>(scratch),
                          static_cast<char*>(dst) + g * row_bytes);
+      else
+        std::memset(static_cast<char*>(dst) + g * row_bytes, 0, size_t(row_bytes));
     }
   });
 }

@@ -145,8 +145,8 @@ Tensor masked_decoder_gather(const Tensor& table, const Tensor& zero_row, const 
   args.zero_row = g.zero_row.data();
   args.mask_row = g.mask_row.data();
 
-  Tensor out = torch::stable::new_empty(table, out_genes ? std::vector<int64_t>{g.out_rows, dim}
-                                                         : std::vector<int64_t>{args.batch, num_genes, dim});
+  const auto shape = out_genes ? std::vector<int64_t>{g.out_rows, dim} : std::vector<int64_t>{args.batch, num_genes, dim};
+  Tensor out = with_large_pages(torch::stable::new_empty(table, shape));
   args.out = out.data_ptr();
   const int64_t row_bytes = dim * int64_t(out.element_size());
   for_each_unit(int64_t(g.units.size()), 0,
@@ -174,12 +174,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_decoder_gather_backward(
   args.grad_out = keep(g, grad_out).data_ptr();
   const int64_t units = int64_t(g.units.size());
   // Where every gene of every cell has a row, each gene of the table belongs to a unit and each token in use to a row.
+  // Sums over asked genes write every row of the table's gradient.
   const bool all_rows = !out_genes && args.batch > 0;
   const auto new_grad = [&](int64_t rows, bool written) {
-    return written ? torch::stable::new_empty(grad_out, {rows, dim}) : torch::stable::new_zeros(grad_out, {rows, dim});
+    return written ? with_large_pages(torch::stable::new_empty(grad_out, {rows, dim}))
+                   : torch::stable::new_zeros(grad_out, {rows, dim});
   };
   Tensor grad_encoded = new_grad(total_nnz, all_rows && args.cu_seqlens[args.batch] == total_nnz);
-  Tensor grad_table = new_grad(num_genes, all_rows);
+  Tensor grad_table = new_grad(num_genes, all_rows || out_genes.has_value());
   args.grad_encoded = grad_encoded.data_ptr();
   args.grad_table = out_genes ? nullptr : grad_table.data_ptr();
   std::vector<float> sums(size_t(2 * max_of<int64_t>(units, 1) * dim), 0.0f);

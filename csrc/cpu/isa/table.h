@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../expression_embedding.h"
+#include "../favor_attention.h"
 #include "../masked_decoder_gather.h"
 #include "../masked_head.h"
 #include "../ragged_attention.h"
@@ -19,6 +20,12 @@ static inline auto with_type(DType dtype, F f) {
     default:
       return f(float{});
   }
+}
+
+// The same without f16, whose range the features of favor_attention overflow.
+template <class F>
+static inline auto with_feature_type(DType dtype, F f) {
+  return dtype == DType::bf16 ? f(bf16{}) : f(float{});
 }
 
 // constexpr: the table is data, so loading the library runs no code built for an ISA that the machine may lack.
@@ -47,6 +54,27 @@ static constexpr Kernels kernel_table(const char* name) {
   };
   t.attention_backward_key = [](const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
     with_type(args.dtype, [&](auto e) { attention_backward_key<V, decltype(e)>(args, block, head, scratch); });
+  };
+  t.favor_scratch = [](const FavorArgs& args) {
+    return with_feature_type(args.dtype, [&](auto e) { return favor_scratch<V, decltype(e)>(args); });
+  };
+  t.favor_context = [](const FavorArgs& args, const RowChunk& keys, int64_t head, FavorPart& part, void* scratch) {
+    with_feature_type(args.dtype, [&](auto e) { favor_context<V, decltype(e)>(args, keys, head, part, scratch); });
+  };
+  t.favor_sum = [](const FavorArgs& args, const FavorPart* parts, int64_t count, int64_t stride, float key_max,
+                   float* context, float* key_sum) {
+    favor_sum<V>(args, parts, count, stride, key_max, context, key_sum);
+  };
+  t.favor_query = [](const FavorArgs& args, const RowChunk& queries, int64_t head, void* scratch) {
+    with_feature_type(args.dtype, [&](auto e) { favor_query<V, decltype(e)>(args, queries, head, scratch); });
+  };
+  t.favor_backward_query = [](const FavorArgs& args, const RowChunk& queries, int64_t head, FavorPart& part,
+                              void* scratch) {
+    with_feature_type(args.dtype,
+                      [&](auto e) { favor_backward_query<V, decltype(e)>(args, queries, head, part, scratch); });
+  };
+  t.favor_backward_key = [](const FavorArgs& args, const RowChunk& keys, int64_t head, void* scratch) {
+    with_feature_type(args.dtype, [&](auto e) { favor_backward_key<V, decltype(e)>(args, keys, head, scratch); });
   };
   t.value_block = kValueBlock;
   t.embedding_scratch = [](const EmbeddingArgs& args) { return embedding_scratch(args); };

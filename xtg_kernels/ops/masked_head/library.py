@@ -131,5 +131,5 @@ for _name, _schema, _reference, _fake_of, _formula in (
 dispatch.register_autograd("masked_head", _setup_context, _backward)
 dispatch.register_autograd("masked_mse", _setup_context_mse, _backward_mse)
 # Half-precision rows beside float32 parameters are what the kernels take, so nothing is cast.
-dispatch.register_autocast("masked_head", None, cast=False)
-dispatch.register_autocast("masked_mse", None, cast=False)
+dispatch.register_autocast("masked_head", None, tensors=0)
+dispatch.register_autocast("masked_mse", None, tensors=0)
