@@ -71,6 +71,12 @@ def _pack(rows: Rows) -> str:
     return f"**Packing** CSR rows in memory ({rows[0]['case']}):\n\n" + _table(header, body)
 
 
+def _loader(rows: Rows) -> str:
+    names = {"xtg": "", "numpy": " (NumPy, without the extension)"}
+    body = [[r["case"] + names[r["provider"]], f"{float(r['cells_per_second']):,.0f}"] for r in rows]
+    return "**Masked batches** of cells of 2,000 expressed genes, no model:\n\n" + _table(["what", "cells/s"], body)
+
+
 def _embed(rows: Rows) -> str:
     header = ["cells, model, dtype asked for", "dtype", "cells/s", "in the encoder", "packing", "reading"]
     body = [
@@ -89,6 +95,7 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
     "attention": _ops("Attention**, 12 heads of 64 channels, as in the 100m model:"),
     "embedding": _ops("Embedding of expression values**, 768 channels, UMI-like counts:", share=False),
     "pack": _pack,
+    "loader": _loader,
 }
 
 

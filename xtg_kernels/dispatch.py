@@ -2,7 +2,8 @@
 
 Every op has three overloads in namespace xtg: ``default`` (C++ on CPU tensors, Triton on GPU tensors; the reference on
 CPU where the extension was not built), ``reference`` (any device, any dtype) and ``triton`` (GPU tensors, or CPU
-tensors under TRITON_INTERPRET=1). The public functions check their arguments and choose the overload.
+tensors under TRITON_INTERPRET=1). The public functions check their arguments and choose the overload. The backend
+"varlen" is PyTorch's own attention for ragged_attention; the other ops then run as under "auto".
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-BACKENDS = ("auto", "reference", "cpp", "triton")
+BACKENDS = ("auto", "reference", "cpp", "triton", "varlen")
 
 
 def _checked_backend(name: str, source: str) -> str:
@@ -65,9 +66,10 @@ def current_backend() -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs ops called inside the block on one backend: ``auto``, ``reference``, ``cpp`` or ``triton``.
+    """Runs ops called inside the block on one backend: ``auto``, ``reference``, ``cpp``, ``triton`` or ``varlen``.
 
-    The choice is process-wide, made when an op is called; its backward runs where its forward ran.
+    ``varlen`` sends ragged_attention to torch.nn.attention.varlen and leaves the other ops to ``auto``. The choice is
+    process-wide, made when an op is called; its backward runs where its forward ran.
 
     Raises:
         ValueError: an unknown name. An op that the backend cannot take raises ValueError with all reasons when called.
@@ -121,6 +123,12 @@ def automatic_backend(reasons: Callable[[str], list[str]]) -> str:
     return "triton" if torch.cuda.is_available() and not reasons("triton") else "reference"
 
 
+def refuse(op: str, backend: str, reasons: list[str]) -> None:
+    """Raises ValueError with all reasons why a backend that was asked for by name declines, if there are any."""
+    if reasons:
+        raise ValueError(f"{op}: backend {backend!r} declines: " + "; ".join(reasons))
+
+
 def choose_overload(op: str, reasons: Callable[[str], list[str]]) -> Any:
     """The overload of ``torch.ops.xtg.<op>`` that runs now; ``reasons`` as for ``automatic_backend``.
 
@@ -129,10 +137,10 @@ def choose_overload(op: str, reasons: Callable[[str], list[str]]) -> Any:
         ImportError: the extension is present and failed to load (the loader's own error).
     """
     name = _backend
-    if name == "auto":
+    if name in ("auto", "varlen"):
         name = automatic_backend(reasons)
-    elif declined := reasons(name):
-        raise ValueError(f"{op}: backend {name!r} declines: " + "; ".join(declined))
+    else:
+        refuse(op, name, reasons(name))
     packet = getattr(torch.ops.xtg, op)
     return {"reference": packet.reference, "cpp": packet.default, "triton": packet.triton}[name]
 

@@ -51,7 +51,8 @@ def _op_backends(device: str) -> dict[str, dict[str, Any]]:
             "distinct_index": functools.partial(embedding.distinct_not_supported_reasons, values=values),
         }
         for op, why in reasons.items():
-            declined = {name: why(name) for name in ("cpp", "triton", "reference")}
+            by_name = ("cpp", "triton", "reference", *(["varlen"] if op == "ragged_attention" else []))
+            declined = {name: why(name) for name in by_name}
             found[f"{op} {str(dtype).removeprefix('torch.')}"] = {
                 "backend": dispatch.automatic_backend(why),
                 "declined": {name: said for name, said in declined.items() if said},

@@ -195,7 +195,7 @@ def _add_reading_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--target-depth",
-        default=str(DEFAULT_TARGET_DEPTH),
+        default=DEFAULT_TARGET_DEPTH,
         metavar="T",
         help="for models with depth tokens: log10 total to aim at, or fold:N times the cell's own total, or offset:X "
         "added to its log10 (default: %(default)s)",

@@ -1,8 +1,9 @@
-"""Gene level: embeddings and predicted expression of genes in each cell, for an AnnData in memory or a file of any size.
+"""Gene level: embeddings and predicted expression of genes in each cell, for an AnnData or a file of any size.
 
 An embedding of a gene in a cell is the decoder's output before its head: the row after both LayerNorms, which the head
-reads (in the published code, the "gene" output). A prediction is the head's number, a log-normalised expression. Nothing
-is masked. For asked genes only, the last decoder layer and the norms and head after it are computed for these alone.
+reads (in the published code, the "gene" output). A prediction is the head's number, a log-normalised expression.
+Nothing is masked. For asked genes only, the last decoder layer and the norms and head after it are computed for these
+alone.
 """
 
 from __future__ import annotations

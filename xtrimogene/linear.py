@@ -15,16 +15,18 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+# Where one is None, it is a bias that a layer does not have.
+Operand = TypeVar("Operand", Tensor, Tensor | None)
 
 # Bytes of the widest tensor of a block: for each thread, and at most for all of them. Smaller blocks would fit caches
 # better, but threads that meet more often wait more for each other on a busy machine. From 32 MB on glibc gives every
@@ -37,11 +39,23 @@ _UNIT_ROWS = 64
 _MIN_UNITS = 4
 # Below this the memory of a layer's widest tensor is used again from call to call, and blocks only add calls.
 _LARGE_BYTES = 16 << 20
+# Where oneDNN is the faster one it is so from the rows on that earn back the packing of the weight.
+_PACKING_PAYS_ROWS = 512
+# Activation -> oneDNN's name for it and for its algorithm. gelu is the exact one (erf).
+_ONEDNN_ACTIVATIONS = {
+    "none": ("none", ""),
+    "relu": ("relu", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+}
+ACTIVATIONS = tuple(_ONEDNN_ACTIVATIONS)
 
 
 def is_large(rows: int, width: int, dtype: torch.dtype) -> bool:
     """Whether a (rows, width) tensor is so large that going by blocks of rows is faster."""
-    return rows * width * dtype.itemsize >= _LARGE_BYTES
+    if rows * width * dtype.itemsize >= _LARGE_BYTES:
+        return True
+    return dtype == torch.float32 and rows >= _PACKING_PAYS_ROWS and onednn_takes(dtype) and _mkl_is_slow()
 
 
 def row_blocks(total: int, width: int, dtype: torch.dtype) -> list[slice]:
@@ -61,29 +75,37 @@ def row_blocks(total: int, width: int, dtype: torch.dtype) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
-def row_linear(weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Callable[[Tensor], Tensor]:
-    """The layer x -> F.linear(x, weight, bias), then ReLU if asked for, ready for many blocks of rows.
+def activate(x: Tensor, activation: str) -> Tensor:
+    """x after one of ACTIVATIONS; ReLU is done in place, since no backward needs what was there before."""
+    if activation == "relu":
+        return F.relu(x, inplace=True)
+    return x if activation == "none" else F.gelu(x, approximate=_ONEDNN_ACTIVATIONS[activation][1])
+
+
+def row_linear(weight: Tensor, bias: Tensor | None, *, activation: str = "none") -> Callable[[Tensor], Tensor]:
+    """The layer x -> F.linear(x, weight, bias), then an activation, ready for many blocks of rows.
 
     weight (out, in) and bias (out,) of one dtype on the CPU; the layer takes x (rows, in) of that dtype and returns a
-    new (rows, out). Without autograd. It holds a packed copy of the weight: make a new one when the weight changes.
+    new (rows, out). activation is one of ACTIVATIONS. Without autograd. It holds a packed copy of the weight: make a
+    new one when the weight changes.
     """
     if not onednn_takes(weight.dtype):
-        return lambda x: F.relu(F.linear(x, weight, bias), inplace=True) if relu else F.linear(x, weight, bias)
-    return _onednn_linear(weight, bias, relu)
+        return lambda x: activate(F.linear(x, weight, bias), activation)
+    return _onednn_linear(weight, bias, activation)
 
 
-def _onednn_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Callable[[Tensor], Tensor]:
+def _onednn_linear(weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _UNIT_ROWS)
     bias = None if bias is None else bias.detach().contiguous()
-    after = "relu" if relu else "none"
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, after, [], "")
+    name, algorithm = _ONEDNN_ACTIVATIONS[activation]
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """F.linear(x, weight, bias), plus residual if given, with gradients to all, by blocks of rows; differentiable once.
 
-    x (rows, in), weight (out, in) and bias (out,) of one dtype on the CPU. residual (rows, out) of that dtype or a
-    wider one, which the result then has.
+    x (rows, in), weight (out, in) and bias (out,) or None, of one dtype on the CPU. residual (rows, out) of that dtype
+    or a wider one, which the result then has.
     """
     return _Linear.apply(x, weight, bias, residual)
 
@@ -112,18 +134,33 @@ def norm_feed_forward(
     return _NormFeedForward.apply(x, norm_weight, norm_bias, eps, w1, b1, w2, b2)
 
 
-def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dropout: float = 0.0) -> Tensor:
-    """F.linear(F.dropout(F.relu(F.linear(x, w1, b1)), dropout), w2, b2), with gradients to all five, by blocks of rows.
+def feed_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    dropout: float = 0.0,
+    *,
+    activation: str = "relu",
+) -> Tensor:
+    """F.linear(F.dropout(activation(F.linear(x, w1, b1)), dropout), w2, b2), with gradients to all five, by blocks.
 
-    x (rows, dim), w1 (ffn_dim, dim), b1 (ffn_dim,), w2 (dim, ffn_dim), b2 (dim,), of one dtype on the CPU. Only the
-    dropped-out hidden rows are kept for the backward: they are positive where the gradient passes. Differentiable once.
+    x (rows, dim), w1 (ffn_dim, dim), b1 (ffn_dim,) or None, w2 (dim, ffn_dim), b2 (dim,) or None, of one dtype on the
+    CPU; activation "relu", "gelu" or "gelu_tanh". One (rows, ffn_dim) tensor is kept for the backward: with relu the
+    dropped-out hidden rows, which are positive where the gradient passes; with the others the rows before the
+    activation, which is computed again. Differentiable once.
+
+    Raises ValueError for dropout after another activation than relu: its mask would have to be kept too.
     """
-    return _FeedForward.apply(x, w1, b1, w2, b2, dropout)
+    if dropout and activation != "relu":
+        raise ValueError(f"dropout: expected 0 with activation {activation!r}, got {dropout}")
+    return _FeedForward.apply(x, w1, b1, w2, b2, dropout, activation)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         layer = row_linear(weight, bias)
         out = (x if residual is None else residual).new_empty((len(x), len(weight)))
         for block in row_blocks(len(x), len(weight), x.dtype):
@@ -150,17 +187,26 @@ class _Linear(torch.autograd.Function):
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dropout: float) -> Tensor:
-        linear1, linear2 = row_linear(w1, b1, relu=True), row_linear(w2, b2)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        dropout: float,
+        activation: str,
+    ) -> Tensor:
+        linear1, linear2 = row_linear(w1, b1, activation="relu" if activation == "relu" else "none"), row_linear(w2, b2)
         hidden, out = x.new_empty((len(x), len(w1))), x.new_empty((len(x), len(w2)))
         for block in row_blocks(len(x), len(w1), x.dtype):
             rows = linear1(x[block])
             if dropout:
                 rows = F.dropout(rows, dropout)
             hidden[block] = rows
-            out[block] = linear2(rows)
+            out[block] = linear2(rows if activation == "relu" else activate(rows, activation))
         ctx.save_for_backward(x, hidden, w1, w2)
-        ctx.dropout = dropout
+        ctx.dropout, ctx.activation = dropout, activation
         return out
 
     @staticmethod
@@ -171,15 +217,20 @@ class _FeedForward(torch.autograd.Function):
         grad_x = x.new_empty(x.shape)
         grads1, grads2 = _LinearGrads(w1, ctx.needs_input_grad[1:3]), _LinearGrads(w2, ctx.needs_input_grad[3:5])
         for block in row_blocks(len(x), len(w1), x.dtype):
-            grad_rows = grad_out[block]
-            grad_hidden = torch.ops.aten.threshold_backward(linear2(grad_rows), hidden[block], 0)
+            grad_rows, activated = grad_out[block], hidden[block]
+            if ctx.activation == "relu":
+                grad_hidden = torch.ops.aten.threshold_backward(linear2(grad_rows), activated, 0)
+            else:
+                algorithm = _ONEDNN_ACTIVATIONS[ctx.activation][1]
+                grad_hidden = torch.ops.aten.gelu_backward(linear2(grad_rows), activated, approximate=algorithm)
+                activated = activate(activated, ctx.activation)
             if ctx.dropout:
                 grad_hidden.mul_(1 / (1 - ctx.dropout))
             if ctx.needs_input_grad[0]:
                 grad_x[block] = linear1(grad_hidden)
             grads1.add(grad_hidden, x[block])
-            grads2.add(grad_rows, hidden[block])
-        return grad_x if ctx.needs_input_grad[0] else None, *grads1.sums(), *grads2.sums(), None
+            grads2.add(grad_rows, activated)
+        return grad_x if ctx.needs_input_grad[0] else None, *grads1.sums(), *grads2.sums(), None, None
 
 
 class _NormLinear(torch.autograd.Function):
@@ -317,30 +368,36 @@ def untouched(x: Tensor, modules: Sequence[nn.Module], kinds: tuple[type[nn.Modu
     return all(
         type(module) in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList, *kinds)
         and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-        and all(type(p) is nn.Parameter and p.device == x.device for p in module._parameters.values())
+        and all(type(p) is nn.Parameter and p.device == x.device for p in weights_of(module))
         for module in modules
     )
 
 
-def in_autocast_dtype(*operands: Tensor) -> tuple[Tensor, ...]:
+def weights_of(module: nn.Module) -> list[nn.Parameter]:
+    """The module's own parameters, without those that it has for None, as a Linear without bias does."""
+    return [p for p in module._parameters.values() if p is not None]
+
+
+def in_autocast_dtype(*operands: Operand) -> tuple[Operand, ...]:
     """Operands in the dtype in which autocast would have F.linear take them."""
     if not torch.is_autocast_enabled("cpu"):
         return operands
-    return tuple(x.to(torch.get_autocast_dtype("cpu")) for x in operands)
+    dtype = torch.get_autocast_dtype("cpu")
+    return tuple(x if x is None else x.to(dtype) for x in operands)
 
 
-def pays_by_blocks(rows: int, weight: Tensor, *operands: Tensor) -> bool:
+def pays_by_blocks(rows: int, weight: Tensor, *operands: Tensor | None) -> bool:
     """Whether layers of so many rows are faster by blocks; weight is the one of the wider layer. Never where the dtypes
     of the operands differ."""
     if not is_large(rows, len(weight), weight.dtype):
         return False
-    return all(x.dtype == weight.dtype for x in operands) and pays_in_training(weight.dtype)
+    return all(x is None or x.dtype == weight.dtype for x in operands) and pays_in_training(weight.dtype)
 
 
 def pays_in_training(dtype: torch.dtype) -> bool:
     """Whether ``linear``, ``feed_forward`` and their like are faster than PyTorch's own layers here.
 
-    bfloat16: wherever oneDNN is taken. float32: where it beats MKL by half in a short race, run once in a process.
+    bfloat16: wherever oneDNN is taken. float32: where MKL is slow.
     """
     if not onednn_takes(dtype):
         return False
@@ -349,25 +406,20 @@ def pays_in_training(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _mkl_is_slow() -> bool:
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_race_float32).result() > 1.5
+    """Whether PyTorch's float32 products go to MKL on a CPU not made by Intel, where it leaves AVX-512 alone.
+
+    A fact of the machine, not a race: a run that is resumed in another process has to take the same way, bit for bit.
+    """
+    return torch.backends.mkl.is_available() and _cpu_vendor() not in ("GenuineIntel", "")
 
 
-def _race_float32() -> float:
-    """Time of torch.mm by that of oneDNN for the same product."""
-    x, weight = torch.ones(512, 512), torch.ones(1024, 512)
-    with torch.no_grad():
-        ways: list[Callable[[Tensor], Tensor]] = [
-            lambda x: torch.mm(x, weight.t()),
-            _onednn_linear(weight, None, False),
-        ]
-        seconds = [math.inf, math.inf]
-        for _ in range(5):
-            for i, way in enumerate(ways):
-                start = time.perf_counter()
-                way(x)
-                seconds[i] = min(seconds[i], time.perf_counter() - start)
-    return seconds[0] / seconds[1]
+def _cpu_vendor() -> str:
+    """vendor_id of the first processor; empty where the system does not say."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("vendor_id")), "")
+    except OSError:
+        return ""
 
 
 def onednn_takes(dtype: torch.dtype) -> bool:
@@ -390,14 +442,16 @@ def _gives_right_numbers(dtype: torch.dtype) -> bool:
     x, weight = x.view(33, 48), weight.view(40, 48)
     try:
         with torch.no_grad():
-            got = [_onednn_linear(weight, bias, True)(x), _onednn_linear(weight, None, False)(x)]
+            got = [_onednn_linear(weight, bias, name)(x) for name in ACTIVATIONS]
+            got.append(_onednn_linear(weight, None, "none")(x))
     except (AttributeError, RuntimeError, TypeError):
         return False
-    exact = F.linear(x.double(), weight.double())
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    wanted = [activate(exact.clone(), name) for name in ACTIVATIONS] + [F.linear(x.double(), weight.double())]
     tolerance = 10 * torch.finfo(dtype).eps
     return all(
         a.dtype == dtype and torch.allclose(a.double(), b, rtol=tolerance, atol=tolerance)
-        for a, b in zip(got, [F.relu(exact + bias), exact], strict=True)
+        for a, b in zip(got, wanted, strict=True)
     )
 
 

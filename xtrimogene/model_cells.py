@@ -20,7 +20,7 @@ from xtrimogene.data import (
     CellSource,
     CsrArrays,
     add_depth_tokens,
-    looks_like_counts,
+    check_counts,
     map_genes,
     pack_rows_and_totals,
 )
@@ -143,28 +143,6 @@ class ModelCells:
                 )
 
 
-def check_counts(source: CellSource, normalized: bool) -> None:
-    """Raises ValueError, with the matrix that would do, where raw counts are expected and a sample is not whole."""
-    counts = looks_like_counts(source)
-    if normalized and counts and source.n_obs:
-        warnings.warn(
-            f"{source.name}: normalized=True, but the matrix holds whole numbers only, as raw counts do", stacklevel=4
-        )
-    if normalized or counts:
-        return
-    fitting = []
-    for other in source.other_layers:
-        with contextlib.suppress(ValueError), source.open_layer(other) as matrix:
-            if looks_like_counts(matrix):
-                fitting.append("X (no layer)" if other is None else f"layer={other!r} (--layer {other})")
-    hint = f"these matrices hold whole numbers: {', '.join(fitting)}; " if fitting else ""
-    wanted = "X" if source.layer is None else f"layer {source.layer!r}"
-    raise ValueError(
-        f"{source.name}: expected raw counts in {wanted}, got numbers that are not whole; {hint}"
-        "if they are log1p(count / total * 10,000) already, pass normalized=True (--normalized)"
-    )
-
-
 def choose_device(device: str | torch.device) -> torch.device:
     """The device asked for, the GPU if there is one for "auto". Raises ValueError for one that is not there."""
     if device == "auto":
@@ -196,7 +174,9 @@ def prepared(network: XTrimoGene, device: torch.device, dtype: torch.dtype) -> I
     training = network.training
     network.eval()
     try:
-        with torch.inference_mode():
+        # Not inference_mode: its tensors do not count their changes, and the GPU kernels would list the blocks of a
+        # batch anew in every layer.
+        with torch.no_grad():
             yield network
     finally:
         network.train(training)

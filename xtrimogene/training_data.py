@@ -413,7 +413,7 @@ class TrainingCells:
             raise ValueError(f"{source.name}: {error}") from error
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Order:
     """Cells in the order in which batches take them.
 
@@ -502,7 +502,7 @@ class _Order:
         return bounds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Window:
     """Cells of a window that one rank needs, and its batches that end in the window.
 

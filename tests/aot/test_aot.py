@@ -1,114 +1,108 @@
-"""Triton kernels compiled ahead of time for GPUs that are not here: no spills, memory in bounds, tensor cores used.
+"""Triton kernels compiled ahead of time for GPUs that are not here: no spills, memory in bounds, tensor cores used, and
+the figures of the committed table.
 
 Compilation shows what the interpreter cannot (it accepts code that the compiler rejects, and knows no registers); it
-says nothing about speed, races or the launcher.
+says nothing about speed, races or the launcher. A few cases run with the other tests; all kernels with all shipped
+configs for all architectures run with ``make test-gpu-static`` (pytest -m gpu_static).
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 import pytest
+import triton
 
-# One set of launch configs serves all cards, so the small shared memory of consumer cards (sm_86, sm_89, sm_120) binds.
-SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 99 * 1024, "gfx942": 64 * 1024}
-# Kernels without a matrix product.
-NO_DOT = {"grad_gene_table_kernel"}
+from benchmarks.aot import Case, Report, reports
+from benchmarks.cards import CARDS
+from benchmarks.launches import OPS
+from benchmarks.readme import read_rows
+from benchmarks.static_configs import TABLE, case_of, faults, keys
 
-CASES: list[dict[str, Any]] = [
-    *(
-        {"op": "ragged_attention", "target": target, "dtype": dtype, "head_dim": head_dim}
-        for target, dtype, head_dim in [
-            ("sm_80", "bfloat16", 128),
-            ("sm_80", "float16", 40),
-            ("sm_80", "float32", 128),
-            ("sm_90", "bfloat16", 64),
-            ("sm_90", "bfloat16", 128),
-            ("sm_90", "float32", 64),
-            ("gfx942", "bfloat16", 128),
-        ]
-    ),
-    *(
-        {"op": "expression_embedding", "target": target, "dtype": dtype, "num_bins": num_bins, "dim": dim}
-        for target, dtype, num_bins, dim in [
-            ("sm_80", "bfloat16", 100, 768),
-            ("sm_80", "float32", 100, 128),
-            ("sm_90", "bfloat16", 100, 768),
-            ("sm_90", "float32", 256, 768),
-            ("sm_90", "bfloat16", 256, 128),
-            ("gfx942", "bfloat16", 100, 768),
-        ]
-    ),
+# One case of each architecture and each op, sizes that are no power of two, and float16.
+FAST = [
+    Case("ragged_attention", "", "sm_90", "bfloat16", 64),
+    Case("ragged_attention", "", "gfx942", "bfloat16", 64),
+    Case("ragged_attention", "forward", "sm_80", "float16", 64, size=40),
+    Case("ragged_attention", "forward", "sm_100", "bfloat16", 64),
+    Case("ragged_attention", "forward", "gfx950", "bfloat16", 128),
+    Case("ragged_attention", "grad_key_value", "default", "float32", 64),
+    Case("expression_embedding", "", "sm_90", "bfloat16", 128, size=100),
+    Case("expression_embedding", "forward", "gfx942", "float32", 128, size=100),
 ]
+SHIPPED = [case_of(key) for key in keys(OPS)]
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """One report for each kernel of each case, from a process that does not interpret."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.aot.compile_kernels"],
-        input=json.dumps(CASES),
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.fixture(scope="module", params=["fast", pytest.param("shipped", marks=pytest.mark.gpu_static)])
+def compiled(request: pytest.FixtureRequest) -> list[Report]:
+    """One report for each kernel of each case."""
+    return reports(FAST if request.param == "fast" else SHIPPED)
 
 
-def _failing(reports: list[dict[str, Any]], key: str, limit: int = 0) -> list[str]:
-    return [f"{r['kernel']} ({r['case']}): {key} {r[key]}" for r in reports if r[key] > limit]
+def _name(report: Report) -> str:
+    return " ".join(str(report[key]) for key in ("op", "kernel", "architecture", "dtype", "size", "config"))
 
 
-def test_every_kernel_is_compiled(reports: list[dict[str, Any]]) -> None:
-    kernels = Counter((r["op"], r["kernel"]) for r in reports)
-    attention = sum(case["op"] == "ragged_attention" for case in CASES)
-    assert kernels == {
-        **{("ragged_attention", f"{name}_kernel"): attention for name in ("forward", "grad_query", "grad_key_value")},
-        **{
-            ("expression_embedding", f"{name}_kernel"): len(CASES) - attention
-            for name in ("forward", "grad_bin_table", "grad_weights", "grad_gene_table")
-        },
-    }
-
-
-def test_nothing_spills(reports: list[dict[str, Any]]) -> None:
-    assert not _failing(reports, "spills")
-    assert not _failing(reports, "stack")
-
-
-def test_shared_memory_is_within_limits(reports: list[dict[str, Any]]) -> None:
-    assert not [failing for r in reports for failing in _failing([r], "shared", SHARED_LIMIT[r["target"]])]
-
-
-def test_half_precision_products_use_tensor_cores(reports: list[dict[str, Any]]) -> None:
-    half = [r for r in reports if "float32" not in r["case"] and r["kernel"] not in NO_DOT]
-    assert not [f"{r['kernel']} ({r['case']})" for r in half if r["tensor_core"] == 0]
-    assert not _failing(half, "fma_dots")
-    assert any(r["fma_dots"] for r in reports if "float32" in r["case"]), "float32 products are exact"
-    hopper_attention = [r for r in half if r["target"] == "sm_90" and r["op"] == "ragged_attention"]
-    assert hopper_attention
-    assert not [f"{r['kernel']} ({r['case']})" for r in hopper_attention if r["wgmma"] == 0]
-
-
-def test_half_precision_attention_streams_its_tiles(reports: list[dict[str, Any]]) -> None:
-    """Tiles come by asynchronous 16-byte copies, also where head_dim is no multiple of 16."""
-    half = [
-        r for r in reports if r["op"] == "ragged_attention" and r["target"] != "gfx942" and "float32" not in r["case"]
+def _of(compiled: list[Report], *, op: str | None = None, half: bool = False, dot: bool = False) -> list[Report]:
+    """The reports of one op, in half precision, of kernels with matrix products."""
+    found = [
+        report
+        for report in compiled
+        if (op is None or report["op"] == op)
+        and (not half or report["dtype"] != "float32")
+        and (not dot or OPS[report["op"]].kernels[report["kernel"]].has_dot)
     ]
-    assert any(r["case"].endswith(" 40") for r in half)
-    assert not [f"{r['kernel']} ({r['case']})" for r in half if r["async_copies"] == 0]
+    assert found
+    return found
 
 
-def test_no_atomics(reports: list[dict[str, Any]]) -> None:
-    """Sums whose order the hardware chooses would differ from run to run."""
-    assert not _failing(reports, "atomics")
+def test_every_kernel_is_compiled(compiled: list[Report]) -> None:
+    counts = Counter((report["op"], report["kernel"]) for report in compiled)
+    assert set(counts) == {(op, kernel) for op, spec in OPS.items() for kernel in spec.kernels}
+    if len(compiled) >= len(SHIPPED):
+        assert all(count == 2 * len(CARDS) * len(OPS[op].sizes) for (op, _), count in counts.items())
+
+
+def test_nothing_spills_and_all_fits(compiled: list[Report]) -> None:
+    """No stack, no spills, shared memory within the card's limit, no atomics (whose order the hardware chooses), and
+    products of half precision on tensor cores."""
+    wrong = [(report, faults(report, OPS[report["op"]].kernels[report["kernel"]].has_dot)) for report in compiled]
+    assert not [f"{_name(report)}: {'; '.join(found)}" for report, found in wrong if found]
+    assert not [_name(r) for r in compiled if r["shared"] > CARDS[r["architecture"]].shared_limit]
+
+
+def test_products_use_the_instructions_of_the_architecture(compiled: list[Report]) -> None:
+    """Warpgroup products on sm_90 and products into tensor memory on sm_100, where older ones would run too."""
+    opcode = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}
+    half = _of(compiled, half=True, dot=True)
+    assert not [_name(r) for r in half if opcode.get(r["architecture"], "HMMA") not in r["tensor_core_opcodes"]]
+    assert any(report["fma_dots"] for report in compiled if report["dtype"] == "float32"), "float32 products are exact"
+
+
+def test_hot_loops_load_16_bytes_at_a_time(compiled: list[Report]) -> None:
+    """Also where head_dim is no multiple of 16 elements."""
+    assert not [_name(report) for report in _of(compiled, half=True) if not report["hot_loop_wide_loads"]]
+
+
+def test_tiles_stream_in_where_the_card_can(compiled: list[Report]) -> None:
+    """Asynchronous copies on NVIDIA (all since sm_80), for half precision; float32 kernels have one stage."""
+    half = [r for r in _of(compiled, half=True, dot=True) if CARDS[r["architecture"]].target[0] == "cuda"]
+    assert half
+    assert not [_name(report) for report in half if not report["async_copies"]]
+
+
+def test_the_committed_table_is_what_the_compiler_says(compiled: list[Report]) -> None:
+    """Every figure of every kernel that is in the table; python -m benchmarks.static_configs --table makes it anew."""
+    rows = {
+        tuple(row[key] for key in ("op", "kernel", "architecture", "dtype", "width", "size")): row
+        for row in read_rows(TABLE)
+    }
+    assert {row["triton"] for row in rows.values()} == {triton.__version__}, "made by another Triton"
+    assert len(rows) == len(SHIPPED)
+    compared = 0
+    for report in compiled:
+        row = rows.get(tuple(str(report[key]) for key in ("op", "kernel", "architecture", "dtype", "width", "size")))
+        if row is not None:
+            assert {name: str(value) for name, value in report.items()} == {name: row[name] for name in report}
+            compared += 1
+    assert compared > len(compiled) // 2

@@ -49,7 +49,7 @@ def test_use_backend_is_restored_and_checked() -> None:
     with use_backend("reference"):
         assert current_backend() == "reference"
         with (
-            pytest.raises(ValueError, match="expected one of auto, reference, cpp, triton, got 'cuda'"),
+            pytest.raises(ValueError, match="expected one of auto, reference, cpp, triton, varlen, got 'cuda'"),
             use_backend("cuda"),
         ):
             pass

@@ -49,13 +49,13 @@ def run_attention(lengths: list[int], slack: int, head_dim: int) -> None:
     """Forward and backward with guarded inputs, outputs and work list."""
     from xtg_kernels.ops.ragged_attention import triton_kernel
 
-    work_list = triton_kernel._work_list
+    work_list = triton_kernel.work_list
 
     def guarded_work_list(*args: Any) -> tuple[Tensor, Tensor, int]:
-        segment_of_block, bounds, num_slots = work_list(*args)
-        return guarded(segment_of_block), guarded(bounds), num_slots
+        segment_of_slot, segments, num_slots = work_list(*args)
+        return guarded(segment_of_slot), guarded(segments), num_slots
 
-    triton_kernel._work_list = guarded_work_list
+    triton_kernel.work_list = guarded_work_list
     total, heads = sum(lengths) + slack, 2
     q, k, v, grad_out = (guarded(torch.randn(total, heads, head_dim)) for _ in range(4))
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)

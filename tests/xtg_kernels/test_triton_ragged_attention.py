@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.interpreter_bf16 import bf16_interpreter
@@ -266,25 +264,6 @@ def test_offsets_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert torch.equal(out, dense_out)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    lengths=st.lists(st.integers(0, 300), max_size=8), slack=st.integers(0, 150), block=st.sampled_from([16, 32, 128])
-)
-def test_work_list_has_every_block_once(lengths: list[int], slack: int, block: int) -> None:
-    """Slots that hold work are the blocks of all segments and of the slack rows, in order, none missing or doubled."""
-    total = sum(lengths) + slack
-    segment_of_block, bounds, num_slots = triton_kernel._work_list(cu_seqlens_of(lengths), total, block)
-    assert segment_of_block.shape == (num_slots,)
-    found = []
-    for slot, segment in enumerate(segment_of_block.tolist()):
-        start, end = bounds[segment : segment + 2].tolist()
-        block_start = (slot - (start // block + segment)) * block
-        if block_start < end - start:
-            found.append((segment, block_start))
-    rows = [*lengths, slack]
-    assert found == [(i, start) for i, n in enumerate(rows) for start in range(0, n, block)]
 
 
 def test_opcheck() -> None:

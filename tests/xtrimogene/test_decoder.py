@@ -188,7 +188,7 @@ def test_bfloat16_autocast(by_blocks: bool, monkeypatch: pytest.MonkeyPatch) -> 
         loss = model.loss(masked)
     assert rows.dtype == loss.dtype == torch.float32
     loss.backward()
-    assert abs(float(loss - exact)) < 0.02 * float(exact)
+    assert _error(loss, exact) < 0.02
     for name, parameter in model.named_parameters():
         assert parameter.grad.dtype == torch.float32
         if not name.endswith("k_proj.bias"):

@@ -13,15 +13,17 @@ Each token is computed on its own: distinct_index is used only to see which rows
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_CONFIGS = json.loads(Path(__file__).with_name("configs.json").read_text())
+from xtg_kernels.triton_launch import LaunchConfigs
+
+_configs = LaunchConfigs("expression_embedding", Path(__file__).with_name("configs.json"))
 # Upper bounds on the chunks of the two parameter-gradient kernels: enough programs to fill a large GPU, few enough that
 # the partial sums stay small (the table's partial sums are num_bins x dim each, and its grid also covers dim).
 _WEIGHT_CHUNKS = 256
@@ -325,11 +327,9 @@ def _grad_gene_table_kernel(
     )
 
 
-def _launch_config(kernel: str, dtype: torch.dtype, bin_block: int) -> dict[str, int]:
-    """Tile sizes, num_warps and num_stages of one kernel for one precision and padded number of bins."""
-    precision = "float32" if dtype == torch.float32 else "half"
-    # Fusing multiply and add was Triton's default up to 3.9; said here, because the default changes.
-    return {"enable_fp_fusion": True, **_CONFIGS[kernel][precision][str(bin_block)]}
+def _bin_block(num_bins: int) -> int:
+    """The padded number of bins. Few paddings keep what has to be compiled and tuned small; 100 bins are usual."""
+    return next(block for block in (32, 128, 256) if num_bins <= block)
 
 
 def _chunks(total_nnz: int, block: int, max_chunks: int) -> tuple[int, int]:
@@ -370,9 +370,9 @@ def forward(
     out = torch.empty((total_nnz, dim), dtype=bin_table.dtype, device=values.device)
     if out.numel() == 0:
         return out
-    bin_block = max(16, triton.next_power_of_2(num_bins))
-    config = _launch_config("forward", bin_table.dtype, bin_block)
+    bin_block = _bin_block(num_bins)
     with torch.cuda.device_of(values):
+        config = _configs("forward", bin_table.dtype, bin_block, values.device)
         _forward_kernel[(triton.cdiv(total_nnz, config["BLOCK_T"]),)](
             values,
             w1,
@@ -429,14 +429,14 @@ def backward(
 
     grad_out, values, w1, b1, w2, b2, bin_table = (x.contiguous() for x in (grad_out, values, *params))
     distinct = values if distinct_index is None else distinct_index.contiguous()
-    bin_block = max(16, triton.next_power_of_2(num_bins))
+    bin_block = _bin_block(num_bins)
     shape = {
         "HAS_DISTINCT": distinct_index is not None,
         "NUM_BINS": num_bins,
         "BIN_BLOCK": bin_block,
     }
     with torch.cuda.device_of(values):
-        config = _launch_config("grad_bin_table", bin_table.dtype, bin_block)
+        config = _configs("grad_bin_table", bin_table.dtype, bin_block, values.device)
         num_chunks, blocks_per_chunk = _chunks(total_nnz, config["BLOCK_T"], _TABLE_CHUNKS)
         partial_bin_table = torch.empty((num_chunks, num_bins, dim), dtype=torch.float32, device=values.device)
         _grad_bin_table_kernel[(num_chunks, triton.cdiv(dim, config["BLOCK_D"]))](
@@ -455,7 +455,7 @@ def backward(
             **shape,
             **config,
         )
-        config = _launch_config("grad_weights", bin_table.dtype, bin_block)
+        config = _configs("grad_weights", bin_table.dtype, bin_block, values.device)
         num_chunks, blocks_per_chunk = _chunks(total_nnz, config["BLOCK_T"], _WEIGHT_CHUNKS)
         unit_blocks = triton.cdiv(num_bins, config["BLOCK_W"])
         partial_w2 = torch.empty((num_chunks, num_bins, num_bins), dtype=torch.float32, device=values.device)
@@ -483,7 +483,8 @@ def backward(
             **config,
         )
         if gene_ids is not None and gene_table is not None:
-            grad_gene_table = _grad_gene_table(grad_out, gene_ids, gene_table, distinct_index)
+            config = _configs("grad_gene_table", bin_table.dtype, bin_block, values.device)
+            grad_gene_table = _grad_gene_table(grad_out, gene_ids, gene_table, distinct_index, config)
     grads = (
         (partial_vectors[0] + partial_vectors[2]).sum(0),
         (partial_vectors[1] + partial_vectors[3]).sum(0),
@@ -495,7 +496,13 @@ def backward(
     return partial_values.sum(0), grad_w1, grad_b1, grad_w2, grad_b2, grad_bin_table, grad_gene_table
 
 
-def _grad_gene_table(grad_out: Tensor, gene_ids: Tensor, gene_table: Tensor, distinct_index: Tensor | None) -> Tensor:
+def _grad_gene_table(
+    grad_out: Tensor,
+    gene_ids: Tensor,
+    gene_table: Tensor,
+    distinct_index: Tensor | None,
+    config: dict[str, Any],
+) -> Tensor:
     """Tokens sorted by gene (stably, so in batch order within a gene; slack rows last), then one owner per row."""
     num_rows, dim = gene_table.shape
     row_of_token = gene_ids if distinct_index is None else torch.where(distinct_index < 0, num_rows, gene_ids)
@@ -504,16 +511,12 @@ def _grad_gene_table(grad_out: Tensor, gene_ids: Tensor, gene_table: Tensor, dis
     first_token = torch.searchsorted(sorted_rows, rows)
     grad_gene_table = torch.empty((num_rows, dim), dtype=gene_table.dtype, device=gene_table.device)
     if num_rows > 0:
-        block_d = min(256, triton.next_power_of_2(dim))
-        _grad_gene_table_kernel[(num_rows, triton.cdiv(dim, block_d))](
+        _grad_gene_table_kernel[(num_rows, triton.cdiv(dim, config["BLOCK_D"]))](
             grad_out,
             token_order,
             first_token,
             grad_gene_table,
             dim,
-            BLOCK_T=8,
-            BLOCK_D=block_d,
-            num_warps=4,
-            enable_fp_fusion=True,
+            **config,
         )
     return grad_gene_table

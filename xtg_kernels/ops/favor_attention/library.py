@@ -140,6 +140,3 @@ dispatch.register_op(
 dispatch.register_autograd("favor_attention", _setup_context, _backward)
 # Half the range of exponentials is beyond float16: under its autocast the op runs in float32.
 dispatch.register_autocast("favor_attention", None, tensors=3, instead_of_float16=torch.float32)
-if dispatch._extension is not None:  # goes when csrc/cpu/favor_attention.cpp comes
-    dispatch._fragment.impl("favor_attention", reference.forward, "CPU")
-    dispatch._fragment.impl("favor_attention_backward", reference.backward, "CPU")

@@ -36,8 +36,6 @@ def not_supported_reasons(backend: str, x: Tensor) -> list[str]:
         reasons = dispatch.triton_reasons({"x": x})
         if x.shape[1] > MAX_DIM_TRITON:
             reasons.append(f"dim is {x.shape[1]}, Triton kernels take at most {MAX_DIM_TRITON}")
-    if backend == "cpp":
-        reasons.append("the C++ kernel is not written yet")
     if x.dtype == torch.float64:
         reasons.append(f"dtype is {x.dtype}, the kernels take float32, bfloat16 and float16 (the reference takes it)")
     return reasons

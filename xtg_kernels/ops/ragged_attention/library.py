@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xtg_kernels import dispatch
-from xtg_kernels.ops.ragged_attention import reference
+from xtg_kernels.ops.ragged_attention import reference, varlen
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, float softmax_scale)"
@@ -25,6 +25,8 @@ def not_supported_reasons(backend: str, q: Tensor, k: Tensor, v: Tensor) -> list
     """Every reason why ``backend`` declines these arguments; empty when it takes them."""
     if backend == "reference":
         return []
+    if backend == "varlen":
+        return varlen.not_supported_reasons(q, k, v)
     tensors = {"q": q, "k": k, "v": v}
     head_dim = q.shape[2]
     if backend == "cpp":

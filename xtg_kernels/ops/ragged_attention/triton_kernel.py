@@ -10,7 +10,6 @@ Scores live in base 2 (the scale carries log2 e, and exp2 is what the hardware h
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -19,21 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from xtg_kernels.triton_launch import LaunchConfigs, locate_block, work_list
+
 _LOG2_E = math.log2(math.e)
-_CONFIGS = json.loads(Path(__file__).with_name("configs.json").read_text())
-
-
-@triton.jit
-def _locate_block(segment_of_block, segment_bounds, batch_size, BLOCK: tl.constexpr):
-    """This program's segment: its first row, its length, the first row of this program's block and the number of rows
-    that take part in attention (none in the last segment, which is the slack past cu_seqlens[-1])."""
-    slot = tl.program_id(0)
-    segment = tl.load(segment_of_block + slot)
-    start = tl.load(segment_bounds + segment)
-    length = tl.load(segment_bounds + segment + 1) - start
-    block_start = (slot - (start // BLOCK + segment)) * BLOCK
-    num_rows = tl.where(segment == batch_size, 0, length)
-    return start.to(tl.int64), length, block_start, num_rows
+_configs = LaunchConfigs("ragged_attention", Path(__file__).with_name("configs.json"))
 
 
 @triton.jit
@@ -134,16 +122,17 @@ def _attend_key_block(
     return new_max, row_sum, acc
 
 
-@triton.jit(do_not_specialize=["batch_size", "total_nnz"])
+@triton.jit(do_not_specialize=["batch_size", "num_heads", "total_nnz"])
 def _forward_kernel(
     q,
     k,
     v,
     out,
     softmax_lse,
-    segment_of_block,
-    segment_bounds,
+    segment_of_slot,
+    segments,
     batch_size,
+    num_heads,
     total_nnz,
     scale_log2,
     q_row_stride,
@@ -158,10 +147,9 @@ def _forward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    start, length, query_start, num_keys = _locate_block(segment_of_block, segment_bounds, batch_size, BLOCK_Q)
+    start, length, head, query_start, num_keys = locate_block(segment_of_slot, segments, batch_size, num_heads, BLOCK_Q)
     if query_start >= length:
         return
-    head = tl.program_id(1).to(tl.int64)
     q += start * q_row_stride + head * q_head_stride
     k += start * k_row_stride + head * k_head_stride
     v += start * v_row_stride + head * v_head_stride
@@ -251,7 +239,7 @@ def _grad_query_step(
     return tl.dot(grad_scores.to(key.dtype), key, acc, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["batch_size", "total_nnz"])
+@triton.jit(do_not_specialize=["batch_size", "num_heads", "total_nnz"])
 def _grad_query_kernel(
     grad_out,
     grad_lse,
@@ -262,9 +250,10 @@ def _grad_query_kernel(
     softmax_lse,
     delta,
     grad_q,
-    segment_of_block,
-    segment_bounds,
+    segment_of_slot,
+    segments,
     batch_size,
+    num_heads,
     total_nnz,
     softmax_scale,
     scale_log2,
@@ -283,10 +272,9 @@ def _grad_query_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    start, length, query_start, num_keys = _locate_block(segment_of_block, segment_bounds, batch_size, BLOCK_Q)
+    start, length, head, query_start, num_keys = locate_block(segment_of_slot, segments, batch_size, num_heads, BLOCK_Q)
     if query_start >= length:
         return
-    head = tl.program_id(1).to(tl.int64)
     grad_out += start * grad_out_row_stride + head * grad_out_head_stride
     q += start * q_row_stride + head * q_head_stride
     k += start * k_row_stride + head * k_head_stride
@@ -389,7 +377,7 @@ def _grad_key_value_step(
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["batch_size", "total_nnz"])
+@triton.jit(do_not_specialize=["batch_size", "num_heads", "total_nnz"])
 def _grad_key_value_kernel(
     grad_out,
     q,
@@ -399,9 +387,10 @@ def _grad_key_value_kernel(
     delta,
     grad_k,
     grad_v,
-    segment_of_block,
-    segment_bounds,
+    segment_of_slot,
+    segments,
     batch_size,
+    num_heads,
     total_nnz,
     softmax_scale,
     scale_log2,
@@ -419,10 +408,11 @@ def _grad_key_value_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    start, length, key_start, num_queries = _locate_block(segment_of_block, segment_bounds, batch_size, BLOCK_K)
+    start, length, head, key_start, num_queries = locate_block(
+        segment_of_slot, segments, batch_size, num_heads, BLOCK_K
+    )
     if key_start >= length:
         return
-    head = tl.program_id(1).to(tl.int64)
     grad_out += start * grad_out_row_stride + head * grad_out_head_stride
     q += start * q_row_stride + head * q_head_stride
     k += start * k_row_stride + head * k_head_stride
@@ -482,32 +472,6 @@ def _grad_key_value_kernel(
     _store_tile(grad_v, key_start, length, grad_row_stride, grad_value, BLOCK_K, HEAD_DIM, HEAD_BLOCK)
 
 
-def _work_list(cu_seqlens: Tensor, total_nnz: int, block: int) -> tuple[Tensor, Tensor, int]:
-    """Flat work list over (segment, block), made on the device without a synchronisation.
-
-    Slots first_slot(i) = cu_seqlens[i] // block + i up to first_slot(i + 1) belong to segment i. That is at least
-    ceil(length / block) slots and never more than two too many, so the number of slots, total_nnz // block + batch + 1,
-    is known on the host although the lengths are not. Slack rows past cu_seqlens[-1] are one more segment.
-
-    Returns:
-        segment_of_block (num_slots,) int32, segment_bounds (batch + 2,) int32, num_slots.
-    """
-    batch_size = cu_seqlens.numel() - 1
-    num_slots = total_nnz // block + batch_size + 1
-    segment_bounds = torch.cat([cu_seqlens, cu_seqlens.new_full((1,), total_nnz)])
-    first_slot = segment_bounds // block + torch.arange(batch_size + 2, dtype=torch.int32, device=cu_seqlens.device)
-    slots = torch.arange(num_slots, dtype=torch.int32, device=cu_seqlens.device)
-    segment_of_block = torch.searchsorted(first_slot, slots, right=True, out_int32=True) - 1
-    return segment_of_block, segment_bounds, num_slots
-
-
-def _launch_config(kernel: str, dtype: torch.dtype, head_block: int) -> dict[str, int]:
-    """Tile sizes, num_warps and num_stages of one kernel for one precision and padded head_dim."""
-    precision = "float32" if dtype == torch.float32 else "half"
-    # Fusing multiply and add was Triton's default up to 3.9; said here, because the default changes.
-    return {"enable_fp_fusion": True, **_CONFIGS[kernel][precision][str(head_block)]}
-
-
 def _rows_and_heads(tensor: Tensor) -> tuple[int, int]:
     return tensor.stride(0), tensor.stride(1)
 
@@ -546,18 +510,19 @@ def forward(
     if total_nnz == 0 or num_heads == 0:
         return out, softmax_lse
     head_block = max(16, triton.next_power_of_2(head_dim))
-    config = _launch_config("forward", q.dtype, head_block)
-    segment_of_block, segment_bounds, num_slots = _work_list(cu_seqlens, total_nnz, config["BLOCK_Q"])
     with torch.cuda.device_of(q):
-        _forward_kernel[(num_slots, num_heads)](
+        config = _configs("forward", q.dtype, head_block, q.device)
+        segment_of_slot, segments, num_slots = work_list(cu_seqlens, total_nnz, config["BLOCK_Q"])
+        _forward_kernel[(num_slots * num_heads,)](
             q,
             k,
             v,
             out,
             softmax_lse,
-            segment_of_block,
-            segment_bounds,
+            segment_of_slot,
+            segments,
             cu_seqlens.numel() - 1,
+            num_heads,
             total_nnz,
             softmax_scale * _LOG2_E,
             *_rows_and_heads(q),
@@ -602,8 +567,7 @@ def backward(
         return grad_q, grad_k, grad_v
     head_block = max(16, triton.next_power_of_2(head_dim))
     delta = torch.empty_like(softmax_lse)
-    batch_size = cu_seqlens.numel() - 1
-    scalars = (batch_size, total_nnz, softmax_scale, softmax_scale * _LOG2_E)
+    scalars = (cu_seqlens.numel() - 1, num_heads, total_nnz, softmax_scale, softmax_scale * _LOG2_E)
     strides = (
         *_rows_and_heads(grad_out),
         *_rows_and_heads(q),
@@ -612,9 +576,9 @@ def backward(
         out.stride(0),
     )
     with torch.cuda.device_of(q):
-        config = _launch_config("grad_query", q.dtype, head_block)
-        segment_of_block, segment_bounds, num_slots = _work_list(cu_seqlens, total_nnz, config["BLOCK_Q"])
-        _grad_query_kernel[(num_slots, num_heads)](
+        config = _configs("grad_query", q.dtype, head_block, q.device)
+        segment_of_slot, segments, num_slots = work_list(cu_seqlens, total_nnz, config["BLOCK_Q"])
+        _grad_query_kernel[(num_slots * num_heads,)](
             grad_out,
             softmax_lse if grad_lse is None else grad_lse.contiguous(),
             q,
@@ -624,8 +588,8 @@ def backward(
             softmax_lse,
             delta,
             grad_q,
-            segment_of_block,
-            segment_bounds,
+            segment_of_slot,
+            segments,
             *scalars,
             *strides,
             HAS_GRAD_LSE=grad_lse is not None,
@@ -633,9 +597,9 @@ def backward(
             HEAD_BLOCK=head_block,
             **config,
         )
-        config = _launch_config("grad_key_value", q.dtype, head_block)
-        segment_of_block, segment_bounds, num_slots = _work_list(cu_seqlens, total_nnz, config["BLOCK_K"])
-        _grad_key_value_kernel[(num_slots, num_heads)](
+        config = _configs("grad_key_value", q.dtype, head_block, q.device)
+        segment_of_slot, segments, num_slots = work_list(cu_seqlens, total_nnz, config["BLOCK_K"])
+        _grad_key_value_kernel[(num_slots * num_heads,)](
             grad_out,
             q,
             k,
@@ -644,8 +608,8 @@ def backward(
             delta,
             grad_k,
             grad_v,
-            segment_of_block,
-            segment_bounds,
+            segment_of_slot,
+            segments,
             *scalars,
             *strides,
             HEAD_DIM=head_dim,

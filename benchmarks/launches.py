@@ -1,0 +1,180 @@
+"""What each op launches: its kernels, the tile sizes that come into question, and calls that run them.
+
+Shared by all that compiles, tunes or times the Triton kernels. A new op enters OPS, and every tool knows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from benchmarks import static_model
+from benchmarks.cases import Lengths, offsets
+from benchmarks.static_model import Shape, Work
+from xtg_kernels.ops.expression_embedding import triton_kernel as expression_embedding
+from xtg_kernels.ops.ragged_attention import triton_kernel as ragged_attention
+from xtg_kernels.triton_launch import Config
+
+Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of an op.
+
+    direction   "forward" or "backward": the call that launches it
+    candidates  (precision, width) -> tile sizes, num_warps and num_stages worth compiling
+    work        (config, shape) -> what its programs do, for the static model; None for a kernel with one candidate
+    has_dot     whether it has a matrix product
+    """
+
+    direction: str
+    candidates: Callable[[str, int], list[Config]]
+    work: Callable[[Config, Shape], Work] | None = None
+    has_dot: bool = True
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op.
+
+    kernels  name -> Kernel
+    sizes    width that configs.json is keyed by -> a size that models have and that is padded to it
+    calls    (dtype, size, lengths, device) -> forward and backward, to be called in this order
+    """
+
+    kernels: Mapping[str, Kernel]
+    sizes: Mapping[int, int]
+    calls: Callable[[torch.dtype, int, Lengths, torch.device], dict[str, Call]]
+
+    def on_small_tensors(self, dtype: torch.dtype, size: int) -> Call:
+        """Forward and backward on few tokens of the CPU, for recording."""
+        calls = self.calls(dtype, size, (100, 156), torch.device("cpu"))
+        return lambda: (calls["forward"](), calls["backward"]())
+
+
+def record_launches(call: Call) -> list[tuple[str, Launch]]:
+    """Name (without _kernel) and launch of every kernel that a call would run; none is run."""
+    launches: dict[str, Launch] = {}
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.setdefault(self.__name__.strip("_").removesuffix("_kernel"), (self, args, kwargs))
+
+    with mock.patch.object(JITFunction, "run", record):
+        call()
+    return list(launches.items())
+
+
+def _configs(*rows: tuple[int, ...], names: str) -> list[Config]:
+    keys = [*names.split(), "num_warps", "num_stages"]
+    return [dict(zip(keys, row, strict=True)) for row in rows]
+
+
+def _attention_forward(precision: str, width: int) -> list[Config]:
+    half = ((128, 64, 8, 3), (128, 64, 4, 2), (128, 128, 8, 2), (64, 64, 4, 3))
+    single = ((64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1))
+    return _configs(*(half if precision == "half" else single), names="BLOCK_Q BLOCK_K")
+
+
+def _attention_grad_query(precision: str, width: int) -> list[Config]:
+    half = ((64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2))
+    single = ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1))
+    return _configs(*(half if precision == "half" else single), names="BLOCK_Q BLOCK_K")
+
+
+def _attention_grad_key_value(precision: str, width: int) -> list[Config]:
+    half = ((32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2))
+    single = ((32, 64, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1))
+    return _configs(*(half if precision == "half" else single), names="BLOCK_Q BLOCK_K")
+
+
+def _attention_calls(dtype: torch.dtype, head_dim: int, lengths: Lengths, device: torch.device) -> dict[str, Call]:
+    """Views of a packed qkv, two heads on the CPU (to be recorded) and twelve on a card."""
+    heads = 2 if device.type == "cpu" else 12
+    total, longest, scale = sum(lengths), max(lengths), head_dim**-0.5
+    q, k, v = torch.randn((total, 3, heads, head_dim), device=device).to(dtype).unbind(1)
+    grad_out = torch.randn((total, heads, head_dim), device=device).to(dtype)
+    cu_seqlens = offsets(lengths).to(device)
+    saved: list[Tensor] = []
+
+    def forward() -> None:
+        saved[:] = ragged_attention.forward(q, k, v, cu_seqlens, longest, scale)
+
+    def backward() -> None:
+        out, softmax_lse = saved
+        ragged_attention.backward(grad_out, softmax_lse, q, k, v, out, softmax_lse, cu_seqlens, longest, scale)
+
+    return {"forward": forward, "backward": backward}
+
+
+def _embedding_forward(precision: str, width: int) -> list[Config]:
+    half = ((64, 32, 64, 4, 2), (64, 32, 64, 8, 2), (128, 32, 64, 8, 2), (32, 32, 64, 4, 2))
+    single = ((32, 32, 32, 8, 1), (16, 32, 32, 8, 1), (16, 16, 32, 8, 1))
+    return _configs(*(half if precision == "half" else single), names="BLOCK_T BLOCK_H BLOCK_D")
+
+
+def _embedding_grad_bin_table(precision: str, width: int) -> list[Config]:
+    half = ((64, 32, 64, 8, 2), (64, 32, 128, 8, 2), (32, 32, 64, 8, 2))
+    single = ((32, 32, 32, 8, 1), (16, 32, 32, 8, 1), (16, 16, 32, 8, 1))
+    return _configs(*(half if precision == "half" else single), names="BLOCK_T BLOCK_H BLOCK_D")
+
+
+def _embedding_grad_weights(precision: str, width: int) -> list[Config]:
+    wide = min(width, 128)
+    half = ((16, 32, 64, wide, 8, 2), (64, 32, 64, wide, 8, 2), (64, 32, 64, 32, 8, 2), (16, 32, 64, 32, 8, 2))
+    single = ((32, 32, 32, 32, 8, 1), (16, 32, 32, 16, 8, 1), (16, 16, 16, 16, 8, 1))
+    rows = dict.fromkeys(half if precision == "half" else single)
+    return _configs(*rows, names="BLOCK_T BLOCK_H BLOCK_D BLOCK_W")
+
+
+def _embedding_grad_gene_table(precision: str, width: int) -> list[Config]:
+    return _configs((8, 256, 4, 2), names="BLOCK_T BLOCK_D")
+
+
+def _embedding_calls(dtype: torch.dtype, num_bins: int, lengths: Lengths, device: torch.device) -> dict[str, Call]:
+    """With a gene table and slack rows; 768 channels, as in the 100m model."""
+    total, dim, genes = sum(lengths), 768, 19_265
+    genes = 300 if device.type == "cpu" else genes
+    values = torch.rand(total, device=device)
+    gene_ids = torch.randint(0, genes, (total,), dtype=torch.int32, device=device)
+    index = torch.arange(total, dtype=torch.int32, device=device)
+    shapes = ((num_bins,), (num_bins,), (num_bins, num_bins), (num_bins,), (num_bins, dim))
+    weights = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    gene_table = torch.randn((genes, dim), device=device).to(dtype)
+    w1, b1, w2, b2, bin_table = weights
+    arguments = (values, w1, b1, w2, b2, bin_table, 1.0, gene_ids, gene_table, index)
+    grad_out = torch.randn((total, dim), device=device).to(dtype)
+    return {
+        "forward": lambda: expression_embedding.forward(*arguments),
+        "backward": lambda: expression_embedding.backward(grad_out, *arguments, True),
+    }
+
+
+OPS = {
+    "ragged_attention": Op(
+        kernels={
+            "forward": Kernel("forward", _attention_forward, static_model.attention_forward),
+            "grad_query": Kernel("backward", _attention_grad_query, static_model.attention_grad_query),
+            "grad_key_value": Kernel("backward", _attention_grad_key_value, static_model.attention_grad_key_value),
+        },
+        sizes={16: 16, 32: 32, 64: 64, 128: 128},
+        calls=_attention_calls,
+    ),
+    "expression_embedding": Op(
+        kernels={
+            "forward": Kernel("forward", _embedding_forward, static_model.embedding_forward),
+            "grad_bin_table": Kernel("backward", _embedding_grad_bin_table, static_model.embedding_grad_bin_table),
+            "grad_weights": Kernel("backward", _embedding_grad_weights, static_model.embedding_grad_weights),
+            "grad_gene_table": Kernel("backward", _embedding_grad_gene_table, has_dot=False),
+        },
+        sizes={32: 20, 128: 100, 256: 200},
+        calls=_embedding_calls,
+    ),
+}

@@ -1,0 +1,211 @@
+"""A cost model for kernels that nobody has run: what the programs of a launch do, and how long a card needs at least.
+
+It knows FLOPs, exponentials, shared-memory and cache traffic by tile sizes, registers and shared memory as compiled,
+and the order in which programs of unequal length find processors. It knows nothing of latency inside a loop, bank
+conflicts or clocks under load. So it can discard tile sizes; among those close to the best it cannot choose, and takes
+the first. The card decides (benchmarks.tune).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.cards import Card
+from benchmarks.cases import Lengths
+
+Amounts = npt.NDArray[np.float64]
+Config = dict[str, int]
+# The A100 whitepaper has 5,120 bytes a clock for 108 processors; taken for all cards.
+_CACHE_BYTES_PER_CLOCK = 48
+_SHARED_BYTES_PER_CLOCK = 128
+# From a request to the memory to its data, where nothing was asked for ahead (num_stages 1).
+_LATENCY = 700
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a launch works on: the lengths of the cells, the width of configs.json, bytes of an element, the card."""
+
+    lengths: Lengths
+    width: int
+    itemsize: int
+    card: Card
+    heads: int = 12
+    dim: int = 768
+
+
+@dataclass(frozen=True)
+class Work:
+    """What each program of a launch does, in the order of the programs.
+
+    products    FLOPs of matrix products, in the precision of the operands
+    vector      float32 operations outside of products
+    exp2        exponentials
+    shared      bytes read from and written to shared memory
+    cache       bytes from and to the second-level cache
+    iterations  trips through the hot loop
+    memory      bytes of the whole launch that have to come from or go to memory
+    """
+
+    products: Amounts
+    vector: Amounts
+    exp2: Amounts
+    shared: Amounts
+    cache: Amounts
+    iterations: Amounts
+    memory: float
+
+
+def microseconds(work: Work, shape: Shape, config: Config, resident: int) -> float:
+    """The least time of a launch whose processors hold ``resident`` programs at a time.
+
+    A program asks each unit of its processor for some clocks. Units work side by side only for different warps: with
+    w warps to a scheduler, a program takes its largest demand, or the w-th part of the sum where that is more.
+    """
+    card = shape.card
+    products = card.clocks_of_half(1) if shape.itemsize == 2 else card.clocks_of_float32(1)
+    demands = np.stack(
+        [
+            work.products * products,
+            work.vector * card.clocks_of_float32(2),
+            work.exp2 / card.exp2_per_clock,
+            work.shared / _SHARED_BYTES_PER_CLOCK,
+            work.cache / _CACHE_BYTES_PER_CLOCK,
+        ]
+    )
+    warps = resident * config["num_warps"] / 4
+    waiting = _LATENCY * work.iterations / resident if config["num_stages"] == 1 else 0.0
+    clocks = np.maximum(demands.max(0), demands.sum(0) / max(warps, 1.0) + waiting)
+    last = makespan(clocks * resident, card.processors * resident)
+    return max(last / (1e3 * card.ghz), work.memory / (1e6 * card.terabytes_per_s))
+
+
+def makespan(times: Amounts, places: int) -> float:
+    """When the last program ends, each starting in order at the first place that comes free."""
+    free = [0.0] * places
+    for time in times.tolist():
+        heapq.heapreplace(free, free[0] + time)
+    return max(free)
+
+
+def _attention(
+    config: Config, shape: Shape, rows: int, columns: int, *, products: int, tiles: int, written: int
+) -> Work:
+    """Programs own ``rows`` rows of one head and walk over blocks of ``columns``; ``products`` of the two tiles in an
+    iteration, which read ``tiles`` operands from shared memory, and ``written`` rows' results at the end."""
+    width, size = shape.width, shape.itemsize
+    longest_first = np.sort(np.asarray(shape.lengths))[::-1]
+    blocks = -(-longest_first // rows)
+    iterations = np.repeat(-(-longest_first // columns), blocks * shape.heads).astype(np.float64)
+    scores, tile = rows * columns, columns * width * size
+    # Warps stand side by side over the rows; each reads the whole tile (a warpgroup of four does so once).
+    readers = min(config["num_warps"], max(rows // 16, 1))
+    if shape.itemsize == 4:
+        outputs = scores / config["num_warps"]
+        operands = products * 8 * width * scores / np.sqrt(outputs)
+    elif shape.card.target[1] in (90, 100):
+        operands = tiles * tile * max(readers / 4, 1)
+    else:
+        operands = tiles * tile * readers
+    every = np.ones_like(iterations)
+    own = rows * width * size
+    return Work(
+        products=iterations * 2 * products * scores * width,
+        vector=iterations * (7 * scores + 2 * rows * width),
+        exp2=iterations * scores,
+        shared=iterations * (operands + 2 * tile),
+        cache=iterations * 2 * tile + every * own * (2 + written),
+        iterations=iterations,
+        memory=float(sum(shape.lengths) * shape.heads * width * size * (3 + written)),
+    )
+
+
+def attention_forward(config: Config, shape: Shape) -> Work:
+    """q k^T and probs v for each key block."""
+    return _attention(config, shape, config["BLOCK_Q"], config["BLOCK_K"], products=2, tiles=2, written=1)
+
+
+def attention_grad_query(config: Config, shape: Shape) -> Work:
+    """q k^T, grad_out v^T and grad_scores k for each key block."""
+    return _attention(config, shape, config["BLOCK_Q"], config["BLOCK_K"], products=3, tiles=3, written=1)
+
+
+def attention_grad_key_value(config: Config, shape: Shape) -> Work:
+    """k q^T, probs grad_out, v grad_out^T and grad_scores q for each query block."""
+    return _attention(config, shape, config["BLOCK_K"], config["BLOCK_Q"], products=4, tiles=4, written=2)
+
+
+def _bin_weights(shape: Shape, tokens: int) -> tuple[float, float, float]:
+    """FLOPs, vector operations and exponentials for the bin weights of a block of tokens. In half precision hidden is
+    split in two, and the product done twice."""
+    bins = shape.width
+    return 2.0 * tokens * bins * bins * (2 if shape.itemsize == 2 else 1), 16.0 * tokens * bins, 1.0 * tokens * bins
+
+
+def _chunked(shape: Shape, tokens: int, most: int) -> tuple[Amounts, float]:
+    """Trips of each chunk of token blocks, and the number of all token blocks."""
+    blocks = -(-sum(shape.lengths) // tokens)
+    each = -(-blocks // most)
+    chunks = -(-blocks // each)
+    trips = np.full(chunks, float(each))
+    trips[-1] = blocks - each * (chunks - 1)
+    return trips, float(blocks)
+
+
+def _embedding(config: Config, shape: Shape, trips: Amounts, **per_trip: float) -> Work:
+    """Operands come to shared memory once and are read by two warps each on average."""
+    cache = per_trip["cache"]
+    return Work(
+        products=trips * per_trip["products"],
+        vector=trips * per_trip["vector"],
+        exp2=trips * per_trip["exp2"],
+        shared=trips * 3 * cache,
+        cache=trips * cache,
+        iterations=trips * per_trip["iterations"],
+        memory=per_trip["memory"] * sum(shape.lengths) * shape.dim * shape.itemsize,
+    )
+
+
+def embedding_forward(config: Config, shape: Shape) -> Work:
+    """A program makes the bin weights of BLOCK_T tokens and their rows, BLOCK_D channels at a time."""
+    tokens, bins, size = config["BLOCK_T"], shape.width, shape.itemsize
+    flops, vector, exp2 = _bin_weights(shape, tokens)
+    return _embedding(
+        config, shape, np.ones(-(-sum(shape.lengths) // tokens)),
+        products=flops + 2 * tokens * bins * shape.dim, vector=vector + 3 * tokens * shape.dim, exp2=exp2,
+        cache=size * (bins * bins + bins * shape.dim + 2 * tokens * shape.dim),
+        iterations=bins / config["BLOCK_H"] + shape.dim / config["BLOCK_D"], memory=2,
+    )  # fmt: skip
+
+
+def embedding_grad_bin_table(config: Config, shape: Shape) -> Work:
+    """A program owns BLOCK_D channels and a chunk of tokens; every block of channels makes the bin weights again."""
+    tokens, bins, size, channels = config["BLOCK_T"], shape.width, shape.itemsize, config["BLOCK_D"]
+    flops, vector, exp2 = _bin_weights(shape, tokens)
+    trips, _ = _chunked(shape, tokens, 64)
+    return _embedding(
+        config, shape, np.tile(trips, -(-shape.dim // channels)),
+        products=flops + 2 * tokens * bins * channels, vector=vector, exp2=exp2,
+        cache=size * (bins * bins + tokens * channels), iterations=bins / config["BLOCK_H"], memory=1,
+    )  # fmt: skip
+
+
+def embedding_grad_weights(config: Config, shape: Shape) -> Work:
+    """A program owns BLOCK_W hidden units and a chunk of tokens; every block of units goes through all channels."""
+    tokens, bins, size, units = config["BLOCK_T"], shape.width, shape.itemsize, config["BLOCK_W"]
+    flops, vector, exp2 = _bin_weights(shape, tokens)
+    trips, _ = _chunked(shape, tokens, 256)
+    return _embedding(
+        config, shape, np.tile(trips, -(-bins // units)),
+        products=flops + 2 * tokens * bins * (shape.dim + 2 * units), vector=2 * vector, exp2=exp2,
+        cache=size * (bins * bins + shape.dim * (bins + tokens) + bins * units),
+        iterations=bins / config["BLOCK_H"] + shape.dim / config["BLOCK_D"], memory=1,
+    )  # fmt: skip
+
+
+WorkOf = Callable[[Config, Shape], Work]
