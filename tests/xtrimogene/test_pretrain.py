@@ -1,4 +1,4 @@
-"""Tests of xtrimogene.pretrain: what a step computes, the log, and runs that are stopped, killed, broken and resumed."""
+"""Tests of xtrimogene.pretrain: what a step computes, the log, and runs that are stopped, killed, resumed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from xtrimogene.training_log import read_log
 
 GENES = [f"G{i}" for i in range(40)]
 MODEL = {
-    "dim": 16, "num_layers": 2, "num_heads": 2, "decoder_dim": 16, "decoder_layers": 2, "decoder_heads": 2, "num_bins": 8
+    "dim": 16, "num_layers": 2, "num_heads": 2, "num_bins": 8,
+    "decoder_dim": 16, "decoder_layers": 2, "decoder_heads": 2,
 }  # fmt: skip
 # 57 training cells in batches of 8: an epoch has 8 steps, so that the runs below cross its end.
 OPTIONS: dict[str, Any] = {
