@@ -84,7 +84,7 @@ def _attention_forward(precision: str, width: int) -> list[Config]:
 
 
 def _attention_grad_query(precision: str, width: int) -> list[Config]:
-    half = ((64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2))
+    half = ((64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2))
     single = ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1))
     return _configs(*(half if precision == "half" else single), names="BLOCK_Q BLOCK_K")
 
