@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.aot import Case, Report, report
 from benchmarks.cases import offsets
-from benchmarks.launches import OPS, record_launches
+from benchmarks.launches import OPS, Call, record_launches
 from benchmarks.readme import RESULTS
 from benchmarks.run import write_csv
 from xtg_kernels.ops.ragged_attention import triton_kernel
@@ -166,7 +166,7 @@ def table_rows() -> list[Report]:
                 del config["enable_fp_fusion"]
                 described = functools.partial(forward, q, k, v, offsets((100, 156)), config)
                 pointers = OPS["ragged_attention"].on_small_tensors(q.dtype, head_dim)
-                ways = {"pointers": pointers, "descriptors": described}
+                ways: dict[str, Call] = {"pointers": pointers, "descriptors": described}
                 launches = {way: dict(record_launches(call))["forward"] for way, call in ways.items()}
             case = Case("ragged_attention", "forward", architecture, "bfloat16", head_dim)
             rows += [{"loads": way, **report(case, launch)} for way, launch in launches.items()]

@@ -325,7 +325,7 @@ def _prepared(network: XTrimoGene, device: torch.device, dtype: torch.dtype) -> 
     training = network.training
     network.eval()
     try:
-        # Not inference_mode: its tensors do not count their changes, and the GPU kernels would list the blocks of a batch
+        # Not inference_mode: its tensors do not count their changes, so the GPU kernels would list the blocks of a batch
         # anew in every layer.
         with torch.no_grad():
             yield network
