@@ -51,17 +51,21 @@ def embedding_unfused(
     return bin_weights @ bin_table + F.embedding(gene_ids, gene_table)
 
 
-def encoder_packed(encoder: RaggedTransformerEncoder, x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(total_nnz, dim): the layers with our encoder's weights in plain PyTorch, packed; attention_split attends."""
+def encoder_packed(encoder: RaggedTransformerEncoder, x: Tensor, lengths: Sequence[int], parts: int = 1) -> Tensor:
+    """(total_nnz, dim): the layers with our encoder's weights in plain PyTorch, packed; attention_split attends.
+
+    With parts > 1 each linear layer is a sum of so many products over its input channels: the same numbers but for
+    rounding.
+    """
     layer: Any
     for layer in encoder.layers:
         attention = layer.self_attn
-        qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        qkv = _linear(x, attention.in_proj_weight, attention.in_proj_bias, parts)
         q, k, v = qkv.view(len(x), 3, attention.num_heads, -1).unbind(1)
         attended = attention_split(q, k, v, lengths).flatten(1)
-        x = _norm(layer.norm1, x + F.linear(attended, attention.out_proj.weight, attention.out_proj.bias))
-        hidden = F.relu(F.linear(x, layer.linear1.weight, layer.linear1.bias))
-        x = _norm(layer.norm2, x + F.linear(hidden, layer.linear2.weight, layer.linear2.bias))
+        x = _norm(layer.norm1, x + _linear(attended, attention.out_proj.weight, attention.out_proj.bias, parts))
+        hidden = F.relu(_linear(x, layer.linear1.weight, layer.linear1.bias, parts))
+        x = _norm(layer.norm2, x + _linear(hidden, layer.linear2.weight, layer.linear2.bias, parts))
     return _norm(encoder.norm, x)
 
 
@@ -114,6 +118,13 @@ def exact_attention(
                 grads[1][cell, head] += grad_scores.T @ q_s
                 grads[2][cell, head] += probs.T @ grad_s
     return out, grads
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, parts: int) -> Tensor:
+    if parts == 1:
+        return F.linear(x, weight, bias)
+    products = [F.linear(a, b) for a, b in zip(x.tensor_split(parts, 1), weight.tensor_split(parts, 1), strict=True)]
+    return sum(products[1:], products[0]) + bias
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:

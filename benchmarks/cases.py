@@ -49,6 +49,8 @@ class Task:
     exact         the output and gradients in float64: () -> (out rows, gradients in the order of inputs)
     checked_rows  how many first rows ``exact`` computes; each cell is right or wrong by itself
     flops         closed-form FLOPs of each direction
+    plain_again   the plain provider with its sums in other orders: how far rounding alone takes it. Where a rounding
+                  moves a row across the kink of a ReLU its gradient changes by the whole, so one run says little
     """
 
     benchmark: str
@@ -60,6 +62,7 @@ class Task:
     exact: Callable[[], tuple[Tensor, list[Tensor]]]
     checked_rows: int
     flops: dict[str, int]
+    plain_again: tuple[Provider, ...] = ()
 
 
 def real_lengths(count: int, seed: int = 0) -> Lengths:
@@ -196,6 +199,10 @@ def encoder_task(preset: str, lengths: Lengths, dtype: str, *, dense: bool = Fal
     return Task(
         "encoder", name, lengths, dtype, providers, grad_out, exact, sum(checked),
         _with_both(forward.linear + forward.attention, backward.linear + backward.attention),
+        tuple(
+            Provider(functools.partial(baselines.encoder_packed, encoder, x, lengths, parts), weights)
+            for parts in (2, 3, 4)
+        ),
     )  # fmt: skip
 
 

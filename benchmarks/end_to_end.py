@@ -1,4 +1,4 @@
-"""The benchmarks that are no single op: packing CSR rows, the share of the encoder in `embed`, and its peak memory.
+"""The benchmarks that are no single op: packing CSR rows, loading masked batches, `embed` and its peak memory.
 
 They take real cells: those of $XTG_SHARED_DATA where it is set or found beside the checkout, else the 700 that scanpy
 ships. The column `case` of their rows says which.
@@ -6,6 +6,7 @@ ships. The column `case` of their rows says which.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import statistics
 import subprocess
@@ -25,6 +26,8 @@ import xtrimogene
 from benchmarks.cases import NUM_GENES, umi_counts
 from xtg_kernels import RaggedBatch, dispatch
 from xtrimogene.data import pack_csr_numpy, pack_rows
+from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells, mask_cells_numpy
+from xtrimogene.training_data import TrainingCells
 from xtrimogene.vocabulary import Vocabulary
 
 SHARED_DATA = Path(os.environ.get("XTG_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -54,7 +57,7 @@ def real_counts(file: str, gene_symbols: str | None = None) -> tuple[str, anndat
 
 def pack(quick: bool) -> Iterator[dict[str, Any]]:
     """CSR rows in memory -> RaggedBatch at 1,500 genes a cell, sorted and in vocabulary order, on one thread."""
-    cells, length = (200 if quick else 4000), 1500
+    cells, length = (200 if quick else 1024), 1500  # a window of embed
     counts, gene_ids = umi_counts((length,) * cells)
     rows = (np.arange(cells + 1) * length, gene_ids, counts.astype(np.float32))
     columns = np.arange(NUM_GENES, dtype=np.int32)
@@ -105,6 +108,101 @@ def _distinct_exactly(batch: RaggedBatch, length: int) -> np.ndarray:
         _, first, group = np.unique(batch.values[start : start + length], return_index=True, return_inverse=True)
         found.append(first[group] + start)
     return np.concatenate(found)
+
+
+def loader(quick: bool) -> Iterator[dict[str, Any]]:
+    """Masked batches of cells of 2,000 genes: the masking plan alone, and whole epochs from files in the page cache."""
+    cells, length = (200 if quick else 8192), 2000
+    counts, gene_ids = umi_counts((length,) * cells)
+    indptr = np.arange(cells + 1) * length
+    columns = np.arange(NUM_GENES, dtype=np.int32)
+    packed = pack_rows((indptr, gene_ids, counts), columns)
+    yield from _mask_rows(packed, 100 if quick else 1000)
+
+    vocabulary = Vocabulary(f"gene{gene}" for gene in range(NUM_GENES))
+    matrix = sp.csr_matrix((counts.astype(np.float32), gene_ids, indptr), shape=(cells, NUM_GENES))
+    adata = anndata.AnnData(matrix)
+    adata.var_names = list(vocabulary.genes)
+    with tempfile.TemporaryDirectory() as folder:
+        for compression in (None, "gzip"):
+            path = Path(folder) / f"{compression}.h5ad"
+            adata.write_h5ad(path, compression=compression)
+            kind = "h5ad" if compression is None else f"h5ad, {compression}"
+            for depth_tokens in (False, True):
+                options: dict[str, Any] = {"depth_tokens": depth_tokens, "batch_cells": 32, "progress": False}
+                counting, times, right = [], [], True
+                for epoch in range(1 if quick else 5):
+                    clock = time.perf_counter()
+                    opened = TrainingCells(path, vocabulary, **options)
+                    counting.append(time.perf_counter() - clock)
+                    with opened:
+                        clock = time.perf_counter()
+                        seen = [batch.cells for batch in opened.iterate(epoch)]
+                        times.append(time.perf_counter() - clock)
+                        right = right and torch.equal(torch.cat(seen).sort()[0], torch.from_numpy(opened.training))
+                        right = right and _masks(next(opened.iterate(epoch)), packed, epoch, depth_tokens)
+                if not depth_tokens:
+                    yield _loader_row(f"{kind}: opened, genes counted", cells, cells * length, counting, right)
+                case = f"{kind}: an epoch{', thinned' * depth_tokens}"
+                trained = len(opened.training)
+                yield _loader_row(case, trained, trained * length, times, right)
+
+
+def _mask_rows(packed: RaggedBatch, cells: int) -> Iterator[dict[str, Any]]:
+    """The masking plan of packed cells in memory, on one thread."""
+    rows, config = np.arange(cells), MaskingConfig()
+    arrays = packed.values.numpy(), packed.gene_ids.numpy(), packed.cu_seqlens.numpy()
+    options: dict[str, Any] = {"epoch": 0, "num_genes": NUM_GENES, "rows": rows}
+    plain = {**options, **dataclasses.asdict(config)}
+    exact = mask_cells_numpy(*arrays, cells=rows, **plain)
+    ways = {"numpy": lambda: mask_cells_numpy(*arrays, cells=rows, **plain)}
+    if dispatch.extension() is not None:
+        ways["xtg"] = lambda: _as_arrays(mask_cells(packed, rows, config, num_threads=1, **options))
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    right = dict.fromkeys(ways, True)
+    for _ in range(5):
+        for name, way in ways.items():
+            clock = time.perf_counter()
+            masked = way()
+            times[name].append(time.perf_counter() - clock)
+            right[name] = right[name] and all(np.array_equal(masked[key], exact[key]) for key in exact)
+    for name in ways:
+        tokens = int(packed.cu_seqlens[cells])
+        yield _loader_row("masking plan, one thread", cells, tokens, times[name], right[name], provider=name)
+
+
+def _as_arrays(masked: MaskedBatch) -> dict[str, np.ndarray]:
+    values = {**vars(masked), **vars(masked.batch)}
+    return {name: value.numpy() for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def _masks(masked: MaskedBatch, packed: RaggedBatch, epoch: int, depth_tokens: bool) -> bool:
+    """Whether a batch is what the NumPy form makes of its cells; of thinned ones, whether the true values are there."""
+    arrays = packed.values.numpy(), packed.gene_ids.numpy(), packed.cu_seqlens.numpy()
+    rows = masked.cells.numpy()
+    if depth_tokens:
+        dense = np.zeros((len(rows), NUM_GENES), np.float32)
+        for row, cell in enumerate(rows.tolist()):
+            own = slice(*arrays[2][cell : cell + 2])
+            dense[row, arrays[1][own]] = arrays[0][own]
+        row_of = np.repeat(np.arange(len(rows)), masked.chosen_cu_seqlens.diff().numpy())
+        return np.array_equal(dense[row_of, masked.chosen_ids.numpy()], masked.chosen_values.numpy())
+    options = {**dataclasses.asdict(MaskingConfig()), "epoch": epoch, "num_genes": NUM_GENES, "rows": rows}
+    exact, got = mask_cells_numpy(*arrays, cells=rows, **options), _as_arrays(masked)
+    return all(np.array_equal(got[key], exact[key]) for key in exact)
+
+
+def _loader_row(
+    case: str, cells: int, tokens: int, times: list[float], right: bool, *, provider: str = "xtg"
+) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "benchmark": "loader", "case": case, "cells": cells, "tokens": tokens, "provider": provider, "correct": right,
+    }  # fmt: skip
+    if right:
+        low, median, high = np.quantile(times, [0.2, 0.5, 0.8]) * 1e3
+        row |= {"runs": len(times), "median_ms": _digits(median), "q20_ms": _digits(low), "q80_ms": _digits(high)}
+        row["cells_per_second"] = _digits(cells / (median / 1e3))
+    return row
 
 
 def embed_share(quick: bool) -> Iterator[dict[str, Any]]:

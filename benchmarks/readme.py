@@ -71,6 +71,12 @@ def _pack(rows: Rows) -> str:
     return f"**Packing** CSR rows in memory ({rows[0]['case']}):\n\n" + _table(header, body)
 
 
+def _loader(rows: Rows) -> str:
+    names = {"xtg": "", "numpy": " (NumPy, without the extension)"}
+    body = [[r["case"] + names[r["provider"]], f"{float(r['cells_per_second']):,.0f}"] for r in rows]
+    return "**Masked batches** of cells of 2,000 expressed genes, no model:\n\n" + _table(["what", "cells/s"], body)
+
+
 def _embed(rows: Rows) -> str:
     header = ["cells, model, dtype asked for", "dtype", "cells/s", "in the encoder", "packing", "reading"]
     body = [
@@ -81,6 +87,20 @@ def _embed(rows: Rows) -> str:
     return "**`embed`, file to file**\n\n" + _table(header, body)
 
 
+def _step(rows: Rows) -> str:
+    header = ["model, cells", "dtype", "seconds a cell", "against the reference backend", "peak memory a cell"]
+    body = [
+        [
+            r["case"], r["dtype"], f"{1 / float(r['cells_per_second']):.3g}",
+            f"{float(r['speedup']):.2f}x" if r["speedup"] else "", f"{float(r['peak_mib']):,.0f} MiB",
+        ]
+        for r in rows
+        if r["provider"] == "xtg"
+    ]  # fmt: skip
+    title = "**A pre-training step**, cells of 2,000 expressed genes, 19,266 positions, memory above weights, gradients"
+    return f"{title} and optimizer:\n\n" + _table(header, body)
+
+
 # The embedding is no matrix product of its tokens: few of them have values of their own.
 SECTIONS: dict[str, Callable[[Rows], str]] = {
     "memory": _memory,
@@ -89,6 +109,8 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
     "attention": _ops("Attention**, 12 heads of 64 channels, as in the 100m model:"),
     "embedding": _ops("Embedding of expression values**, 768 channels, UMI-like counts:", share=False),
     "pack": _pack,
+    "loader": _loader,
+    "step": _step,
 }
 
 

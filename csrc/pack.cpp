@@ -1,4 +1,5 @@
-// Python binding of the CSR packer (csr_pack.h): NumPy arrays in, NumPy arrays out, the GIL released while packing.
+// Python binding of the CSR packer (csr_pack.h) and of the masking plan (mask_cells.h): NumPy arrays in, NumPy arrays
+// out, the GIL released while they work.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,10 +9,12 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
 #include "cpu/csr_pack.h"
+#include "cpu/mask_cells.h"
 
 namespace py = pybind11;
 
@@ -206,6 +209,158 @@ py::dict pack_csr(const py::array& indptr, const py::array& indices, const py::a
   return pack_by_value<int64_t>(arguments, indices, data);
 }
 
+using FloatArray = py::array_t<float, contiguous>;
+using CellArrays = std::tuple<py::array, py::array, py::array>;
+
+struct CheckedCells {
+  FloatArray values;
+  Int32Array gene_ids;
+  Int32Array cu_seqlens;
+  xtg::PackedCells cells;
+  int64_t num_cells;
+};
+
+// Packed cells with offsets that can be followed.
+CheckedCells checked_cells(const CellArrays& arrays, const std::string& name) {
+  const auto& [values, gene_ids, cu_seqlens] = arrays;
+  require_integers(gene_ids, (name + " gene_ids").c_str());
+  require_integers(cu_seqlens, (name + " cu_seqlens").c_str());
+  if (values.dtype().kind() != 'f' || values.dtype().itemsize() != 4)
+    throw py::type_error(name + " values: expected float32, got dtype " + py::str(values.dtype()).cast<std::string>());
+  if (values.ndim() != 1 || values.size() != gene_ids.size())
+    throw py::value_error(name + " values: expected one for each of the " + std::to_string(gene_ids.size()) +
+                          " gene_ids");
+  CheckedCells checked{FloatArray::ensure(values), Int32Array::ensure(gene_ids), Int32Array::ensure(cu_seqlens), {}, 0};
+  checked.cells = {checked.values.data(), checked.gene_ids.data(), checked.cu_seqlens.data()};
+  checked.num_cells = static_cast<int64_t>(checked.cu_seqlens.size()) - 1;
+  const int32_t* starts = checked.cells.cu_seqlens;
+  if (checked.num_cells < 0 || starts[0] < 0 || starts[checked.num_cells] > static_cast<int64_t>(gene_ids.size()))
+    throw py::value_error(name + " cu_seqlens: expected offsets in 0 .. " + std::to_string(gene_ids.size()));
+  for (int64_t row = 0; row < checked.num_cells; ++row) {
+    if (starts[row] > starts[row + 1])
+      throw py::value_error(name + " cu_seqlens: expected non-decreasing offsets, got " + std::to_string(starts[row]) +
+                            " before " + std::to_string(starts[row + 1]));
+  }
+  return checked;
+}
+
+// In the cells that are to be masked, every gene id is below num_genes and above the one before it.
+void require_ascending_genes(const CheckedCells& batch, const std::string& name, const int64_t* rows, int64_t num_rows,
+                             int64_t num_genes) {
+  bool right = true;
+  {
+    py::gil_scoped_release release;
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const int64_t row = rows ? rows[i] : i;
+      int64_t previous = -1;
+      for (int64_t t = batch.cells.cu_seqlens[row]; t < batch.cells.cu_seqlens[row + 1]; ++t) {
+        right &= batch.cells.gene_ids[t] > previous;
+        previous = batch.cells.gene_ids[t];
+      }
+      right &= previous < num_genes;
+    }
+  }
+  if (!right)
+    throw py::value_error(name + " gene_ids: expected ids ascending in each cell, from 0 to " +
+                          std::to_string(num_genes - 1));
+}
+
+py::array_t<int32_t> as_offsets(const std::vector<int64_t>& starts) {
+  py::array_t<int32_t> offsets(static_cast<py::ssize_t>(starts.size()));
+  std::transform(starts.begin(), starts.end(), offsets.mutable_data(),
+                 [](int64_t start) { return static_cast<int32_t>(start); });
+  return offsets;
+}
+
+py::dict mask_cells(const py::array& values, const py::array& gene_ids, const py::array& cu_seqlens,
+                    const py::array& cells, int64_t num_genes, double nonzero_rate, double zero_rate,
+                    double mask_share, double random_share, uint64_t seed, uint64_t epoch,
+                    const std::optional<py::array>& rows, const std::optional<CellArrays>& target,
+                    const std::optional<py::array>& depth, int num_threads) {
+  // The two tokens of the read depth have the ids num_genes and num_genes + 1.
+  if (num_genes < 0 || num_genes > std::numeric_limits<int32_t>::max() - 2)
+    throw py::value_error("num_genes: expected a number from 0 to 2147483645, got " + std::to_string(num_genes));
+  if (num_threads < 1)
+    throw py::value_error("num_threads: expected at least 1, got " + std::to_string(num_threads));
+  const xtg::MaskOptions options{num_genes,    nonzero_rate, zero_rate, mask_share,
+                                 random_share, seed,         epoch,     depth.has_value(), num_threads};
+  for (double share : {nonzero_rate, zero_rate, mask_share, random_share})
+    if (!(share >= 0.0 && share <= 1.0))
+      throw py::value_error("rates and shares: expected numbers from 0 to 1, got " + std::to_string(share));
+  const CheckedCells batch = checked_cells({values, gene_ids, cu_seqlens}, "batch");
+  const CheckedCells truth = target ? checked_cells(*target, "target") : batch;
+  if (truth.num_cells != batch.num_cells)
+    throw py::value_error("target: expected " + std::to_string(batch.num_cells) + " cells as the batch has, got " +
+                          std::to_string(truth.num_cells));
+
+  require_integers(cells, "cells");
+  const auto cell_numbers = Int64Array::ensure(cells);
+  const int64_t num_cells = cell_numbers.size();
+  std::optional<Int64Array> row_numbers;
+  if (rows) {
+    require_integers(*rows, "rows");
+    row_numbers = Int64Array::ensure(*rows);
+  }
+  const int64_t num_rows = rows ? static_cast<int64_t>(row_numbers->size()) : batch.num_cells;
+  if (num_cells != num_rows)
+    throw py::value_error("cells: expected one number for each of the " + std::to_string(num_rows) + " rows, got " +
+                          std::to_string(num_cells));
+  for (int64_t c = 0; c < num_cells; ++c) {
+    if (cell_numbers.data()[c] < 0)
+      throw py::value_error("cells: expected numbers of at least 0, got " + std::to_string(cell_numbers.data()[c]));
+    if (rows && (row_numbers->data()[c] < 0 || row_numbers->data()[c] >= batch.num_cells))
+      throw py::value_error("rows: expected row numbers in 0 .. " + std::to_string(batch.num_cells - 1) + ", got " +
+                            std::to_string(row_numbers->data()[c]));
+  }
+  std::optional<FloatArray> depth_values;
+  if (depth) {
+    if (depth->ndim() != 2 || depth->shape(0) != num_cells || depth->shape(1) != 2)
+      throw py::value_error("depth: expected shape (" + std::to_string(num_cells) + ", 2)");
+    depth_values = FloatArray::ensure(*depth);
+    if (!*depth_values) throw py::error_already_set();
+  }
+
+  const int64_t* row_data = rows ? row_numbers->data() : nullptr;
+  require_ascending_genes(batch, "batch", row_data, num_cells, num_genes);
+  if (target) require_ascending_genes(truth, "target", row_data, num_cells, num_genes);
+  xtg::MaskPlan plan;
+  {
+    py::gil_scoped_release release;
+    plan = xtg::mask_plan(batch.cells, row_data, num_cells, options);
+  }
+  if (std::max(plan.tokens.back(), plan.chosen.back()) > std::numeric_limits<int32_t>::max())
+    throw py::value_error("cells: expected at most 2147483647 tokens in one batch, got " +
+                          std::to_string(std::max(plan.tokens.back(), plan.chosen.back())) +
+                          "; mask fewer cells at a time");
+  FloatArray out_values(plan.tokens.back()), chosen_values(plan.chosen.back());
+  Int32Array out_genes(plan.tokens.back()), distinct_index(plan.tokens.back()), masked_ids(plan.masked.back()),
+      chosen_ids(plan.chosen.back());
+  const xtg::MaskOutputs out{out_values.mutable_data(), out_genes.mutable_data(),  distinct_index.mutable_data(),
+                             masked_ids.mutable_data(), chosen_ids.mutable_data(), chosen_values.mutable_data()};
+  {
+    const int64_t* cell_data = cell_numbers.data();
+    const float* depth_data = depth ? depth_values->data() : nullptr;
+    py::gil_scoped_release release;
+    xtg::csr_pack_detail::for_ranges(
+        num_cells, num_threads, [&](int64_t c) { return num_genes + plan.tokens[c + 1] - plan.tokens[c]; },
+        [&](int64_t begin, int64_t end) {
+          xtg::mask_cells(batch.cells, truth.cells, row_data, cell_data, depth_data, begin, end, plan, options, out);
+        });
+  }
+
+  py::dict masked;
+  masked["values"] = out_values;
+  masked["gene_ids"] = out_genes;
+  masked["cu_seqlens"] = as_offsets(plan.tokens);
+  masked["distinct_index"] = distinct_index;
+  masked["masked_ids"] = masked_ids;
+  masked["masked_cu_seqlens"] = as_offsets(plan.masked);
+  masked["chosen_ids"] = chosen_ids;
+  masked["chosen_cu_seqlens"] = as_offsets(plan.chosen);
+  masked["chosen_values"] = chosen_values;
+  return masked;
+}
+
 }  // namespace
 
 void bind_pack(py::module_& module) {
@@ -236,4 +391,24 @@ Raises:
     ValueError: a negative, NaN or infinite number (anywhere in a packed row), a column index outside
         column_gene_ids, a malformed indptr; names row, column and value.
     TypeError: an array of another kind.)doc");
+  module.def("mask_cells", &mask_cells, py::arg("values"), py::arg("gene_ids"), py::arg("cu_seqlens"), py::kw_only(),
+             py::arg("cells"), py::arg("num_genes"), py::arg("nonzero_rate"), py::arg("zero_rate"),
+             py::arg("mask_share"), py::arg("random_share"), py::arg("seed"), py::arg("epoch"),
+             py::arg("rows") = py::none(), py::arg("target") = py::none(), py::arg("depth") = py::none(),
+             py::arg("num_threads") = 1,
+             R"doc(The masking plan of pre-training over packed cells; xtrimogene.masking.mask_cells is its public face.
+
+Args:
+    values, gene_ids, cu_seqlens: (total_nnz,) float32, (total_nnz,) integers ascending in each cell, (cells + 1,).
+    cells: (n,) integers, the number of each cell in the data.
+    rows: (n,) the packed cell for each of `cells`; None for all, in order.
+    target: (values, gene_ids, cu_seqlens) of the true values, cell by cell as the packed ones; None for these.
+    depth: (n, 2) float32 values of the read-depth tokens, None for none.
+
+Returns:
+    dict: values, gene_ids, cu_seqlens, distinct_index of the encoder's tokens; masked_ids, masked_cu_seqlens;
+    chosen_ids, chosen_cu_seqlens, chosen_values.
+
+Raises:
+    ValueError, TypeError: arrays that do not fit together, gene ids that do not ascend or are not below num_genes.)doc");
 }

@@ -2,6 +2,9 @@
 
 from xtg_kernels.dispatch import current_backend, use_backend
 from xtg_kernels.ops.expression_embedding import distinct_index, expression_embedding
+from xtg_kernels.ops.favor_attention import favor_attention
+from xtg_kernels.ops.masked_decoder_gather import masked_decoder_gather
+from xtg_kernels.ops.masked_head import masked_head, masked_mse
 from xtg_kernels.ops.ragged_attention import ragged_attention
 from xtg_kernels.ragged import RaggedBatch
 
@@ -12,6 +15,10 @@ __all__ = [
     "current_backend",
     "distinct_index",
     "expression_embedding",
+    "favor_attention",
+    "masked_decoder_gather",
+    "masked_head",
+    "masked_mse",
     "ragged_attention",
     "use_backend",
 ]

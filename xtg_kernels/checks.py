@@ -50,33 +50,77 @@ def values_are_readable(x: Tensor) -> bool:
     return x.device.type == "cpu" or debug_checks
 
 
-def check_cu_seqlens(cu_seqlens: object, like: Tensor, total_nnz: int, max_seqlen: int | None = None) -> None:
+def check_cu_seqlens(
+    cu_seqlens: object,
+    like: Tensor,
+    total_nnz: int,
+    max_seqlen: int | None = None,
+    *,
+    name: str = "cu_seqlens",
+    total: str = "total_nnz",
+) -> None:
     """``cu_seqlens`` (batch + 1,) int32 starts at 0, does not decrease and ends within total_nnz.
 
-    The values are checked on CPU; on a GPU that would synchronise, so it takes XTG_DEBUG=1.
+    The values are checked on CPU; on a GPU that would synchronise, so it takes XTG_DEBUG=1. ``name`` and ``total`` are
+    what the caller calls cu_seqlens and total_nnz.
 
     Raises:
         TypeError: not a tensor, or not int32. ValueError: any other violation.
     """
-    x = check_tensor("cu_seqlens", cu_seqlens, ("batch + 1",), like)
+    x = check_tensor(name, cu_seqlens, ("batch + 1",), like)
     if x.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens: expected dtype torch.int32, got {x.dtype} (use cu_seqlens.int())")
+        raise TypeError(f"{name}: expected dtype torch.int32, got {x.dtype} (use {name}.int())")
     if x.shape[0] < 1:
-        raise ValueError("cu_seqlens: expected at least one entry (batch + 1,), got none")
+        raise ValueError(f"{name}: expected at least one entry (batch + 1,), got none")
     if not values_are_readable(x):
         return
     bounds = x.tolist()
     if bounds[0] != 0:
-        raise ValueError(f"cu_seqlens: expected to start at 0, got {bounds[0]}")
+        raise ValueError(f"{name}: expected to start at 0, got {bounds[0]}")
     if bounds[-1] > total_nnz:
-        raise ValueError(f"cu_seqlens: expected to end at or before total_nnz = {total_nnz}, got {bounds[-1]}")
+        raise ValueError(f"{name}: expected to end at or before {total} = {total_nnz}, got {bounds[-1]}")
     longest = 0
     for c, (start, end) in enumerate(itertools.pairwise(bounds)):
         if end < start:
-            raise ValueError(f"cu_seqlens: expected non-decreasing values, got {start} then {end} at segment {c}")
+            raise ValueError(f"{name}: expected non-decreasing values, got {start} then {end} at segment {c}")
         longest = max(longest, end - start)
     if max_seqlen is not None and longest > max_seqlen:
-        raise ValueError(f"max_seqlen: expected at least the longest segment, {longest}, got {max_seqlen}")
+        limit = name.replace("cu_seqlens", "max_seqlen")
+        raise ValueError(f"{limit}: expected at least the longest segment, {longest}, got {max_seqlen}")
+
+
+def check_ids_dtype(name: str, ids: Tensor) -> None:
+    """``ids`` is int32 or int64.
+
+    Raises:
+        TypeError: another dtype.
+    """
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected dtype int32 or int64, got {ids.dtype}")
+
+
+def check_ascending_ids(name: str, ids: Tensor, cu_seqlens: Tensor, rows: int, table: str) -> None:
+    """``ids`` are rows of ``table`` that ascend strictly in each segment; checked where the values can be read.
+
+    Raises:
+        ValueError: an id outside [0, rows), or one that does not exceed the id before it, with its position.
+    """
+    if not values_are_readable(ids):
+        return
+    used = ids[: int(cu_seqlens[-1])]
+    outside = (used < 0) | (used >= rows)
+    if bool(outside.any()):
+        t = int(outside.nonzero()[0, 0])
+        raise ValueError(f"{name}: expected rows of {table}, [0, {rows}), got {int(used[t])} at {t}")
+    falls = used[1:] <= used[:-1]
+    starts = cu_seqlens[1:-1].long()
+    falls[starts[(starts > 0) & (starts < used.shape[0])] - 1] = False
+    if bool(falls.any()):
+        t = int(falls.nonzero()[0, 0])
+        raise ValueError(
+            f"{name}: expected strictly ascending ids in each segment, got {int(used[t])} then {int(used[t + 1])} "
+            f"at {t + 1} (sort the genes of each cell)"
+        )
 
 
 def check_gene_ids(gene_ids: Tensor, rows: int, in_use: Tensor | None) -> None:

@@ -205,25 +205,40 @@ def register_autograd(
         torch.library.register_autograd(qualname, backward(backward_op), setup_context=setup_context, lib=_fragment)
 
 
-def register_autocast(name: str, dtype: torch.dtype | None) -> None:
-    """Autocast rule of an op: floating tensors, float64 excepted, go to ``dtype`` (None: the dtype of autocast)."""
+def register_autocast(
+    name: str, dtype: torch.dtype | None, *, tensors: int | None = None, instead_of_float16: torch.dtype | None = None
+) -> None:
+    """Autocast rule of an op: floating tensors, float64 excepted, go to ``dtype`` (None: the dtype of autocast).
+
+    Args:
+        name: op name in namespace xtg.
+        dtype: where they go.
+        tensors: only so many of the first arguments go there (None: all; 0: nothing is cast, autocast is only off
+            inside the op).
+        instead_of_float16: where they go instead of float16.
+    """
     for overload, qualname in zip(OVERLOADS, overload_names(name), strict=True):
         op = getattr(getattr(torch.ops.xtg, name), overload)
         for device_type in ("cpu", "cuda"):
             key = "AutocastCPU" if device_type == "cpu" else "AutocastCUDA"
-            _fragment.impl(qualname.removeprefix("xtg::"), _autocast_kernel(op, device_type, dtype), key)
+            kernel = _autocast_kernel(op, device_type, dtype, tensors, instead_of_float16)
+            _fragment.impl(qualname.removeprefix("xtg::"), kernel, key)
 
 
-def _autocast_kernel(op: Any, device_type: str, dtype: torch.dtype | None) -> Callable[..., Any]:
+def _autocast_kernel(
+    op: Any, device_type: str, dtype: torch.dtype | None, tensors: int | None, instead_of_float16: torch.dtype | None
+) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
         target = torch.get_autocast_dtype(device_type) if dtype is None else dtype
+        if target == torch.float16 and instead_of_float16 is not None:
+            target = instead_of_float16
 
-        def cast(x: Any) -> Any:
+        def in_target(x: Any) -> Any:
             if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64:
                 return x.to(target)
             return x
 
-        args = tuple(cast(x) for x in args)
+        args = (*(in_target(x) for x in args[:tensors]), *(args[len(args[:tensors]) :]))
         with torch.autocast(device_type, enabled=False):
             return op(*args)
 

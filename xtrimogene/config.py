@@ -14,13 +14,16 @@ from typing import Any
 import yaml
 
 # The 3m shape agrees with a public re-implementation, 100m is the released scFoundation shape. The paper's row for
-# 10 M parameters could not be found: ours keeps the paper's two encoder layers for each decoder layer.
+# 10 M parameters could not be found: ours keeps the paper's two encoder layers for each decoder layer. tiny is ours: it
+# learns something in a minute on two CPU cores.
 _PRESET_KEYS = ("num_layers", "dim", "num_heads", "decoder_layers", "decoder_dim", "decoder_heads")
 _PRESET_SIZES = {
+    "tiny": (2, 64, 2, 1, 64, 2),
     "3m": (4, 128, 2, 2, 128, 2),
     "10m": (8, 256, 8, 4, 192, 6),
     "100m": (12, 768, 12, 6, 512, 8),
 }
+STABILIZERS = ("head", "cell")
 PRESETS = {name: dict(zip(_PRESET_KEYS, sizes, strict=True)) for name, sizes in _PRESET_SIZES.items()}
 
 
@@ -28,18 +31,24 @@ PRESETS = {name: dict(zip(_PRESET_KEYS, sizes, strict=True)) for name, sizes in 
 class XTrimoGeneConfig:
     """Sizes and constants of an xTrimoGene model (Gong et al., NeurIPS 2023, arXiv 2311.15156).
 
-    num_genes       genes of the vocabulary, G; the gene table has one row more, for padding
+    num_genes       genes of the vocabulary, G; the gene table has one row more, for padding (and two for depth tokens)
     dim             encoder width, d
     num_layers      encoder layers
     num_heads       attention heads of the encoder; head width is dim / num_heads
     decoder_dim, decoder_layers, decoder_heads
-                    sizes of the pre-training decoder; the encoder and its embeddings do not read them
+                    sizes of the decoder; the encoder and its embeddings do not read them
     num_bins        bins of the value embedding, b
     alpha           constant of the value embedding, s = alpha h + W2 h + b2; not learned
-    ffn_mult        width of the feed-forward layer as a multiple of dim
+    ffn_mult        width of the feed-forward layers as a multiple of dim and of decoder_dim
     dropout         probability, in training only, on the residual branches and inside the feed-forward layer
     layer_norm_eps  epsilon of every LayerNorm
     target_sum      counts of a cell are scaled to this total before log1p
+    depth_tokens    two more positions after the genes: T (wanted log10 total, id G) and S (log10 total of the input,
+                    id G + 1), as scFoundation has them
+    favor_features  random features of the decoder's linear attention, m; None for int(w ln w), w the head width
+    favor_eps       epsilon added to every random feature
+    stabilizer      what the keys' features are scaled by: the maximum of each cell and "head", or of the whole "cell"
+                    (as the published network has it for one cell: for converted weights)
 
     Raises ValueError, naming the key, the expected and the given value, for a value that no model can have.
     """
@@ -57,22 +66,31 @@ class XTrimoGeneConfig:
     dropout: float = 0.1
     layer_norm_eps: float = 1e-5
     target_sum: float = 1e4
+    depth_tokens: bool = False
+    favor_features: int | None = None
+    favor_eps: float = 1e-4
+    stabilizer: str = "head"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             # bool is an int to Python, and `num_layers: yes` in YAML is a bool.
-            if field.type == "int":
+            if field.type == "int" or (field.type == "int | None" and value is not None):
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                     raise ValueError(f"config {field.name}: expected an integer >= 1, got {value!r}")
-            else:
+            elif field.type == "bool":
+                if not isinstance(value, bool):
+                    raise ValueError(f"config {field.name}: expected true or false, got {value!r}")
+            elif field.type == "float":
                 if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                     raise ValueError(f"config {field.name}: expected a finite number, got {value!r}")
                 # An integer written in YAML must compare equal to, and be saved like, the float it stands for.
                 object.__setattr__(self, field.name, float(value))
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"config dropout: expected 0 <= dropout < 1, got {self.dropout!r}")
-        for name in ("layer_norm_eps", "target_sum"):
+        if self.stabilizer not in STABILIZERS:
+            raise ValueError(f"config stabilizer: expected one of {', '.join(STABILIZERS)}, got {self.stabilizer!r}")
+        for name in ("layer_norm_eps", "target_sum", "favor_eps"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"config {name}: expected a number > 0, got {getattr(self, name)!r}")
         for width, heads in (("dim", "num_heads"), ("decoder_dim", "decoder_heads")):
@@ -92,9 +110,31 @@ class XTrimoGeneConfig:
         """Width of the encoder's feed-forward layer."""
         return self.ffn_mult * self.dim
 
+    @property
+    def num_positions(self) -> int:
+        """Positions of the decoder, G': the genes, and T and S with depth tokens."""
+        return self.num_genes + 2 * self.depth_tokens
+
+    @property
+    def decoder_head_dim(self) -> int:
+        """Width of one decoder attention head."""
+        return self.decoder_dim // self.decoder_heads
+
+    @property
+    def decoder_ffn_dim(self) -> int:
+        """Width of the decoder's feed-forward layer."""
+        return self.ffn_mult * self.decoder_dim
+
+    @property
+    def num_features(self) -> int:
+        """Random features of the decoder's attention, m: favor_features, or int(w ln w) of the head width."""
+        if self.favor_features is not None:
+            return self.favor_features
+        return max(1, int(self.decoder_head_dim * math.log(self.decoder_head_dim)))
+
     @classmethod
     def preset(cls, name: str, *, num_genes: int, **overrides: Any) -> XTrimoGeneConfig:
-        """The preset "3m", "10m" or "100m" for a vocabulary of num_genes genes; overrides replace single keys."""
+        """The preset "tiny", "3m", "10m" or "100m" for a vocabulary of num_genes genes; overrides replace keys."""
         if name not in PRESETS:
             raise ValueError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
         return cls.from_dict({**PRESETS[name], "num_genes": num_genes, **overrides})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 import warnings
@@ -21,8 +22,9 @@ import torch
 from anndata import AnnData
 from anndata.io import read_elem
 from scipy import sparse
+from torch import Tensor
 
-from xtg_kernels import RaggedBatch, dispatch
+from xtg_kernels import RaggedBatch, dispatch, distinct_index
 from xtrimogene.vocabulary import ColumnMap, Vocabulary, best_name_column, column_names
 
 Array = npt.NDArray[Any]
@@ -434,6 +436,34 @@ def looks_like_counts(source: CellSource) -> bool:
     return whole
 
 
+def check_counts(source: CellSource, normalized: bool) -> None:
+    """Refuse numbers that are not whole unless normalized, and say which other matrix of the data set holds counts.
+
+    Looks at a sample of cells; warns of whole numbers that are said to be normalised.
+
+    Raises:
+        ValueError: names the data set and what to do.
+    """
+    counts = looks_like_counts(source)
+    if normalized and counts and source.n_obs:
+        warnings.warn(
+            f"{source.name}: normalized=True, but the matrix holds whole numbers only, as raw counts do", stacklevel=3
+        )
+    if normalized or counts:
+        return
+    fitting = []
+    for other in source.other_layers:
+        with contextlib.suppress(ValueError), source.open_layer(other) as matrix:
+            if looks_like_counts(matrix):
+                fitting.append("X (no layer)" if other is None else f"layer={other!r} (--layer {other})")
+    hint = f"these matrices hold whole numbers: {', '.join(fitting)}; " if fitting else ""
+    wanted = "X" if source.layer is None else f"layer {source.layer!r}"
+    raise ValueError(
+        f"{source.name}: expected raw counts in {wanted}, got numbers that are not whole; {hint}"
+        "if they are log1p(count / total * 10,000) already, pass normalized=True (--normalized)"
+    )
+
+
 def pack_rows(
     rows_csr: CsrArrays,
     column_gene_ids: npt.NDArray[np.int32],
@@ -459,10 +489,35 @@ def pack_rows(
     Raises:
         ValueError: a negative, NaN or infinite value or a column index outside the matrix; names row and column.
     """
+    return pack_rows_and_totals(
+        rows_csr,
+        column_gene_ids,
+        rows=rows,
+        normalized=normalized,
+        target_sum=target_sum,
+        num_threads=num_threads,
+        first_row=first_row,
+    )[0]
+
+
+def pack_rows_and_totals(
+    rows_csr: CsrArrays,
+    column_gene_ids: npt.NDArray[np.int32],
+    *,
+    rows: npt.NDArray[np.int64] | None = None,
+    normalized: bool = False,
+    target_sum: float = 1e4,
+    distinct: bool = True,
+    num_threads: int | None = None,
+    first_row: int = 0,
+) -> tuple[RaggedBatch, Tensor]:
+    """What pack_rows gives, and the cells' totals: (batch,) float64, the sum of a cell's stored numbers over the genes
+    of the vocabulary. add_depth_tokens takes them. ``distinct=False`` leaves ``distinct_index`` out."""
     arguments: dict[str, Any] = {
         "rows": rows,
         "normalize": not normalized,
         "target_sum": target_sum,
+        "distinct": distinct,
         "first_row": first_row,
     }
     extension = dispatch.extension()
@@ -471,14 +526,73 @@ def pack_rows(
     else:
         threads = torch.get_num_threads() if num_threads is None else num_threads
         packed = extension.pack_csr(*rows_csr, column_gene_ids, **arguments, num_threads=threads)
+    lengths = np.diff(packed["cu_seqlens"])
     # The packer hands out views of its input where nothing has to change, and torch takes writable arrays only.
     tensors = {
-        key: torch.from_numpy(array if array.flags.writeable else array.copy())
+        key: None if array is None else torch.from_numpy(array if array.flags.writeable else array.copy())
         for key, array in packed.items()
-        if key != "totals"
     }
-    lengths = np.diff(packed["cu_seqlens"])
-    return RaggedBatch(max_seqlen=int(lengths.max(initial=0)), **tensors)
+    totals = tensors.pop("totals")
+    assert totals is not None
+    return RaggedBatch(max_seqlen=int(lengths.max(initial=0)), **tensors), totals  # type: ignore[arg-type]
+
+
+DEPTH_TARGETS = ("value", "fold", "offset")
+
+
+def add_depth_tokens(
+    batch: RaggedBatch, totals: Tensor, *, num_genes: int, target: float = 4.0, mode: str = "value"
+) -> RaggedBatch:
+    """The batch with the two read-depth tokens of scFoundation (Hao et al. 2024) at the end of each cell.
+
+    First T, the log10 total that is aimed at, with gene id ``num_genes``; then S = log10(total), the cell's own, with
+    gene id ``num_genes + 1``. A cell whose total is 0 has no logarithm and no gene: it gets no tokens and stays empty.
+
+    Args:
+        batch: cells without depth tokens and without slack rows.
+        totals: (batch,) float, raw counts of each cell summed over the genes of the vocabulary, as
+            pack_rows_and_totals gives them: the published code sums after it has mapped the genes, too.
+        num_genes: genes of the vocabulary, G.
+        target: what T is, by ``mode``: "value" T = target; "fold" T = log10(total * target);
+            "offset" T = log10(total) + target.
+
+    Raises:
+        ValueError: another mode, a fold that is not positive, a target that is not finite, totals that do not fit.
+    """
+    if mode not in DEPTH_TARGETS:
+        raise ValueError(f"mode: expected one of {', '.join(DEPTH_TARGETS)}, got {mode!r}")
+    if not math.isfinite(target) or (mode == "fold" and target <= 0):
+        wanted = "a positive number for mode 'fold'" if mode == "fold" else "a finite number"
+        raise ValueError(f"target: expected {wanted}, got {target}")
+    if totals.shape != (batch.batch_size,):
+        raise ValueError(f"totals: expected shape ({batch.batch_size},), one a cell, got {tuple(totals.shape)}")
+    totals = totals.to(device=batch.values.device, dtype=torch.float64)
+    if not bool(torch.all(torch.isfinite(totals) & (totals >= 0))):
+        raise ValueError("totals: expected finite numbers of at least 0; give the sums of raw counts")
+    source = torch.log10(totals)
+    if mode == "value":
+        aimed = torch.full_like(source, target)
+    else:
+        aimed = source + (math.log10(target) if mode == "fold" else target)
+    has_tokens = totals > 0
+
+    lengths = batch.lengths + 2 * has_tokens.int()
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
+    moved = torch.repeat_interleave(cu_seqlens[:-1] - batch.cu_seqlens[:-1], batch.lengths.long())
+    place = torch.arange(batch.total_nnz, device=moved.device) + moved
+    ends = cu_seqlens[1:][has_tokens].long()
+    total_nnz = batch.total_nnz + 2 * len(ends)
+    values, gene_ids = batch.values.new_empty(total_nnz), batch.gene_ids.new_empty(total_nnz)
+    values[place], gene_ids[place] = batch.values, batch.gene_ids
+    values[ends - 2], gene_ids[ends - 2] = aimed[has_tokens].to(values.dtype), num_genes
+    values[ends - 1], gene_ids[ends - 1] = source[has_tokens].to(values.dtype), num_genes + 1
+    return RaggedBatch(
+        values,
+        gene_ids,
+        cu_seqlens,
+        int(lengths.max()) if len(lengths) else 0,
+        None if batch.distinct_index is None else distinct_index(values, cu_seqlens),
+    )
 
 
 def split_by_tokens(batch: RaggedBatch, max_tokens: int) -> Iterator[tuple[int, int, RaggedBatch]]:
@@ -554,19 +668,20 @@ def pack_csr_numpy(
     if normalize:
         numbers = np.log1p(numbers / totals[row_of] * target_sum)
     values = numbers.astype(np.float32)
-    distinct_index = None
-    if distinct:
-        # Values are not negative, so their bits order and compare as they do.
-        keys = row_of.astype(np.int64) << 32 | values.view(np.int32)
-        _, first, group = np.unique(keys, return_index=True, return_inverse=True)
-        distinct_index = first[group].astype(np.int32)
     return {
         "values": values,
         "gene_ids": genes.astype(np.int32),
         "cu_seqlens": np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=len(rows)))]).astype(np.int32),
-        "distinct_index": distinct_index,
+        "distinct_index": first_of_equal_values(row_of, values) if distinct else None,
         "totals": totals,
     }
+
+
+def first_of_equal_values(row_of: Array, values: Array) -> npt.NDArray[np.int32]:
+    """(total_nnz,) int32: position of the first token of the same row whose float32 value has the same bits."""
+    keys = row_of.astype(np.uint64) << np.uint64(32) | values.view(np.uint32)
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    return first[group].astype(np.int32)
 
 
 def _raise_first_fault(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import hashlib
 import json
@@ -24,21 +23,18 @@ import torch
 from anndata import AnnData
 from tqdm import tqdm
 
-from xtg_kernels import RaggedBatch, current_backend, dispatch
-from xtrimogene.data import (
-    CellSource,
-    CsrArrays,
-    is_legacy_store,
-    looks_like_counts,
-    map_genes,
-    open_cells,
-    open_store,
-    pack_rows,
-    split_by_tokens,
-)
+from xtg_kernels import current_backend, dispatch
+from xtrimogene.data import is_legacy_store, open_cells, open_store, split_by_tokens
 from xtrimogene.linear import onednn_takes
-from xtrimogene.model import POOLINGS, XTrimoGene, pool
-from xtrimogene.vocabulary import ColumnMap
+from xtrimogene.model import POOLINGS, XTrimoGene, check_pooling, pooled_dim
+from xtrimogene.model_cells import (
+    DEFAULT_TARGET_DEPTH,
+    WINDOW,
+    ModelCells,
+    backend_name,
+    choose_device,
+    prepared,
+)
 
 DEFAULT_KEY = "X_xtrimogene"
 # Tokens of a batch: room for a cell that expresses every gene, and enough rows to keep the matrix products busy.
@@ -51,7 +47,7 @@ _CHECKED_CELLS = 16
 _BFLOAT16_TOLERANCE = 0.05
 
 # Cells that are read, packed, sorted by length and, for a path, written as one shard.
-_WINDOW = 1024
+_WINDOW = WINDOW
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -122,6 +118,7 @@ def embed(
     dtype: str = "auto",
     device: str | torch.device = "auto",
     normalized: bool = False,
+    target_depth: float | str = DEFAULT_TARGET_DEPTH,
     gene_symbols: str | None = None,
     num_threads: int | None = None,
     resume: bool = False,
@@ -143,7 +140,8 @@ def embed(
         output: file to write when a path is given (h5ad for h5ad, zarr for zarr). None: the embedding is only returned,
             as ``report.embedding``.
         layer: matrix to embed, None for X; "raw" for ``.raw``.
-        pooling: "mean" or "max" over the encoder's rows of a cell.
+        pooling: "mean" or "max" over the encoder's rows of a cell's genes; for a model with depth tokens also "all",
+            scFoundation's cell embedding (4 dim): row of S, row of T, max, mean, one after the other.
         max_tokens: most expressed genes in a batch. More is faster, up to a point, and takes more memory.
         key_added: key in obsm; a key that is there already is replaced.
         dtype: arithmetic of the encoder: "float32", "bfloat16", or "auto". Auto takes bfloat16 where the GPU or the CPU
@@ -151,7 +149,10 @@ def embed(
             evenly spaced over the data set, are embedded in both, and the root mean square of the differences may be
             at most 5 % of that of the cells' distances from their mean. The report says which it was, and the error.
         device: "cpu", "cuda", ... or "auto": the GPU if there is one.
-        normalized: the matrix holds log1p(count / total * 10,000) already. Otherwise it must hold raw counts.
+        normalized: the matrix holds log1p(count / total * 10,000) already. Otherwise it must hold raw counts, as a
+            model with depth tokens always needs them.
+        target_depth: for a model with depth tokens, the log10 total that token T aims at: a number, or "fold:2" (twice
+            the cell's total), or "offset:0.5" (added to its log10 total).
         gene_symbols: column of ``var`` with the gene names, None for ``var_names``.
         num_threads: threads of the packer, None for torch.get_num_threads().
         resume: go on with a run that was interrupted; without such a run, start one.
@@ -176,35 +177,33 @@ def embed(
         raise ValueError("resume, overwrite: expected output to be given too")
 
     network = model if isinstance(model, XTrimoGene) else XTrimoGene.from_pretrained(os.fspath(model))
-    torch_device = _choose_device(device)
+    torch_device = choose_device(device)
     torch_dtype = _choose_dtype(dtype, torch_device)
+    check_pooling(pooling, network.config)
     with open_cells(adata_or_path, layer=layer, gene_symbols=gene_symbols) as source:
-        column_map = map_genes(source, network.vocabulary, normalized=normalized)
-        _check_counts(source, normalized)
-        _check_longest_cell(source, column_map, max_tokens, normalized)
+        cells = ModelCells.checked(source, network, normalized=normalized, target_depth=target_depth)
+        cells.check_longest_cell(max_tokens, _WINDOW)
         bfloat16_error = None
         if dtype == "auto" and torch_dtype == torch.bfloat16:
-            bfloat16_error = _bfloat16_error(source, network, column_map, torch_device, pooling, normalized)
+            bfloat16_error = _bfloat16_error(cells, network, torch_device, pooling)
             if not bfloat16_error <= _BFLOAT16_TOLERANCE:
                 torch_dtype = torch.float32
         report = EmbedReport(
             cells=source.n_obs,
-            vocabulary_size=column_map.num_genes,
-            genes_found=column_map.num_found,
+            vocabulary_size=cells.column_map.num_genes,
+            genes_found=cells.column_map.num_found,
             dtype=str(torch_dtype).removeprefix("torch."),
             device=str(torch_device),
-            backend=_backend_name(torch_device),
+            backend=backend_name(torch_device),
             bfloat16_error=bfloat16_error,
         )
-        if column_map.merged:
-            warnings.warn(f"{source.name}: {column_map}", stacklevel=2)
         with (
-            _prepared(network, torch_device, torch_dtype) as prepared,
+            prepared(network, torch_device, torch_dtype) as ready,
             tqdm(total=source.n_obs, unit="cell", desc="embed", disable=not progress) as bar,
         ):
-            run = _Run(source, prepared, column_map, pooling, max_tokens, normalized, num_threads, report, bar)
+            run = _Run(cells, ready, pooling, max_tokens, num_threads, report, bar)
             if destination is None:
-                report.embedding = np.empty((source.n_obs, network.config.dim), np.float32)
+                report.embedding = np.empty((source.n_obs, run.width), np.float32)
                 for start, stop in run.windows():
                     report.embedding[start:stop] = run.embed_window(start, stop)
                 report.empty_cells = int(np.isnan(report.embedding[:, 0]).sum())
@@ -217,6 +216,8 @@ def embed(
                     "dtype": report.dtype,
                     "obsm key": key_added,
                 }
+                if network.config.depth_tokens:
+                    options["target depth"] = dataclasses.asdict(cells.target_depth)
                 destination.write(run, key_added, options)
     if isinstance(adata_or_path, AnnData):
         adata_or_path.obsm[key_added] = report.embedding
@@ -243,18 +244,6 @@ def _check_options(pooling: str, max_tokens: int, key_added: str, dtype: str, nu
         raise ValueError(f"num_threads: expected at least 1, got {num_threads}")
 
 
-def _choose_device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or another of torch, got {device!r}") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected one that is there, got {device!r}, and torch finds no GPU; use 'cpu'")
-    return torch.empty(0, device=chosen).device  # "cuda" as "cuda:0", as parameters report it
-
-
 def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The dtype asked for; for "auto" the fastest of the device, whose accuracy is still to be checked."""
     if dtype == "auto":
@@ -272,170 +261,71 @@ def _has_bfloat16(device: torch.device) -> bool:
     return extension.active_isa() in ("avx512bf16", "amx") and onednn_takes(torch.bfloat16)
 
 
-def _bfloat16_error(
-    source: CellSource,
-    network: XTrimoGene,
-    column_map: ColumnMap,
-    device: torch.device,
-    pooling: str,
-    normalized: bool,
-) -> float:
+def _bfloat16_error(cells: ModelCells, network: XTrimoGene, device: torch.device, pooling: str) -> float:
     """What bfloat16 does to some cells: its differences from float32 by the cells' distances from their mean.
 
     Both as root mean squares. NaN where fewer than two of the cells have a gene.
     """
-    batches = []
+    source, batches = cells.source, []
     for row in np.unique(np.linspace(0, max(source.n_obs - 1, 0), min(source.n_obs, _CHECKED_CELLS)).astype(int)):
-        cell = source.read_rows(int(row), int(row) + 1)
-        packed = _pack(
-            source,
-            cell,
-            column_map,
-            first_row=int(row),
-            normalized=normalized,
-            target_sum=network.config.target_sum,
-        )
+        packed = cells.pack(source.read_rows(int(row), int(row) + 1), first_row=int(row))
         if packed.total_nnz:
             batches.append(packed.to(device))
     if len(batches) < 2:
         return float("nan")
     embeddings = []
     for dtype in (torch.float32, torch.bfloat16):
-        with _prepared(network, device, dtype) as prepared:
-            pooled = [pool(prepared(batch), batch.cu_seqlens, pooling) for batch in batches]
-            embeddings.append(torch.cat(pooled).double())
+        with prepared(network, device, dtype) as ready:
+            embeddings.append(torch.cat([ready.embed_batch(batch, pooling) for batch in batches]).double())
     exact, rounded = embeddings
     return float((rounded - exact).norm() / (exact - exact.mean(0)).norm())
 
 
-def _backend_name(device: torch.device) -> str:
-    if current_backend() != "auto":
-        return current_backend()
-    if device.type != "cpu":
-        return "triton"
-    return "reference" if dispatch.extension() is None else "cpp"
-
-
-@contextlib.contextmanager
-def _prepared(network: XTrimoGene, device: torch.device, dtype: torch.dtype) -> Iterator[XTrimoGene]:
-    """The model on a device, in a dtype and in evaluation mode; the caller's own model is as before afterwards."""
-    parameter = next(network.parameters())
-    if parameter.device != device or parameter.dtype != dtype:
-        network = copy.deepcopy(network).to(device=device, dtype=dtype)
-    training = network.training
-    network.eval()
-    try:
-        # Not inference_mode: its tensors do not count their changes, so the GPU kernels would list the blocks of a batch
-        # anew in every layer.
-        with torch.no_grad():
-            yield network
-    finally:
-        network.train(training)
-
-
-def _check_counts(source: CellSource, normalized: bool) -> None:
-    counts = looks_like_counts(source)
-    if normalized and counts and source.n_obs:
-        warnings.warn(
-            f"{source.name}: normalized=True, but the matrix holds whole numbers only, as raw counts do", stacklevel=3
-        )
-    if normalized or counts:
-        return
-    fitting = []
-    for other in source.other_layers:
-        with contextlib.suppress(ValueError), source.open_layer(other) as matrix:
-            if looks_like_counts(matrix):
-                fitting.append("X (no layer)" if other is None else f"layer={other!r} (--layer {other})")
-    hint = f"these matrices hold whole numbers: {', '.join(fitting)}; " if fitting else ""
-    wanted = "X" if source.layer is None else f"layer {source.layer!r}"
-    raise ValueError(
-        f"{source.name}: expected raw counts in {wanted}, got numbers that are not whole; {hint}"
-        "if they are log1p(count / total * 10,000) already, pass normalized=True (--normalized)"
-    )
-
-
-def _check_longest_cell(source: CellSource, column_map: ColumnMap, max_tokens: int, normalized: bool) -> None:
-    """Refuses max_tokens below the longest cell before any work."""
-    if column_map.num_found <= max_tokens:
-        return
-    stored = source.stored_entries
-    if stored is None:
-        windows = range(0, source.n_obs, _WINDOW)
-        lengths = [np.diff(source.read_rows(start, min(start + _WINDOW, source.n_obs))[0]) for start in windows]
-        stored = np.concatenate([np.zeros(0, np.int64), *lengths])
-    # A cell stores at least its expressed genes, and also zeros and genes that the vocabulary lacks.
-    for row in np.argsort(-stored, kind="stable").tolist():
-        if stored[row] <= max_tokens:
-            break
-        cell = source.read_rows(row, row + 1)
-        length = _pack(source, cell, column_map, first_row=row, normalized=normalized).max_seqlen
-        if length > max_tokens:
-            raise ValueError(
-                f"max_tokens: expected room for the longest cell, got {max_tokens:,}, and cell "
-                f"{source.cell_name(row)!r} (row {row}) of {source.name} expresses {length:,} vocabulary genes; "
-                f"raise max_tokens to {min(int(stored.max()), column_map.num_found):,}"
-            )
-
-
-def _pack(source: CellSource, rows_csr: CsrArrays, column_map: ColumnMap, **options: Any) -> RaggedBatch:
-    try:
-        return pack_rows(rows_csr, column_map.gene_ids, **options)
-    except ValueError as error:
-        raise ValueError(f"{source.name}: {error}") from error
-
-
 @dataclass
 class _Run:
-    """One pass of a model over the cells of a source."""
+    """One pass of a model over cells."""
 
-    source: CellSource
+    cells: ModelCells
     network: XTrimoGene
-    column_map: ColumnMap
     pooling: str
     max_tokens: int
-    normalized: bool
     num_threads: int | None
     report: EmbedReport
     bar: tqdm
 
+    @property
+    def width(self) -> int:
+        """Numbers of one embedding."""
+        return pooled_dim(self.network.config, self.pooling)
+
     def windows(self) -> list[tuple[int, int]]:
-        n_obs = self.source.n_obs
-        return [(start, min(start + _WINDOW, n_obs)) for start in range(0, n_obs, _WINDOW)]
+        return self.cells.windows(_WINDOW)
 
     def embed_window(self, start: int, stop: int) -> Embeddings:
-        """(stop - start, dim) embeddings of the cells of one window.
+        """(stop - start, width) embeddings of the cells of one window.
 
         Cells go through the encoder sorted by length: attention costs the square of the length, and batches of like
         cells take about as long as one another.
         """
-        report, source = self.report, self.source
+        report = self.report
         clock = time.perf_counter()
-        window = source.read_rows(start, stop)
+        window = self.cells.source.read_rows(start, stop)
         report.seconds_reading += time.perf_counter() - clock
 
         clock = time.perf_counter()
         order = np.argsort(np.diff(window[0]), kind="stable").astype(np.int64)
-        packed = _pack(
-            source,
-            window,
-            self.column_map,
-            rows=order,
-            normalized=self.normalized,
-            target_sum=self.network.config.target_sum,
-            num_threads=self.num_threads,
-            first_row=start,
-        )
+        packed = self.cells.pack(window, rows=order, num_threads=self.num_threads, first_row=start)
         report.seconds_packing += time.perf_counter() - clock
 
         clock = time.perf_counter()
         device = next(self.network.parameters()).device
-        embeddings = np.empty((stop - start, self.network.config.dim), np.float32)
+        embeddings = np.empty((stop - start, self.width), np.float32)
         for first, last, batch in split_by_tokens(packed, self.max_tokens):
             pooled = self.network.embed_batch(batch.to(device), self.pooling)
             embeddings[order[first:last]] = pooled.cpu().numpy()
             self.bar.update(last - first)
         report.seconds_encoder += time.perf_counter() - clock
-        report.tokens += packed.total_nnz
+        report.tokens += int((packed.gene_ids < self.network.config.num_genes).sum())
         return embeddings
 
 
@@ -499,7 +389,7 @@ class _Destination:
         wanted = {
             "input": _fingerprint(self.input),
             "cells": report.cells,
-            "columns": run.source.n_vars,
+            "columns": run.cells.source.n_vars,
             "cells per shard": _WINDOW,
             "checkpoint": _model_fingerprint(run.network),
             **options,
@@ -521,9 +411,8 @@ class _Destination:
                 return
             if not self.manifest.exists():
                 _write_json(self.manifest, wanted)
-            dim = run.network.config.dim
             windows = run.windows()
-            missing = [(start, stop) for start, stop in windows if not self._has_shard(start, stop, dim)]
+            missing = [(start, stop) for start, stop in windows if not self._has_shard(start, stop, run.width)]
             report.resumed_cells = report.cells - sum(stop - start for start, stop in missing)
             try:
                 run.bar.update(report.resumed_cells)
@@ -537,7 +426,7 @@ class _Destination:
             if _fingerprint(self.input) != wanted["input"]:
                 self._remove()
                 raise ValueError(f"{self.input}: changed while it was read; run again")
-            self._publish([start for start, _ in windows], (report.cells, dim), key, wanted, report)
+            self._publish([start for start, _ in windows], (report.cells, run.width), key, wanted, report)
             self._remove()
 
     @contextlib.contextmanager
@@ -575,9 +464,9 @@ class _Destination:
     def _write_shard(self, start: int, embeddings: Embeddings) -> None:
         _write_atomically(self._shard(start), lambda file: np.save(file, embeddings))
 
-    def _has_shard(self, start: int, stop: int, dim: int) -> bool:
+    def _has_shard(self, start: int, stop: int, width: int) -> bool:
         path = self._shard(start)
-        return path.exists() and np.load(path, mmap_mode="r").shape == (stop - start, dim)
+        return path.exists() and np.load(path, mmap_mode="r").shape == (stop - start, width)
 
     def _publish(
         self, starts: list[int], shape: tuple[int, int], key: str, manifest: dict[str, Any], report: EmbedReport

@@ -18,8 +18,8 @@ class ExpressionEmbedding(nn.Module):
         e(v) = softmax(s) @ bin_table
 
     Parameters: w1, b1, b2 (num_bins,), w2 (num_bins, num_bins), bin_table (num_bins, dim),
-    gene_table (num_genes + 1, dim). The last gene row is the padding row of released checkpoints; no token points to
-    it. They start as torch.nn.Linear and torch.nn.Embedding layers do.
+    gene_table (num_genes + 1, dim); depth tokens count as genes here. The last gene row is the padding row of released
+    checkpoints; no token points to it. They start as torch.nn.Linear and torch.nn.Embedding layers do.
     """
 
     def __init__(self, num_genes: int, dim: int, *, num_bins: int = 100, alpha: float = 1.0) -> None:
@@ -58,3 +58,7 @@ class ExpressionEmbedding(nn.Module):
             cu_seqlens=batch.cu_seqlens if batch.distinct_index is None else None,
             distinct_index=batch.distinct_index,
         )
+
+    def value_rows(self, values: Tensor) -> Tensor:
+        """(n, dim) rows e(v) of values (n,) alone, without a gene's row."""
+        return expression_embedding(values, self.w1, self.b1, self.w2, self.b2, self.bin_table, alpha=self.alpha)

@@ -1,94 +1,201 @@
-"""RaggedTransformerEncoder: torch.nn.TransformerEncoder for cells of unequal length, with no padding anywhere."""
+"""RaggedTransformerEncoder: torch.nn.TransformerEncoder for cells of unequal length, with no padding anywhere.
+
+The computation is written once, over `Layer`: what one Transformer layer consists of, in whatever module tree its
+weights live. RaggedTransformerEncoder has a tree of its own, xtrimogene.dropin runs over the trees of others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xtg_kernels import ragged_attention
-from xtrimogene.linear import feed_forward, is_large, linear, pays_in_training, row_blocks, row_linear
+from xtrimogene.linear import (
+    ACTIVATIONS,
+    activate,
+    feed_forward,
+    in_autocast_dtype,
+    is_large,
+    linear,
+    pays_by_blocks,
+    row_blocks,
+    row_linear,
+    untouched,
+    weights_of,
+)
+
+Attend = Callable[[Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One Transformer layer: x = norm1(x + attend(x)); x = norm2(x + linear2(activation(linear1(x)))), or with
+    norm_first x = x + attend(norm1(x)); x = x + linear2(activation(linear1(norm2(x)))).
+
+    num_heads   attention heads
+    in_proj     () -> weight (3 width, dim) and bias (3 width,) or None of q, k and v, one after the other
+    attend      x (total_nnz, dim), cu_seqlens, max_seqlen -> (total_nnz, dim), the output projection included
+    activation  "relu", "gelu" (erf) or "gelu_tanh"
+    dropouts    on the attention's branch, after the activation, on the feed-forward branch; None for none
+    """
+
+    num_heads: int
+    in_proj: Callable[[], tuple[Tensor, Tensor | None]]
+    attend: Attend
+    out_proj: nn.Linear
+    norm1: nn.LayerNorm
+    linear1: nn.Linear
+    linear2: nn.Linear
+    norm2: nn.LayerNorm
+    activation: str
+    norm_first: bool
+    dropouts: tuple[nn.Dropout | None, nn.Dropout | None, nn.Dropout | None]
+
+    def __call__(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """x (total_nnz, dim) -> (total_nnz, dim)."""
+        after_attention, _, after_ffn = self.dropouts
+        if self.norm_first:
+            x = x + _drop(after_attention, self.attend(self.norm1(x), cu_seqlens, max_seqlen))
+            return x + _drop(after_ffn, self._feed_forward(self.norm2(x)))
+        x = self.norm1(x + _drop(after_attention, self.attend(x, cu_seqlens, max_seqlen)))
+        return self.norm2(x + _drop(after_ffn, self._feed_forward(x)))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        dropout = self.dropouts[1]
+        modules = (self.linear1, self.linear2, *(() if dropout is None else (dropout,)))
+        if torch.is_grad_enabled() and untouched(x, modules):
+            rows, w1, w2 = in_autocast_dtype(x, self.linear1.weight, self.linear2.weight)
+            b1, b2 = in_autocast_dtype(self.linear1.bias, self.linear2.bias)
+            share = dropout.p if dropout is not None and dropout.training else 0.0
+            # After other activations the mask of the dropout would have to be kept.
+            if pays_by_blocks(len(rows), w1, b1, w2, b2, rows) and (self.activation == "relu" or not share):
+                return feed_forward(rows, w1, b1, w2, b2, share, activation=self.activation)
+        # ReLU in place: no backward needs the value before it, and this is the widest tensor of the layer.
+        return self.linear2(_drop(dropout, activate(self.linear1(x), self.activation)))
+
+
+def _drop(dropout: nn.Dropout | None, x: Tensor) -> Tensor:
+    return x if dropout is None else dropout(x)
+
+
+def attend(
+    x: Tensor, in_proj: tuple[Tensor, Tensor | None], num_heads: int, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
+    """Multi-head self-attention inside each segment, before the output projection.
+
+    x (total_nnz, dim), in_proj the weight (3 width, dim) and the bias (3 width,) or None -> (total_nnz, width).
+    """
+    weight, bias = in_proj
+    qkv = None
+    if torch.is_grad_enabled() and untouched(x, ()):
+        (rows, wide), (offsets,) = in_autocast_dtype(x, weight), in_autocast_dtype(bias)
+        if pays_by_blocks(len(rows), wide, offsets, rows):
+            qkv = linear(rows, wide, offsets)
+    if qkv is None:
+        qkv = F.linear(x, weight, bias)
+    # Three strided views of one tensor: the op reads them where they are.
+    q, k, v = qkv.view(x.shape[0], 3, num_heads, weight.shape[0] // 3 // num_heads).unbind(1)
+    return ragged_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1)
 
 
 class RaggedSelfAttention(nn.Module):
     """Multi-head self-attention inside each segment, named and initialised as torch.nn.MultiheadAttention."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    in_proj_bias: nn.Parameter | None
+
+    def __init__(self, dim: int, num_heads: int, *, bias: bool = True) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim: expected a multiple of num_heads = {num_heads}, got {dim}")
         self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.register_parameter("in_proj_bias", nn.Parameter(torch.zeros(3 * dim)) if bias else None)
+        self.out_proj = nn.Linear(dim, dim, bias=bias)
         nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.in_proj_bias)
-        nn.init.zeros_(self.out_proj.bias)
+        if bias:
+            nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """x (total_nnz, dim) -> (total_nnz, dim)."""
-        qkv = self._in_proj(x)
-        # Three strided views of one tensor: the op reads them where they are.
-        q, k, v = qkv.view(x.shape[0], 3, self.num_heads, x.shape[1] // self.num_heads).unbind(1)
-        return self.out_proj(ragged_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1))
+        return self.out_proj(attend(x, self.in_proj(), self.num_heads, cu_seqlens, max_seqlen))
 
-    def _in_proj(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and _untouched(x, ()):
-            operands = _autocast(x, self.in_proj_weight, self.in_proj_bias)
-            if _by_blocks(operands):
-                return linear(*operands)
-        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
+    def in_proj(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of q, k and v."""
+        return self.in_proj_weight, self.in_proj_bias
 
 
 class RaggedTransformerEncoderLayer(nn.Module):
-    """One post-norm layer, as torch.nn.TransformerEncoderLayer(norm_first=False, activation="relu") computes it:
+    """One layer, as torch.nn.TransformerEncoderLayer computes it:
 
-    x = norm1(x + self_attn(x))
-    x = norm2(x + linear2(relu(linear1(x))))
+    x = norm1(x + self_attn(x))                     norm_first: x = x + self_attn(norm1(x))
+    x = norm2(x + linear2(activation(linear1(x))))              x = x + linear2(activation(linear1(norm2(x))))
 
-    In training, dropout acts on both residual branches and after the relu. torch's layer (and the published training
-    recipe) also drops attention probabilities; that one is left out, so that the attention kernel needs no random mask.
-    Evaluation is the same in both.
+    activation is "relu", "gelu" (erf) or "gelu_tanh". In training, dropout acts on both residual branches and after the
+    activation. torch's layer (and the published training recipe) also drops attention probabilities; that one is left
+    out, so that the attention kernel needs no random mask. Evaluation is the same in both.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, ffn_dim: int, *, dropout: float = 0.1, layer_norm_eps: float = 1e-5
+        self,
+        dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        *,
+        dropout: float = 0.1,
+        layer_norm_eps: float = 1e-5,
+        activation: str = "relu",
+        norm_first: bool = False,
+        bias: bool = True,
     ) -> None:
         super().__init__()
-        self.self_attn = RaggedSelfAttention(dim, num_heads)
-        self.linear1 = nn.Linear(dim, ffn_dim)
-        self.linear2 = nn.Linear(ffn_dim, dim)
-        self.norm1 = nn.LayerNorm(dim, eps=layer_norm_eps)
-        self.norm2 = nn.LayerNorm(dim, eps=layer_norm_eps)
+        if activation not in ACTIVATIONS[1:]:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS[1:])}, got {activation!r}")
+        self.activation, self.norm_first = activation, norm_first
+        self.self_attn = RaggedSelfAttention(dim, num_heads, bias=bias)
+        self.linear1 = nn.Linear(dim, ffn_dim, bias=bias)
+        self.linear2 = nn.Linear(ffn_dim, dim, bias=bias)
+        self.norm1 = nn.LayerNorm(dim, eps=layer_norm_eps, bias=bias)
+        self.norm2 = nn.LayerNorm(dim, eps=layer_norm_eps, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """x (total_nnz, dim) -> (total_nnz, dim)."""
-        x = self.norm1(x + self.dropout(self.self_attn(x, cu_seqlens, max_seqlen)))
-        return self.norm2(x + self.dropout(self._feed_forward(x)))
+        return self.parts()(x, cu_seqlens, max_seqlen)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and _untouched(x, (self.linear1, self.linear2, self.dropout)):
-            operands = _autocast(x, self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
-            if _by_blocks(operands):
-                rows, w1, b1, w2, b2 = operands
-                return feed_forward(rows, w1, b1, w2, b2, self.dropout.p if self.dropout.training else 0.0)
-        # In place: no backward needs the value before the relu, and this is the widest tensor of the layer.
-        return self.linear2(self.dropout(F.relu(self.linear1(x), inplace=True)))
+    def parts(self) -> Layer:
+        """This layer's modules."""
+        return Layer(
+            self.self_attn.num_heads,
+            self.self_attn.in_proj,
+            self.self_attn,
+            self.self_attn.out_proj,
+            self.norm1,
+            self.linear1,
+            self.linear2,
+            self.norm2,
+            self.activation,
+            self.norm_first,
+            (self.dropout, self.dropout, self.dropout),
+        )
 
 
 class RaggedTransformerEncoder(nn.Module):
-    """Stack of post-norm Transformer layers and a final LayerNorm over cells laid end to end.
+    """Stack of Transformer layers and a final LayerNorm over cells laid end to end.
 
     Equal to torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(...), num_layers, torch.nn.LayerNorm(dim)) on
     each cell by itself. State dicts have the same keys and shapes and load both ways. It knows nothing of genes: any
-    model with rows of unequal sequences can use it.
+    model with rows of unequal sequences can use it. norm_first, activation and bias are those of torch's layer.
 
         encoder = RaggedTransformerEncoder(dim=128, num_heads=2, num_layers=4)
         y = encoder(x, cu_seqlens, max_seqlen)
+
+    `checkpoint_activations = True` keeps only the input of each layer for the backward and computes the rest again.
     """
 
     def __init__(
@@ -100,15 +207,26 @@ class RaggedTransformerEncoder(nn.Module):
         ffn_dim: int | None = None,
         dropout: float = 0.1,
         layer_norm_eps: float = 1e-5,
+        activation: str = "relu",
+        norm_first: bool = False,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
             RaggedTransformerEncoderLayer(
-                dim, num_heads, 4 * dim if ffn_dim is None else ffn_dim, dropout=dropout, layer_norm_eps=layer_norm_eps
+                dim,
+                num_heads,
+                4 * dim if ffn_dim is None else ffn_dim,
+                dropout=dropout,
+                layer_norm_eps=layer_norm_eps,
+                activation=activation,
+                norm_first=norm_first,
+                bias=bias,
             )
             for _ in range(num_layers)
         )
-        self.norm = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.norm = nn.LayerNorm(dim, eps=layer_norm_eps, bias=bias)
+        self.checkpoint_activations = False
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Encode every segment of x by itself.
@@ -124,91 +242,82 @@ class RaggedTransformerEncoder(nn.Module):
         if x.dim() != 2 or x.shape[1] != dim:
             raise ValueError(f"x: expected shape (total_nnz, {dim}), got {tuple(x.shape)}")
         if self._infers_by_blocks(x):
-            return self._infer(x, cu_seqlens, max_seqlen)
+            layers = [layer.parts() for layer in cast(list[RaggedTransformerEncoderLayer], self.layers)]
+            return infer_by_blocks(layers, self.norm, x, cu_seqlens, max_seqlen)
         for layer in self.layers:
-            x = layer(x, cu_seqlens, max_seqlen)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cu_seqlens, max_seqlen, use_reentrant=False)
+            else:
+                x = layer(x, cu_seqlens, max_seqlen)
         return self.norm(x)
 
     def _infers_by_blocks(self, x: Tensor) -> bool:
-        """Whether nothing but the numbers of the last layer is asked for: a CPU, no gradients, no dropout, no tracing,
-        and modules and weights that nobody replaced or hooked."""
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not len(self.layers):
-            return False
-        if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in self.modules()):
-            return False
-        if not _untouched(x, tuple(self.modules())) or any(p.dtype != x.dtype for p in self.parameters()):
+        if not len(self.layers):
             return False
         layer = cast(RaggedTransformerEncoderLayer, self.layers[0])
-        # PyTorch's own bfloat16 layers keep kernels for every number of rows: memory would grow from batch to batch.
-        return x.dtype == torch.bfloat16 or is_large(len(x), layer.linear1.out_features, x.dtype)
+        return infers_by_blocks(x, tuple(self.modules()), layer.linear1.out_features)
 
-    def _infer(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """The same layers with everything between two attentions done for a block of rows at a time.
 
-        Between attentions every row is on its own, so a block goes from one attention's output to the next one's q, k
-        and v while it is in cache. Only q, k, v, the rows themselves and the attention's output exist for all tokens.
-        """
-        layers = cast(list[RaggedTransformerEncoderLayer], list(self.layers))
-        heads, dim = layers[0].self_attn.num_heads, x.shape[1]
-        blocks = row_blocks(len(x), layers[0].linear1.out_features, x.dtype)
-        qkv, out = x.new_empty((len(x), 3 * dim)), x.new_empty(x.shape)
-        in_proj = row_linear(layers[0].self_attn.in_proj_weight, layers[0].self_attn.in_proj_bias)
+def infers_by_blocks(x: Tensor, modules: Sequence[nn.Module], width: int) -> bool:
+    """Whether nothing but the numbers of the last layer is asked for: a CPU, no gradients, no dropout, no tracing, and
+    modules and weights that nobody replaced or hooked; and whether a batch of this width is large enough to pay."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    if any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in modules):
+        return False
+    if not untouched(x, modules, _KINDS) or any(p.dtype != x.dtype for module in modules for p in weights_of(module)):
+        return False
+    # PyTorch's own bfloat16 layers keep kernels for every number of rows: memory would grow from batch to batch.
+    return x.dtype == torch.bfloat16 or is_large(len(x), width, x.dtype)
+
+
+def infer_by_blocks(
+    layers: Sequence[Layer], norm: nn.LayerNorm | None, x: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
+    """The same layers with everything between two attentions done for a block of rows at a time.
+
+    Between attentions every row is on its own, so a block goes from one attention's output to the next one's q, k
+    and v while it is in cache. Only q, k, v, the rows themselves and the attention's output exist for all tokens.
+    """
+    blocks = row_blocks(len(x), max(layer.linear1.out_features for layer in layers), x.dtype)
+    out = x.new_empty(x.shape)
+    weight, bias = layers[0].in_proj()
+    in_proj, qkv = row_linear(weight, bias), x.new_empty((len(x), len(weight)))
+    for block in blocks:
+        rows = x[block]
+        qkv[block] = in_proj(layers[0].norm1(rows) if layers[0].norm_first else rows)
+    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        q, k, v = qkv.view(len(x), 3, layer.num_heads, qkv.shape[1] // 3 // layer.num_heads).unbind(1)
+        attended = ragged_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1)
+        out_proj = row_linear(layer.out_proj.weight, layer.out_proj.bias)
+        linear1 = row_linear(layer.linear1.weight, layer.linear1.bias, activation=layer.activation)
+        linear2 = row_linear(layer.linear2.weight, layer.linear2.bias)
+        if following is not None:
+            weight, bias = following.in_proj()
+            in_proj = row_linear(weight, bias)
+            if qkv.shape[1] != len(weight):
+                qkv = x.new_empty((len(x), len(weight)))
         for block in blocks:
-            qkv[block] = in_proj(x[block])
-        for i, layer in enumerate(layers):
-            q, k, v = qkv.view(len(x), 3, heads, dim // heads).unbind(1)
-            attended = ragged_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1)
-            out_proj = row_linear(layer.self_attn.out_proj.weight, layer.self_attn.out_proj.bias)
-            linear1 = row_linear(layer.linear1.weight, layer.linear1.bias, relu=True)
-            linear2 = row_linear(layer.linear2.weight, layer.linear2.bias)
-            last = i + 1 == len(layers)
-            if not last:
-                attention = layers[i + 1].self_attn
-                in_proj = row_linear(attention.in_proj_weight, attention.in_proj_bias)
-            for block in blocks:
-                rows = layer.norm1(out_proj(attended[block]).add_(x[block]))
+            rows = out_proj(attended[block]).add_(x[block])
+            if layer.norm_first:
+                rows = linear2(linear1(layer.norm2(rows))).add_(rows)
+            else:
+                rows = layer.norm1(rows)
                 rows = layer.norm2(linear2(linear1(rows)).add_(rows))
-                out[block] = self.norm(rows) if last else rows
-                if not last:
-                    qkv[block] = in_proj(rows)
-            x = out
-        return out
+            if following is not None:
+                out[block] = rows
+                qkv[block] = in_proj(following.norm1(rows) if following.norm_first else rows)
+            else:
+                out[block] = rows if norm is None else norm(rows)
+        x = out
+    return out
 
 
-_MODULES = (
+# torch's own encoder layer has the last two; xtrimogene.dropin takes care that nothing else is in it.
+_KINDS = (
     RaggedTransformerEncoder,
     RaggedTransformerEncoderLayer,
     RaggedSelfAttention,
-    nn.ModuleList,
-    nn.Linear,
-    nn.LayerNorm,
-    nn.Dropout,
+    nn.MultiheadAttention,
+    nn.modules.linear.NonDynamicallyQuantizableLinear,
 )
-
-
-def _untouched(x: Tensor, modules: Sequence[nn.Module]) -> bool:
-    """Whether these modules may be computed without calling them: a plain CPU tensor, no tracing, nobody replaced or
-    hooked a module or its weights."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
-        return False
-    return all(
-        type(module) in _MODULES
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-        and all(type(p) is nn.Parameter and p.device == x.device for p in module._parameters.values())
-        for module in modules
-    )
-
-
-def _autocast(*operands: Tensor) -> tuple[Tensor, ...]:
-    """Operands in the dtype in which autocast would have F.linear take them."""
-    if not torch.is_autocast_enabled("cpu"):
-        return operands
-    return tuple(x.to(torch.get_autocast_dtype("cpu")) for x in operands)
-
-
-def _by_blocks(operands: Sequence[Tensor]) -> bool:
-    """operands: rows, then the weight of the wider layer first."""
-    rows, weight = operands[:2]
-    if not is_large(len(rows), len(weight), rows.dtype):
-        return False
-    return all(x.dtype == rows.dtype for x in operands) and pays_in_training(rows.dtype)

@@ -1,4 +1,4 @@
-"""Linear layers by blocks of rows through oneDNN, with bias and ReLU in the product and the weight packed once.
+"""Linear layers, and norms and activations beside them, by blocks of rows through oneDNN, the weight packed once.
 
 torch.nn.functional.linear on a CPU copies the bias into the output first, and a (total_nnz, 4 dim) output is new memory
 that the system hands out page by page: on a machine with AMX that takes as long as a bfloat16 product itself. Here the
@@ -15,16 +15,18 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+# Where one is None, it is a bias that a layer does not have.
+Operand = TypeVar("Operand", Tensor, Tensor | None)
 
 # Bytes of the widest tensor of a block: for each thread, and at most for all of them. Smaller blocks would fit caches
 # better, but threads that meet more often wait more for each other on a busy machine. From 32 MB on glibc gives every
@@ -37,11 +39,23 @@ _UNIT_ROWS = 64
 _MIN_UNITS = 4
 # Below this the memory of a layer's widest tensor is used again from call to call, and blocks only add calls.
 _LARGE_BYTES = 16 << 20
+# Where oneDNN is the faster one it is so from the rows on that earn back the packing of the weight.
+_PACKING_PAYS_ROWS = 512
+# Activation -> oneDNN's name for it and for its algorithm. gelu is the exact one (erf).
+_ONEDNN_ACTIVATIONS = {
+    "none": ("none", ""),
+    "relu": ("relu", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+}
+ACTIVATIONS = tuple(_ONEDNN_ACTIVATIONS)
 
 
 def is_large(rows: int, width: int, dtype: torch.dtype) -> bool:
     """Whether a (rows, width) tensor is so large that going by blocks of rows is faster."""
-    return rows * width * dtype.itemsize >= _LARGE_BYTES
+    if rows * width * dtype.itemsize >= _LARGE_BYTES:
+        return True
+    return dtype == torch.float32 and rows >= _PACKING_PAYS_ROWS and onednn_takes(dtype) and _mkl_is_slow()
 
 
 def row_blocks(total: int, width: int, dtype: torch.dtype) -> list[slice]:
@@ -61,47 +75,99 @@ def row_blocks(total: int, width: int, dtype: torch.dtype) -> list[slice]:
     return [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
 
 
-def row_linear(weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Callable[[Tensor], Tensor]:
-    """The layer x -> F.linear(x, weight, bias), then ReLU if asked for, ready for many blocks of rows.
+def activate(x: Tensor, activation: str) -> Tensor:
+    """x after one of ACTIVATIONS; ReLU is done in place, since no backward needs what was there before."""
+    if activation == "relu":
+        return F.relu(x, inplace=True)
+    return x if activation == "none" else F.gelu(x, approximate=_ONEDNN_ACTIVATIONS[activation][1])
+
+
+def row_linear(weight: Tensor, bias: Tensor | None, *, activation: str = "none") -> Callable[[Tensor], Tensor]:
+    """The layer x -> F.linear(x, weight, bias), then an activation, ready for many blocks of rows.
 
     weight (out, in) and bias (out,) of one dtype on the CPU; the layer takes x (rows, in) of that dtype and returns a
-    new (rows, out). Without autograd. It holds a packed copy of the weight: make a new one when the weight changes.
+    new (rows, out). activation is one of ACTIVATIONS. Without autograd. It holds a packed copy of the weight: make a
+    new one when the weight changes.
     """
     if not onednn_takes(weight.dtype):
-        return lambda x: F.relu(F.linear(x, weight, bias), inplace=True) if relu else F.linear(x, weight, bias)
-    return _onednn_linear(weight, bias, relu)
+        return lambda x: activate(F.linear(x, weight, bias), activation)
+    return _onednn_linear(weight, bias, activation)
 
 
-def _onednn_linear(weight: Tensor, bias: Tensor | None, relu: bool) -> Callable[[Tensor], Tensor]:
+def _onednn_linear(weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _UNIT_ROWS)
     bias = None if bias is None else bias.detach().contiguous()
-    after = "relu" if relu else "none"
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, after, [], "")
+    name, algorithm = _ONEDNN_ACTIVATIONS[activation]
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear(x, weight, bias) with gradients to all three, by blocks of rows; differentiable once.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """F.linear(x, weight, bias), plus residual if given, with gradients to all, by blocks of rows; differentiable once.
 
-    x (rows, in), weight (out, in) and bias (out,) of one dtype on the CPU.
+    x (rows, in), weight (out, in) and bias (out,) or None, of one dtype on the CPU. residual (rows, out) of that dtype
+    or a wider one, which the result then has.
     """
-    return _Linear.apply(x, weight, bias)
+    return _Linear.apply(x, weight, bias, residual)
 
 
-def feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dropout: float = 0.0) -> Tensor:
-    """F.linear(F.dropout(F.relu(F.linear(x, w1, b1)), dropout), w2, b2), with gradients to all five, by blocks of rows.
+def norm_linear(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor, parts: int = 1
+) -> tuple[Tensor, ...]:
+    """F.linear(F.layer_norm(x, ...), weight, bias), cut into parts of equal width, by blocks of rows.
 
-    x (rows, dim), w1 (ffn_dim, dim), b1 (ffn_dim,), w2 (dim, ffn_dim), b2 (dim,), of one dtype on the CPU. Only the
-    dropped-out hidden rows are kept for the backward: they are positive where the gradient passes. Differentiable once.
+    x (rows, in) and norm_weight, norm_bias (in,) of one dtype, weight (parts * out, in) and bias (parts * out,) of that
+    one or a narrower one, which the parts (rows, out) have; all on the CPU. Gradients to all five tensors; only x is
+    kept for the backward. Differentiable once.
     """
-    return _FeedForward.apply(x, w1, b1, w2, b2, dropout)
+    return _NormLinear.apply(x, norm_weight, norm_bias, eps, weight, bias, parts)
+
+
+def norm_feed_forward(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+) -> Tensor:
+    """x + F.linear(F.gelu(F.linear(F.layer_norm(x, ...), w1, b1)), w2, b2), by blocks of rows; the exact (erf) GELU.
+
+    x (rows, dim) and norm_weight, norm_bias (dim,) of one dtype, w1 (ffn_dim, dim), b1 (ffn_dim,), w2 (dim, ffn_dim)
+    and b2 (dim,) of that one or a narrower one; all on the CPU. Gradients to all; x and the hidden rows before the GELU
+    are kept for the backward. Differentiable once.
+    """
+    return _NormFeedForward.apply(x, norm_weight, norm_bias, eps, w1, b1, w2, b2)
+
+
+def feed_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    dropout: float = 0.0,
+    *,
+    activation: str = "relu",
+) -> Tensor:
+    """F.linear(F.dropout(activation(F.linear(x, w1, b1)), dropout), w2, b2), with gradients to all five, by blocks.
+
+    x (rows, dim), w1 (ffn_dim, dim), b1 (ffn_dim,) or None, w2 (dim, ffn_dim), b2 (dim,) or None, of one dtype on the
+    CPU; activation "relu", "gelu" or "gelu_tanh". One (rows, ffn_dim) tensor is kept for the backward: with relu the
+    dropped-out hidden rows, which are positive where the gradient passes; with the others the rows before the
+    activation, which is computed again. Differentiable once.
+
+    Raises ValueError for dropout after another activation than relu: its mask would have to be kept too.
+    """
+    if dropout and activation != "relu":
+        raise ValueError(f"dropout: expected 0 with activation {activation!r}, got {dropout}")
+    return _FeedForward.apply(x, w1, b1, w2, b2, dropout, activation)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        layer, out = row_linear(weight, bias), x.new_empty((len(x), len(weight)))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        layer = row_linear(weight, bias)
+        out = (x if residual is None else residual).new_empty((len(x), len(weight)))
         for block in row_blocks(len(x), len(weight), x.dtype):
-            out[block] = layer(x[block])
+            if residual is None:
+                out[block] = layer(x[block])
+            else:
+                torch.add(residual[block], layer(x[block]), out=out[block])
         ctx.save_for_backward(x, weight)
         return out
 
@@ -112,25 +178,35 @@ class _Linear(torch.autograd.Function):
         layer, grad_x = row_linear(weight.t(), None), x.new_empty(x.shape)
         grads = _LinearGrads(weight, ctx.needs_input_grad[1:3])
         for block in row_blocks(len(x), len(weight), x.dtype):
+            grad_rows = grad_out[block].to(x.dtype)
             if ctx.needs_input_grad[0]:
-                grad_x[block] = layer(grad_out[block])
-            grads.add(grad_out[block], x[block])
-        return grad_x if ctx.needs_input_grad[0] else None, *grads.sums()
+                grad_x[block] = layer(grad_rows)
+            grads.add(grad_rows, x[block])
+        return grad_x if ctx.needs_input_grad[0] else None, *grads.sums(), grad_out if ctx.needs_input_grad[3] else None
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dropout: float) -> Tensor:
-        linear1, linear2 = row_linear(w1, b1, relu=True), row_linear(w2, b2)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        dropout: float,
+        activation: str,
+    ) -> Tensor:
+        linear1, linear2 = row_linear(w1, b1, activation="relu" if activation == "relu" else "none"), row_linear(w2, b2)
         hidden, out = x.new_empty((len(x), len(w1))), x.new_empty((len(x), len(w2)))
         for block in row_blocks(len(x), len(w1), x.dtype):
             rows = linear1(x[block])
             if dropout:
                 rows = F.dropout(rows, dropout)
             hidden[block] = rows
-            out[block] = linear2(rows)
+            out[block] = linear2(rows if activation == "relu" else activate(rows, activation))
         ctx.save_for_backward(x, hidden, w1, w2)
-        ctx.dropout = dropout
+        ctx.dropout, ctx.activation = dropout, activation
         return out
 
     @staticmethod
@@ -141,15 +217,125 @@ class _FeedForward(torch.autograd.Function):
         grad_x = x.new_empty(x.shape)
         grads1, grads2 = _LinearGrads(w1, ctx.needs_input_grad[1:3]), _LinearGrads(w2, ctx.needs_input_grad[3:5])
         for block in row_blocks(len(x), len(w1), x.dtype):
-            grad_rows = grad_out[block]
-            grad_hidden = torch.ops.aten.threshold_backward(linear2(grad_rows), hidden[block], 0)
+            grad_rows, activated = grad_out[block], hidden[block]
+            if ctx.activation == "relu":
+                grad_hidden = torch.ops.aten.threshold_backward(linear2(grad_rows), activated, 0)
+            else:
+                algorithm = _ONEDNN_ACTIVATIONS[ctx.activation][1]
+                grad_hidden = torch.ops.aten.gelu_backward(linear2(grad_rows), activated, approximate=algorithm)
+                activated = activate(activated, ctx.activation)
             if ctx.dropout:
                 grad_hidden.mul_(1 / (1 - ctx.dropout))
             if ctx.needs_input_grad[0]:
                 grad_x[block] = linear1(grad_hidden)
             grads1.add(grad_hidden, x[block])
-            grads2.add(grad_rows, hidden[block])
-        return grad_x if ctx.needs_input_grad[0] else None, *grads1.sums(), *grads2.sums(), None
+            grads2.add(grad_rows, activated)
+        return grad_x if ctx.needs_input_grad[0] else None, *grads1.sums(), *grads2.sums(), None, None
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor,
+        parts: int,
+    ) -> tuple[Tensor, ...]:
+        norm, layer = _RowNorm(norm_weight, norm_bias, eps), row_linear(weight, bias)
+        outs = tuple(weight.new_empty((len(x), len(weight) // parts)) for _ in range(parts))
+        for block in row_blocks(len(x), len(weight), weight.dtype):
+            rows = layer(norm(x[block]).to(weight.dtype))
+            for out, part in zip(outs, rows.chunk(parts, dim=1), strict=True):
+                out[block] = part
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight)
+        ctx.eps = eps
+        return outs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outs: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, weight = ctx.saved_tensors
+        norm, layer = _RowNorm(norm_weight, norm_bias, ctx.eps), row_linear(weight.t(), None)
+        grad_x, grads = x.new_empty(x.shape), _LinearGrads(weight, ctx.needs_input_grad[4:6])
+        for block in row_blocks(len(x), len(weight), weight.dtype):
+            grad_rows = torch.cat([grad_out[block] for grad_out in grad_outs], dim=1)
+            grads.add(grad_rows, norm(x[block]).to(weight.dtype))
+            grad_x[block] = norm.backward(layer(grad_rows).to(x.dtype))
+        return grad_x, *norm.sums(), None, *grads.sums(), None
+
+
+class _NormFeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        w1: Tensor,
+        b1: Tensor,
+        w2: Tensor,
+        b2: Tensor,
+    ) -> Tensor:
+        norm, linear1, linear2 = _RowNorm(norm_weight, norm_bias, eps), row_linear(w1, b1), row_linear(w2, b2)
+        kept = any(ctx.needs_input_grad)
+        hidden, out = w1.new_empty((len(x) if kept else 0, len(w1))), x.new_empty(x.shape)
+        for block in row_blocks(len(x), len(w1), w1.dtype):
+            rows = linear1(norm(x[block]).to(w1.dtype))
+            if kept:
+                hidden[block] = rows
+            torch.add(x[block], linear2(F.gelu(rows)), out=out[block])
+        ctx.save_for_backward(x, norm_weight, norm_bias, hidden, w1, w2)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, norm_bias, hidden, w1, w2 = ctx.saved_tensors
+        norm = _RowNorm(norm_weight, norm_bias, ctx.eps)
+        linear1, linear2 = row_linear(w1.t(), None), row_linear(w2.t(), None)
+        grad_x = x.new_empty(x.shape)
+        grads1, grads2 = _LinearGrads(w1, ctx.needs_input_grad[4:6]), _LinearGrads(w2, ctx.needs_input_grad[6:8])
+        for block in row_blocks(len(x), len(w1), w1.dtype):
+            grad_rows = grad_out[block].to(w2.dtype)
+            grads2.add(grad_rows, F.gelu(hidden[block]))
+            grad_hidden = torch.ops.aten.gelu_backward(linear2(grad_rows), hidden[block])
+            grads1.add(grad_hidden, norm(x[block]).to(w1.dtype))
+            torch.add(grad_out[block], norm.backward(linear1(grad_hidden).to(x.dtype)), out=grad_x[block])
+        return grad_x, *norm.sums(), None, *grads1.sums(), *grads2.sums()
+
+
+class _RowNorm:
+    """LayerNorm of blocks of rows, and the gradients of its weight and bias, summed over the blocks in float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
+        self.weight, self.bias, self.eps = weight, bias, eps
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.grads = [torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias, dtype=wide)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        normed, *moments = torch.native_layer_norm(x, list(self.weight.shape), self.weight, self.bias, self.eps)
+        self.block = x, moments
+        return normed
+
+    def backward(self, grad_normed: Tensor) -> Tensor:
+        """Gradient to the block that was normed last."""
+        x, moments = self.block
+        grad_x, *grads = torch.ops.aten.native_layer_norm_backward(
+            grad_normed, x, list(self.weight.shape), *moments, self.weight, self.bias, [True, True, True]
+        )
+        for total, grad in zip(self.grads, grads, strict=True):
+            total += grad
+        return grad_x
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        weight, bias = (grad.to(self.weight.dtype) for grad in self.grads)
+        return weight, bias
 
 
 class _LinearGrads:
@@ -174,10 +360,44 @@ class _LinearGrads:
         return tuple(None if x is None else x.to(self.dtype) for x in (self.weight, self.bias))  # type: ignore[return-value]
 
 
-def pays_in_training(dtype: torch.dtype) -> bool:
-    """Whether ``linear`` and ``feed_forward`` are faster than PyTorch's own layers here.
+def untouched(x: Tensor, modules: Sequence[nn.Module], kinds: tuple[type[nn.Module], ...] = ()) -> bool:
+    """Whether these modules may be computed without calling them: a plain CPU tensor, no tracing, nobody replaced or
+    hooked a module or its weights. kinds are the classes, beside PyTorch's own, that the caller knows."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    return all(
+        type(module) in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList, *kinds)
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and all(type(p) is nn.Parameter and p.device == x.device for p in weights_of(module))
+        for module in modules
+    )
 
-    bfloat16: wherever oneDNN is taken. float32: where it beats MKL by half in a short race, run once in a process.
+
+def weights_of(module: nn.Module) -> list[nn.Parameter]:
+    """The module's own parameters, without those that it has for None, as a Linear without bias does."""
+    return [p for p in module._parameters.values() if p is not None]
+
+
+def in_autocast_dtype(*operands: Operand) -> tuple[Operand, ...]:
+    """Operands in the dtype in which autocast would have F.linear take them."""
+    if not torch.is_autocast_enabled("cpu"):
+        return operands
+    dtype = torch.get_autocast_dtype("cpu")
+    return tuple(x if x is None else x.to(dtype) for x in operands)
+
+
+def pays_by_blocks(rows: int, weight: Tensor, *operands: Tensor | None) -> bool:
+    """Whether layers of so many rows are faster by blocks; weight is the one of the wider layer. Never where the dtypes
+    of the operands differ."""
+    if not is_large(rows, len(weight), weight.dtype):
+        return False
+    return all(x is None or x.dtype == weight.dtype for x in operands) and pays_in_training(weight.dtype)
+
+
+def pays_in_training(dtype: torch.dtype) -> bool:
+    """Whether ``linear``, ``feed_forward`` and their like are faster than PyTorch's own layers here.
+
+    bfloat16: wherever oneDNN is taken. float32: where MKL is slow.
     """
     if not onednn_takes(dtype):
         return False
@@ -186,25 +406,20 @@ def pays_in_training(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _mkl_is_slow() -> bool:
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_race_float32).result() > 1.5
+    """Whether PyTorch's float32 products go to MKL on a CPU not made by Intel, where it leaves AVX-512 alone.
+
+    A fact of the machine, not a race: a run that is resumed in another process has to take the same way, bit for bit.
+    """
+    return torch.backends.mkl.is_available() and _cpu_vendor() not in ("GenuineIntel", "")
 
 
-def _race_float32() -> float:
-    """Time of torch.mm by that of oneDNN for the same product."""
-    x, weight = torch.ones(512, 512), torch.ones(1024, 512)
-    with torch.no_grad():
-        ways: list[Callable[[Tensor], Tensor]] = [
-            lambda x: torch.mm(x, weight.t()),
-            _onednn_linear(weight, None, False),
-        ]
-        seconds = [math.inf, math.inf]
-        for _ in range(5):
-            for i, way in enumerate(ways):
-                start = time.perf_counter()
-                way(x)
-                seconds[i] = min(seconds[i], time.perf_counter() - start)
-    return seconds[0] / seconds[1]
+def _cpu_vendor() -> str:
+    """vendor_id of the first processor; empty where the system does not say."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("vendor_id")), "")
+    except OSError:
+        return ""
 
 
 def onednn_takes(dtype: torch.dtype) -> bool:
@@ -227,14 +442,16 @@ def _gives_right_numbers(dtype: torch.dtype) -> bool:
     x, weight = x.view(33, 48), weight.view(40, 48)
     try:
         with torch.no_grad():
-            got = [_onednn_linear(weight, bias, True)(x), _onednn_linear(weight, None, False)(x)]
+            got = [_onednn_linear(weight, bias, name)(x) for name in ACTIVATIONS]
+            got.append(_onednn_linear(weight, None, "none")(x))
     except (AttributeError, RuntimeError, TypeError):
         return False
-    exact = F.linear(x.double(), weight.double())
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    wanted = [activate(exact.clone(), name) for name in ACTIVATIONS] + [F.linear(x.double(), weight.double())]
     tolerance = 10 * torch.finfo(dtype).eps
     return all(
         a.dtype == dtype and torch.allclose(a.double(), b, rtol=tolerance, atol=tolerance)
-        for a, b in zip(got, [F.relu(exact + bias), exact], strict=True)
+        for a, b in zip(got, wanted, strict=True)
     )
 
 

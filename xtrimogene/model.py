@@ -1,4 +1,4 @@
-"""XTrimoGene: value embedding and ragged encoder as one model, cell pooling, and checkpoints on disk."""
+"""XTrimoGene: value embedding, ragged encoder and decoder as one model, cell pooling, and checkpoints on disk."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
+from anndata import AnnData
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,11 +22,13 @@ from torch import Tensor, nn
 
 from xtg_kernels import RaggedBatch
 from xtrimogene.config import XTrimoGeneConfig
+from xtrimogene.decoder import Decoder
 from xtrimogene.embedding import ExpressionEmbedding
 from xtrimogene.encoder import RaggedTransformerEncoder
+from xtrimogene.masking import MaskedBatch
 from xtrimogene.vocabulary import Vocabulary
 
-POOLINGS = ("mean", "max")
+POOLINGS = ("mean", "max", "all")
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 VOCABULARY_FILE = "vocabulary.tsv"
@@ -29,23 +36,51 @@ CHECKPOINT_FILES = (CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
-def pool(encoded: Tensor, cu_seqlens: Tensor, how: str) -> Tensor:
+def pool(encoded: Tensor, cu_seqlens: Tensor, how: str, *, depth_tokens: bool = False) -> Tensor:
     """One row per cell from the rows of its tokens.
 
-    encoded     (total_nnz, dim), any float dtype
-    cu_seqlens  (batch + 1,) int32; cell c owns rows cu_seqlens[c]:cu_seqlens[c + 1], rows past the last are ignored
-    how         "mean" or "max"
-    returns     (batch, dim) float32 (float64 for float64 input); NaN for a cell without tokens
+    encoded       (total_nnz, dim), any float dtype
+    cu_seqlens    (batch + 1,) int32; cell c owns rows cu_seqlens[c]:cu_seqlens[c + 1], rows past the last are ignored
+    how           "mean" or "max" over the cell's genes; "all": row of S, row of T, max and mean, one after the other,
+                  as scFoundation embeds cells
+    depth_tokens  whether each cell's last two rows are the tokens T and S, which are no genes
+    returns       (batch, dim), for "all" (batch, 4 dim), float32 (float64 for float64 input); NaN for a cell without
+                  genes
 
     A cell's tokens are reduced in their own order by one thread, so its row has the same bits whatever the other cells.
-    Raises ValueError for another `how`.
+    Raises ValueError for another `how`, or "all" without depth tokens.
     """
     if how not in POOLINGS:
         raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {how!r}")
+    _check_all(how, depth_tokens)
     rows = encoded if encoded.dtype == torch.float64 else encoded.float()
-    pooled = torch.segment_reduce(rows, how, offsets=cu_seqlens, axis=0)
+    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    gene_ends = torch.maximum(ends - 2, starts) if depth_tokens else ends
+    # Segments in turn: the genes of a cell, then its other tokens.
+    offsets = torch.cat([torch.stack([starts, gene_ends], dim=1).flatten(), cu_seqlens[-1:]])
+    parts = []
+    if how == "all":
+        rows = F.pad(rows, (0, 0, 0, 2))  # that a cell without tokens, too, has two rows to read
+        parts = [rows[(ends - 1).long()], rows[(ends - 2).long()]]
+    for reduction in ("max", "mean") if how == "all" else (how,):
+        parts.append(torch.segment_reduce(rows, reduction, offsets=offsets, axis=0)[::2])
     # The maximum of nothing comes back as -inf, the mean as NaN.
-    return pooled.masked_fill((cu_seqlens.diff() == 0).unsqueeze(1), torch.nan)
+    return torch.cat(parts, dim=1).masked_fill((gene_ends == starts).unsqueeze(1), torch.nan)
+
+
+def pooled_dim(config: XTrimoGeneConfig, how: str) -> int:
+    """Width of the rows that pool gives."""
+    return 4 * config.dim if how == "all" else config.dim
+
+
+def check_pooling(how: str, config: XTrimoGeneConfig) -> None:
+    """Raises ValueError for a pooling that models of this config do not have."""
+    _check_all(how, config.depth_tokens)
+
+
+def _check_all(how: str, depth_tokens: bool) -> None:
+    if how == "all" and not depth_tokens:
+        raise ValueError("pooling: expected mean or max for a model without depth tokens, got 'all'")
 
 
 class XTrimoGene(
@@ -55,12 +90,14 @@ class XTrimoGene(
     tags=["single-cell", "gene-expression"],
     paper_url="https://arxiv.org/abs/2311.15156",
 ):
-    """The xTrimoGene encoder (Gong et al., NeurIPS 2023) over the expressed genes of each cell.
+    """xTrimoGene (Gong et al., NeurIPS 2023): an encoder of each cell's expressed genes, a decoder of all its genes.
 
     config      XTrimoGeneConfig
     vocabulary  Vocabulary of config.num_genes genes; gene ids of a batch are its rows
 
-    Submodules: `embedding` (ExpressionEmbedding) and `encoder` (RaggedTransformerEncoder).
+    Submodules: `embedding` (ExpressionEmbedding), `encoder` (RaggedTransformerEncoder) and `decoder` (Decoder);
+    `mask_row` (dim,) is the decoder's input for a masked gene. Cell embeddings need the first two only.
+    `checkpoint_activations = True` makes training keep less and compute more.
     Raises ValueError when the vocabulary's size is not config.num_genes.
     """
 
@@ -70,7 +107,9 @@ class XTrimoGene(
             raise ValueError(f"vocabulary: expected config.num_genes = {config.num_genes} genes, got {len(vocabulary)}")
         self.config = config
         self.vocabulary = vocabulary
-        self.embedding = ExpressionEmbedding(config.num_genes, config.dim, num_bins=config.num_bins, alpha=config.alpha)
+        self.embedding = ExpressionEmbedding(
+            config.num_positions, config.dim, num_bins=config.num_bins, alpha=config.alpha
+        )
         self.encoder = RaggedTransformerEncoder(
             config.dim,
             config.num_heads,
@@ -79,10 +118,31 @@ class XTrimoGene(
             dropout=config.dropout,
             layer_norm_eps=config.layer_norm_eps,
         )
+        self.mask_row = nn.Parameter(torch.randn(config.dim))
+        self.decoder = Decoder(
+            config.dim,
+            config.decoder_dim,
+            config.decoder_heads,
+            config.decoder_layers,
+            ffn_dim=config.decoder_ffn_dim,
+            num_features=config.num_features,
+            layer_norm_eps=config.layer_norm_eps,
+            favor_eps=config.favor_eps,
+            stabilizer=config.stabilizer,
+        )
+
+    @property
+    def checkpoint_activations(self) -> bool:
+        """Whether encoder and decoder keep only the input of each layer for the backward and compute the rest again."""
+        return self.encoder.checkpoint_activations
+
+    @checkpoint_activations.setter
+    def checkpoint_activations(self, value: bool) -> None:
+        self.encoder.checkpoint_activations = self.decoder.checkpoint_activations = value
 
     @classmethod
     def from_preset(cls, name: str, vocabulary: Vocabulary, *, seed: int = 0, **overrides: Any) -> XTrimoGene:
-        """A fresh, untrained model of preset "3m", "10m" or "100m", in evaluation mode.
+        """A fresh, untrained model of preset "tiny", "3m", "10m" or "100m", in evaluation mode.
 
         The weights depend on the seed only; the global random state is left as it was. overrides replace config keys.
         """
@@ -96,12 +156,62 @@ class XTrimoGene(
         return self.encoder(self.embedding(batch), batch.cu_seqlens, batch.max_seqlen)
 
     def embed_batch(self, batch: RaggedBatch, pooling: str = "mean") -> Tensor:
-        """(batch, dim) float32: one embedding per cell, NaN for a cell without expressed genes.
+        """(batch, dim) float32 (4 dim for "all"): one embedding per cell, NaN for a cell without expressed genes.
 
         Runs in the model's present mode and with gradients if they are enabled: call eval() and torch.inference_mode()
         for embeddings alone.
         """
-        return pool(self(batch), batch.cu_seqlens, pooling)
+        return pool(self(batch), batch.cu_seqlens, pooling, depth_tokens=self.config.depth_tokens)
+
+    def masked_predictions(self, masked: MaskedBatch) -> Tensor:
+        """(total_chosen,) float32: predicted log-normalised values of the chosen genes, in the order of chosen_ids."""
+        return self.decoder.predictions(self._decode_masked(masked))
+
+    def loss(self, masked: MaskedBatch, reduction: str = "sum") -> Tensor:
+        """() float32: squared error of masked_predictions against chosen_values, summed or averaged ("sum", "mean")."""
+        return self.decoder.squared_error(self._decode_masked(masked), masked.chosen_values, reduction)
+
+    def redraw_projections(self, generator: torch.Generator | None = None) -> None:
+        """Fresh random projections in every decoder layer, of a generator on the CPU (None: torch's global one)."""
+        self.decoder.redraw_projections(generator)
+
+    def _decode_masked(self, masked: MaskedBatch) -> Tensor:
+        return self.decode(
+            masked.batch,
+            masked_ids=masked.masked_ids,
+            masked_cu_seqlens=masked.masked_cu_seqlens,
+            asked_ids=masked.chosen_ids,
+            asked_cu_seqlens=masked.chosen_cu_seqlens,
+        )
+
+    def decode(self, batch: RaggedBatch, **genes: Tensor | None) -> Tensor:
+        """The decoder's rows of a batch, before its norms; genes are the masked and asked ones of Decoder.forward."""
+        zero_row = self.embedding.value_rows(batch.values.new_zeros(1))[0]
+        return self.decoder(self.embedding.gene_table[:-1], zero_row, self.mask_row, self(batch), batch, **genes)
+
+    def gene_embeddings(
+        self, adata_or_path: AnnData | str | os.PathLike[str], genes: Sequence[str], **options: Any
+    ) -> npt.NDArray[np.float32]:
+        """(n_obs, genes, decoder_dim) float32: the decoder's output before its head, for the asked genes of every cell.
+
+        Options are those of xtrimogene.gene_level.gene_embeddings, which says more; it runs where the model is.
+        """
+        from xtrimogene import gene_level
+
+        options = {"device": self.mask_row.device, **options}
+        return gene_level.gene_embeddings(adata_or_path, self, genes, **options)[1]
+
+    def predict_expression(
+        self, adata_or_path: AnnData | str | os.PathLike[str], genes: Sequence[str] | None = None, **options: Any
+    ) -> npt.NDArray[np.float32]:
+        """(n_obs, genes) float32: predicted log-normalised expression of the asked genes, or of the whole vocabulary.
+
+        Options are those of xtrimogene.gene_level.predict_expression, which says more; it runs where the model is.
+        """
+        from xtrimogene import gene_level
+
+        options = {"device": self.mask_row.device, **options}
+        return gene_level.predict_expression(adata_or_path, self, genes, **options)[1]
 
     def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False, **kwargs: Any) -> str | None:
         """Write model.safetensors, config.json, vocabulary.tsv and a README.md model card into a folder.

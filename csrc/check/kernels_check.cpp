@@ -1,5 +1,6 @@
 // Checks the torch-free kernels without Python or torch: every ISA of the machine against plain loops in double.
 // `make check-kernels` runs it here, `make check-aarch64` cross-compiled under qemu-user. Exit status 1 on a failure.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -130,6 +131,152 @@ void check_attention(const Kernels& kernels, int64_t head_dim, bool one_pass) {
   expect(relative_error(used(grad_q), want_q) < 3e-6, name + ": grad_q");
   expect(relative_error(used(grad_k), want_k) < 3e-6, name + ": grad_k");
   expect(relative_error(used(grad_v), want_v) < 3e-6, name + ": grad_v");
+}
+
+// Keys in two parts and queries of another segment's length; the formulas of the reference, term by term.
+void check_favor(const Kernels& kernels, int64_t head_dim, int64_t num_features, double eps) {
+  const int64_t heads = 2, total_q = 90, total_nnz = 201, split = 140;  // the last rows of k belong to no segment
+  const int64_t used = total_nnz - 1, row = heads * head_dim;
+  const auto q = normal(size_t(total_q * row)), k = normal(size_t(total_nnz * row)), v = normal(size_t(total_nnz * row));
+  const auto grad_out = normal(size_t(total_q * row)), projection = normal(size_t(num_features * head_dim));
+  std::vector<float> out(q.size(), NAN), grad_q(q.size(), NAN), grad_k(k.size(), NAN), grad_v(k.size(), NAN);
+  std::vector<float> context(size_t(row * num_features), NAN), key_sum(size_t(heads * num_features), NAN);
+  std::vector<float> grad_context(context), grad_key_sum(key_sum), key_max(size_t(heads), NAN);
+  std::vector<float> row_max(size_t(heads * total_q), NAN), row_sum(row_max);
+  FavorArgs args{};
+  args.dtype = DType::f32;
+  args.total_q = total_q;
+  args.num_heads = heads;
+  args.head_dim = head_dim;
+  args.num_features = num_features;
+  args.eps = float(eps);
+  args.projection = projection.data();
+  args.q = {q.data(), row, head_dim};
+  args.k = {k.data(), row, head_dim};
+  args.v = {v.data(), row, head_dim};
+  args.grad_out = {grad_out.data(), row, head_dim};
+  args.out = out.data();
+  args.context = context.data();
+  args.key_sum = key_sum.data();
+  args.key_max = key_max.data();
+  args.row_max = row_max.data();
+  args.row_sum = row_sum.data();
+  args.grad_context = grad_context.data();
+  args.grad_key_sum = grad_key_sum.data();
+  args.grad_q = grad_q.data();
+  args.grad_k = grad_k.data();
+  args.grad_v = grad_v.data();
+  auto scratch = poisoned(kernels.favor_scratch(args) + 64);
+  const int64_t padded_dim = round_up(head_dim, kernels.width), padded_features = round_up(num_features, 16);
+  auto sums = poisoned(size_t(2 * (padded_features + 2) * padded_dim + 2 * padded_features) * sizeof(float) + 64);
+  float* p = static_cast<float*>(aligned(sums));
+  FavorPart parts[2];
+  for (FavorPart& part : parts) {
+    part = {p, p + padded_features * padded_dim, p + padded_features * (padded_dim + 1), NAN, NAN};
+    p = part.context_of_eps + padded_dim;
+  }
+  for (int64_t h = 0; h < heads; ++h) {
+    float *context_h = &context[size_t(h * num_features * head_dim)], *key_sum_h = &key_sum[size_t(h * num_features)];
+    kernels.favor_context(args, {0, 0, split}, h, parts[0], aligned(scratch));
+    kernels.favor_context(args, {0, split, used - split}, h, parts[1], aligned(scratch));
+    const float largest = max_of(parts[0].key_max, parts[1].key_max);
+    kernels.favor_sum(args, parts, 2, 1, largest, context_h, key_sum_h);
+    key_max[size_t(h)] = largest * 0.69314718f;
+    kernels.favor_query(args, {0, 0, total_q}, h, aligned(scratch));
+    kernels.favor_backward_query(args, {0, 0, 64}, h, parts[0], aligned(scratch));
+    kernels.favor_backward_query(args, {0, 64, total_q - 64}, h, parts[1], aligned(scratch));
+    kernels.favor_sum(args, parts, 2, 1, 0.0f, &grad_context[size_t(h * num_features * head_dim)],
+                      &grad_key_sum[size_t(h * num_features)]);
+    kernels.favor_backward_key(args, {0, 0, used}, h, aligned(scratch));
+  }
+
+  const double scale = std::pow(double(head_dim), -0.25);
+  std::vector<double> want_out(q.size()), want_q(q.size()), want_k(k.size()), want_v(k.size());
+  const auto exponentials = [&](const float* x, double* largest) {  // relative to the largest score where it is NaN
+    std::vector<double> scores(static_cast<size_t>(num_features));
+    double half_norm = 0, row_largest = -INFINITY;
+    for (int64_t d = 0; d < head_dim; ++d) half_norm += scale * scale * x[d] * x[d] / 2;
+    for (int64_t f = 0; f < num_features; ++f) {
+      double& score = scores[size_t(f)] = 0;
+      for (int64_t d = 0; d < head_dim; ++d) score += scale * x[d] * projection[size_t(f * head_dim + d)];
+      row_largest = max_of(row_largest, score);
+    }
+    if (std::isnan(*largest)) *largest = row_largest;
+    for (double& score : scores) score = std::exp(score - half_norm - *largest);
+    return scores;
+  };
+  for (int64_t h = 0; h < heads; ++h) {
+    const auto at = [&](int64_t t) { return size_t(t * row + h * head_dim); };
+    double largest = -INFINITY;
+    for (int64_t j = 0; j < used; ++j) {
+      double row_largest = NAN;
+      exponentials(&k[at(j)], &row_largest);
+      largest = max_of(largest, row_largest);
+    }
+    std::vector<std::vector<double>> key_features;
+    std::vector<double> sums_of(static_cast<size_t>(num_features * (head_dim + 1))), grad_of(sums_of.size());
+    for (int64_t j = 0; j < used; ++j) {
+      key_features.push_back(exponentials(&k[at(j)], &largest));
+      for (int64_t f = 0; f < num_features; ++f)
+        for (int64_t d = 0; d <= head_dim; ++d)
+          sums_of[size_t(f * (head_dim + 1) + d)] +=
+              (key_features.back()[size_t(f)] + eps) * (d < head_dim ? v[at(j) + size_t(d)] : 1.0f);
+    }
+    // What the gradient of features times projection gives a row of q or k.
+    const auto project = [&](const std::vector<double>& grad_scores, const float* x, double* grad) {
+      double sum = 0;
+      for (int64_t f = 0; f < num_features; ++f) {
+        sum += grad_scores[size_t(f)];
+        for (int64_t d = 0; d < head_dim; ++d)
+          grad[d] += scale * grad_scores[size_t(f)] * projection[size_t(f * head_dim + d)];
+      }
+      for (int64_t d = 0; d < head_dim; ++d) grad[d] -= scale * scale * sum * x[d];
+    };
+    for (int64_t i = 0; i < total_q; ++i) {
+      double row_largest = NAN, denominator = 0, delta = 0;
+      auto features = exponentials(&q[at(i)], &row_largest);
+      for (int64_t f = 0; f < num_features; ++f)
+        denominator += (features[size_t(f)] + eps) * sums_of[size_t(f * (head_dim + 1) + head_dim)];
+      for (int64_t d = 0; d < head_dim; ++d) {
+        double& y = want_out[at(i) + size_t(d)];
+        for (int64_t f = 0; f < num_features; ++f)
+          y += (features[size_t(f)] + eps) * sums_of[size_t(f * (head_dim + 1) + d)] / denominator;
+        delta += y * grad_out[at(i) + size_t(d)];
+      }
+      for (int64_t f = 0; f < num_features; ++f) {
+        double grad_feature = 0;
+        for (int64_t d = 0; d <= head_dim; ++d) {
+          const double g = (d < head_dim ? grad_out[at(i) + size_t(d)] : -delta) / denominator;
+          grad_feature += g * sums_of[size_t(f * (head_dim + 1) + d)];
+          grad_of[size_t(f * (head_dim + 1) + d)] += g * (features[size_t(f)] + eps);
+        }
+        features[size_t(f)] *= grad_feature;
+      }
+      project(features, &q[at(i)], &want_q[at(i)]);
+    }
+    for (int64_t j = 0; j < used; ++j) {
+      auto features = key_features[size_t(j)];
+      for (int64_t f = 0; f < num_features; ++f) {
+        double grad_feature = grad_of[size_t(f * (head_dim + 1) + head_dim)];
+        for (int64_t d = 0; d < head_dim; ++d) {
+          grad_feature += grad_of[size_t(f * (head_dim + 1) + d)] * v[at(j) + size_t(d)];
+          want_v[at(j) + size_t(d)] += grad_of[size_t(f * (head_dim + 1) + d)] * (features[size_t(f)] + eps);
+        }
+        features[size_t(f)] *= grad_feature;
+      }
+      project(features, &k[at(j)], &want_k[at(j)]);
+    }
+  }
+  const auto used_rows = [&](std::vector<float> x) {
+    std::fill(x.begin() + used * row, x.end(), 0.0f);
+    return x;
+  };
+  const std::string name = std::string(kernels.name) + " favor_attention, head_dim " + std::to_string(head_dim) + ", " +
+                           std::to_string(num_features) + " features";
+  expect(relative_error(out, want_out) < 2e-6, name + ": out");
+  expect(relative_error(grad_q, want_q) < 2e-5, name + ": grad_q");
+  expect(relative_error(used_rows(grad_k), want_k) < 2e-5, name + ": grad_k");
+  expect(relative_error(used_rows(grad_v), want_v) < 2e-6, name + ": grad_v");
 }
 
 void check_embedding(const Kernels& kernels, int64_t bins, int64_t dim) {
@@ -278,6 +425,9 @@ int main() {
     use_isa(isa);
     for (int64_t head_dim : {8, 20, 64})
       for (bool one_pass : {false, true}) check_attention(active_kernels(), head_dim, one_pass);
+    check_favor(active_kernels(), 16, 44, 1e-4);
+    check_favor(active_kernels(), 20, 101, 1e-2);
+    check_favor(active_kernels(), 64, 266, 1e-4);
     check_embedding(active_kernels(), 100, 24);
     check_embedding(active_kernels(), 5, 3);
   }

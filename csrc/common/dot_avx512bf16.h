@@ -19,6 +19,7 @@ struct VecAvx512Bf16 : VecAvx512 {
 template <class V>
 struct DotBf16 {
   using elem = uint32_t;
+  using part = bf16;
   static constexpr int group = 2;
   static constexpr int step_multiple = 1;
   static constexpr bool tiles = false;
@@ -31,6 +32,18 @@ struct DotBf16 {
   static void store_pair(elem* row, int64_t j, typename V::reg x, typename V::reg y) {
     const __m512bh packed = _mm512_cvtne2ps_pbh(y, x);
     std::memcpy(reinterpret_cast<bf16*>(row) + j, &packed, sizeof(packed));
+  }
+  static typename V::reg square(typename V::reg acc, const elem* b) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)load(b), (__m512bh)load(b));
+  }
+  // k is even.
+  static void store_rows(elem* b, int64_t ld, int64_t k, int64_t j, typename V::reg x, typename V::reg y) {
+    alignas(64) static constexpr uint16_t interleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512bh packed = _mm512_cvtne2ps_pbh(y, x);
+    _mm512_storeu_si512(b + k / 2 * ld + j,
+                        _mm512_permutexvar_epi16(_mm512_load_si512(interleave), (__m512i)packed));
   }
 };
 
@@ -52,16 +65,16 @@ static inline void pack_left(DotBf16<V>, const bf16* src, int64_t stride, int64_
 template <class V>
 static inline void pack_right_transposed(DotBf16<V>, const bf16* src, int64_t stride, int64_t rows, int64_t dim,
                                          int64_t all_steps, uint32_t* dst, int64_t columns) {
-  const int64_t square_rows = rows / 16 * 16, square_steps = dim / 32 * 16;
-  for (int64_t r = 0; r < square_rows; r += 16)
+  const int64_t square_steps = dim / 32 * 16;
+  for (int64_t r = 0; r < columns; r += 16)
     for (int64_t p = 0; p < square_steps; p += 16) {
       typename V::reg x[16];
-      for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_ps(src + (r + i) * stride + 2 * p);
+      for (int i = 0; i < 16; ++i) x[i] = r + i < rows ? _mm512_loadu_ps(src + (r + i) * stride + 2 * p) : V::zero();
       V::transpose(x);
       for (int i = 0; i < 16; ++i) _mm512_storeu_ps(dst + (p + i) * columns + r, x[i]);
     }
-  for (int64_t p = 0; p < all_steps; ++p)
-    for (int64_t r = p < square_steps ? square_rows : 0; r < columns; ++r) {
+  for (int64_t p = square_steps; p < all_steps; ++p)
+    for (int64_t r = 0; r < columns; ++r) {
       const bf16* row = src + r * stride + 2 * p;
       const uint32_t low = r < rows && 2 * p < dim ? row[0].bits : 0u;
       const uint32_t high = r < rows && 2 * p + 1 < dim ? row[1].bits : 0u;

@@ -6,6 +6,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "../common/kernels.h"
 
 namespace xtg {
@@ -52,6 +56,19 @@ inline const int32_t* checked_cu_seqlens(const Tensor& cu_seqlens, int64_t total
 // A strided view whose last dimension is contiguous is used as it is; anything else is copied.
 inline Tensor last_contiguous(const Tensor& x) {
   return x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// Asks for large pages under a new tensor that the kernel will fill: memory comes fresh from the system for every large
+// output, and handing it out 4 KiB at a time costs as much as writing it.
+inline const Tensor& with_large_pages(const Tensor& x) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
+  const uintptr_t end = begin + size_t(x.numel()) * size_t(x.element_size());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return x;
 }
 
 inline Operand operand(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }

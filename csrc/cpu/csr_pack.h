@@ -63,21 +63,20 @@ struct CsrPackPlan {
 
 namespace csr_pack_detail {
 
-// Calls body(begin, end) for contiguous ranges of rows with about equal numbers of stored entries.
-template <typename Index, typename Value, typename Body>
-void for_row_ranges(const CsrRows<Index, Value>& in, int num_threads, Body&& body) {
-  const int64_t n = in.num_rows;
+// Calls body(begin, end) for contiguous ranges of 0 .. n - 1 with about equal sums of cost(i), each on its own thread.
+template <typename Cost, typename Body>
+void for_ranges(int64_t n, int num_threads, Cost&& cost, Body&& body) {
   const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(num_threads, n));
   if (wanted == 1) {
     body(int64_t{0}, n);
     return;
   }
   int64_t total = 0;
-  for (int64_t i = 0; i < n; ++i) total += in.indptr[in.row(i) + 1] - in.indptr[in.row(i)];
+  for (int64_t i = 0; i < n; ++i) total += cost(i);
   std::vector<int64_t> bounds{0};
   int64_t seen = 0;
   for (int64_t i = 0; i < n && static_cast<int64_t>(bounds.size()) < wanted; ++i) {
-    seen += in.indptr[in.row(i) + 1] - in.indptr[in.row(i)];
+    seen += cost(i);
     if (seen * wanted >= total * static_cast<int64_t>(bounds.size())) bounds.push_back(i + 1);
   }
   bounds.push_back(n);
@@ -85,6 +84,13 @@ void for_row_ranges(const CsrRows<Index, Value>& in, int num_threads, Body&& bod
   for (size_t t = 1; t + 1 < bounds.size(); ++t) threads.emplace_back(body, bounds[t], bounds[t + 1]);
   body(bounds[0], bounds[1]);
   for (std::thread& thread : threads) thread.join();
+}
+
+// for_ranges over the rows of a matrix: about equal numbers of stored entries.
+template <typename Index, typename Value, typename Body>
+void for_row_ranges(const CsrRows<Index, Value>& in, int num_threads, Body&& body) {
+  for_ranges(
+      in.num_rows, num_threads, [&](int64_t i) { return in.indptr[in.row(i) + 1] - in.indptr[in.row(i)]; }, body);
 }
 
 // A stored number as the packer sums it: counts in double; without normalisation as the float32 the model gets.
@@ -115,6 +121,32 @@ constexpr Value largest_value() {
   return std::numeric_limits<Value>::max();
 }
 
+// Whether a row goes into the batch entry by entry: nothing to refuse, drop, sort or add up. Most rows do, and loops without
+// conditions tell so fast. Sums the row's total on the way.
+template <bool normalize, typename Index, typename Value>
+bool is_plain_row(const CsrRows<Index, Value>& in, int64_t first, int64_t last, double& total) {
+  using Unsigned = std::make_unsigned_t<Index>;
+  const Index* indices = in.indices;
+  const Value* data = in.data;
+  const auto last_column = static_cast<Unsigned>(std::min<int64_t>(in.num_columns, std::numeric_limits<Index>::max()) - 1);
+  // Written so that a compiler makes vectors of them: the top bit tells of a column below 0 or above the last one.
+  Unsigned signs = 0;
+  for (int64_t t = first; t < last; ++t)
+    signs |= static_cast<Unsigned>(indices[t]) | (last_column - static_cast<Unsigned>(indices[t]));
+  int32_t fine = 1;
+  for (int64_t t = first; t < last; ++t) fine &= (data[t] > 0) & (data[t] <= largest_value<normalize, Value>());
+  if (!fine || static_cast<Index>(signs) < 0) return false;
+  bool wrong = false;
+  int32_t previous = -1;
+  for (int64_t t = first; t < last; ++t) {
+    const int32_t gene = in.column_gene_ids[indices[t]];
+    wrong |= gene <= previous;  // an absent column, -1, is below all
+    previous = gene;
+    total += as_count<normalize>(data[t]);
+  }
+  return !wrong && std::isfinite(total);
+}
+
 template <bool normalize, typename Index, typename Value>
 CsrPackError scan_rows(const CsrRows<Index, Value>& in, int64_t begin, int64_t end, CsrPackPlan& plan,
                        bool& any_needs_sorting, bool& any_dropped) {
@@ -125,6 +157,13 @@ CsrPackError scan_rows(const CsrRows<Index, Value>& in, int64_t begin, int64_t e
     const int64_t first = in.indptr[row], last = in.indptr[row + 1];
     int64_t length = 0;
     double total = 0.0;
+    if (is_plain_row<normalize>(in, first, last, total)) {
+      plan.row_lengths[i] = last - first;
+      plan.totals[i] = total;
+      plan.needs_sorting[i] = false;
+      continue;
+    }
+    total = 0.0;
     int32_t previous = -1;
     bool unsorted = false;
     for (int64_t t = first; t < last; ++t) {
@@ -187,61 +226,69 @@ class FirstOccurrence {
   int64_t row_start_ = 0;
 };
 
-// Turns the counts of one row into values and distinct indices. UMI counts are small integers, and log1p costs more
-// than everything else here: each small count is normalised once per row and then served from `memo_`, whose entries,
-// as in FirstOccurrence, are stale when they point before the row.
+// Turns the counts of a row into values and distinct indices. UMI counts are small integers, and log1p costs more than
+// everything else here: each small count is normalised once per row and then served from `memo_`, whose entries, as in
+// FirstOccurrence, are stale when they point before the row.
 template <bool normalize>
-class RowWriter {
+class ValueWriter {
  public:
-  RowWriter(const CsrPackOptions& options, float* values, int32_t* gene_ids, int32_t* distinct_index)
-      : target_sum_(options.target_sum), values_(values), gene_ids_(gene_ids), distinct_index_(distinct_index) {
-    for (Memo& entry : memo_) entry = {0.0f, -1, -1};
-  }
+  ValueWriter(const CsrPackOptions& options, float* values, int32_t* distinct_index)
+      : target_sum_(options.target_sum), values_(values), distinct_index_(distinct_index) {}
 
-  void start_row(int64_t row_start, int64_t row_length, double total) {
-    row_start_ = row_start;
-    total_ = total;
-    if (distinct_index_) first_occurrence_.start_row(row_start, row_length);
-  }
-
+  // n counts of one row, of which `total` is the sum, to the tokens from `token` on.
   template <typename Value>
-  void write(int64_t token, int32_t gene, Value v) {
-    gene_ids_[token] = gene;
-    if constexpr (normalize) {
-      if (v < 256 && static_cast<Value>(static_cast<int>(v)) == v) {
-        Memo& entry = memo_[static_cast<int>(v)];
-        if (entry.token < row_start_) {
-          entry.value = normalized(static_cast<double>(v));
-          entry.token = static_cast<int32_t>(token);
-          // Another number of the row may round to the same float32, so the table has to know this one too.
-          if (distinct_index_) entry.first = first_occurrence_.find_or_insert(entry.value, token);
-        }
-        values_[token] = entry.value;
-        if (distinct_index_) distinct_index_[token] = entry.first;
-        return;
-      }
-      values_[token] = normalized(static_cast<double>(v));
+  void write(int64_t token, const Value* counts, int64_t n, double total) {
+    row_start_ = token;
+    total_ = total;
+    if (distinct_index_) {
+      first_occurrence_.start_row(token, n);
+      write_row<true>(counts, n, values_ + token, distinct_index_ + token);
     } else {
-      values_[token] = static_cast<float>(v);
+      write_row<false>(counts, n, values_ + token, nullptr);
     }
-    if (distinct_index_) distinct_index_[token] = first_occurrence_.find_or_insert(values_[token], token);
   }
 
  private:
+  static constexpr int kSmallCounts = 1024;
   struct Memo {
-    float value;
-    int32_t token;  // where the count was met first in the row
-    int32_t first;  // the distinct index of its value
+    float value = 0.0f;
+    int32_t first = -1;  // the distinct index of its value
   };
+
+  template <bool distinct, typename Value>
+  void write_row(const Value* counts, int64_t n, float* values, int32_t* distinct_index) {
+    const int32_t row_start = static_cast<int32_t>(row_start_);
+    for (int64_t i = 0; i < n; ++i) {
+      const Value count = counts[i];
+      if constexpr (normalize) {
+        const int small = count < kSmallCounts ? static_cast<int>(count) : 0;
+        if (small > 0 && static_cast<Value>(small) == count) {
+          Memo& entry = memo_[small];
+          if (entry.first < row_start) {
+            entry.value = normalized(static_cast<double>(count));
+            // Another number of the row may round to the same float32, so the table has to know this one too.
+            const int64_t token = row_start_ + i;
+            entry.first = distinct ? first_occurrence_.find_or_insert(entry.value, token) : static_cast<int32_t>(token);
+          }
+          values[i] = entry.value;
+          if constexpr (distinct) distinct_index[i] = entry.first;
+          continue;
+        }
+        values[i] = normalized(static_cast<double>(count));
+      } else {
+        values[i] = static_cast<float>(count);
+      }
+      if constexpr (distinct) distinct_index[i] = first_occurrence_.find_or_insert(values[i], row_start_ + i);
+    }
+  }
 
   float normalized(double count) const { return static_cast<float>(std::log1p(count / total_ * target_sum_)); }
 
-  Memo memo_[256];
+  Memo memo_[kSmallCounts];
   FirstOccurrence first_occurrence_;
   double target_sum_, total_ = 0.0;
   int64_t row_start_ = 0;
   float* values_;
-  int32_t* gene_ids_;
   int32_t* distinct_index_;
 };
 
@@ -279,36 +326,47 @@ template <bool normalize, typename Index, typename Value>
 void fill_rows(const CsrRows<Index, Value>& in, int64_t begin, int64_t end, const CsrPackPlan& plan,
                const CsrPackOptions& options, int64_t num_genes, const int64_t* row_starts, float* values,
                int32_t* gene_ids, int32_t* distinct_index, int64_t* lengths) {
-  RowWriter<normalize> writer(options, values, gene_ids, distinct_index);
+  ValueWriter<normalize> writer(options, values, distinct_index);
   GeneAccumulator accumulator(plan.any_needs_sorting ? num_genes : 0);
-  std::vector<std::pair<int32_t, Value>> kept;
+  std::vector<Value> kept;
+  std::vector<int32_t> kept_genes;
+  std::vector<double> sums;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = in.row(i);
-    const int64_t row_end = row_starts[i] + plan.row_lengths[i];
-    int64_t token = row_starts[i];
-    writer.start_row(token, plan.row_lengths[i], plan.totals[i]);
+    const int64_t row = in.row(i), first = in.indptr[row], stored = in.indptr[row + 1] - first;
+    const int64_t start = row_starts[i];
+    int32_t* genes = gene_ids + start;
+    int64_t length = plan.row_lengths[i];
     if (plan.needs_sorting[i]) {
-      for (int64_t t = in.indptr[row]; t < in.indptr[row + 1]; ++t) {
+      for (int64_t t = first; t < first + stored; ++t) {
         const int32_t gene = in.column_gene_ids[in.indices[t]];
         const double count = as_count<normalize>(in.data[t]);
         if (gene >= 0 && count != 0.0) accumulator.add(gene, count);
       }
-      accumulator.drain([&](int32_t gene, double count) { writer.write(token++, gene, count); });
-    } else if (plan.row_lengths[i] == in.indptr[row + 1] - in.indptr[row]) {
-      for (int64_t t = in.indptr[row]; token < row_end; ++t)
-        writer.write(token++, in.column_gene_ids[in.indices[t]], in.data[t]);
+      sums.clear();
+      accumulator.drain([&](int32_t gene, double count) {
+        genes[sums.size()] = gene;
+        sums.push_back(count);
+      });
+      length = static_cast<int64_t>(sums.size());
+      writer.write(start, sums.data(), length, plan.totals[i]);
+    } else if (length == stored) {
+      for (int64_t t = 0; t < stored; ++t) genes[t] = in.column_gene_ids[in.indices[first + t]];
+      writer.write(start, in.data + first, length, plan.totals[i]);
     } else {
       // Which entries a row keeps cannot be predicted, so they are gathered without a branch first.
-      kept.resize(std::max<size_t>(kept.size(), in.indptr[row + 1] - in.indptr[row]));
+      kept.resize(std::max<size_t>(kept.size(), static_cast<size_t>(stored)));
+      kept_genes.resize(kept.size());
       int64_t num_kept = 0;
-      for (int64_t t = in.indptr[row]; t < in.indptr[row + 1]; ++t) {
+      for (int64_t t = first; t < first + stored; ++t) {
         const int32_t gene = in.column_gene_ids[in.indices[t]];
-        kept[num_kept] = {gene, in.data[t]};
+        kept_genes[num_kept] = gene;
+        kept[num_kept] = in.data[t];
         num_kept += (gene >= 0) & (as_count<normalize>(in.data[t]) != 0.0);
       }
-      for (int64_t k = 0; k < num_kept; ++k) writer.write(token++, kept[k].first, kept[k].second);
+      std::copy_n(kept_genes.data(), length, genes);
+      writer.write(start, kept.data(), length, plan.totals[i]);
     }
-    lengths[i] = token - row_starts[i];
+    lengths[i] = length;
   }
 }
 

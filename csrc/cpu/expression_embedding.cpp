@@ -6,9 +6,8 @@
 
 #include "../common/distinct.h"
 #include "../common/isa.h"
-#include "../common/work_list.h"
 #include "arguments.h"
-#include "parallel.h"
+#include "group_sums.h"
 
 namespace xtg {
 namespace {
@@ -146,7 +145,7 @@ Tensor expression_embedding(const Tensor& values, const Tensor& w1, const Tensor
   const Kernels& kernels = active_kernels();
   Embedding e =
       embedding(kernels, values, w1, b1, w2, b2, bin_table, alpha, gene_ids, gene_table, distinct_index, false);
-  Tensor out = torch::stable::new_empty(bin_table, {values.size(0), e.args.dim});
+  Tensor out = with_large_pages(torch::stable::new_empty(bin_table, {values.size(0), e.args.dim}));
   zero_rows_without_value(out, e);
   e.args.out = out.data_ptr();
   const int64_t block = kernels.value_block;
@@ -159,21 +158,10 @@ Tensor expression_embedding(const Tensor& values, const Tensor& w1, const Tensor
 // grad_gene_table: the row of each gene sums grad_out over that gene's tokens, in token order; one owner a row.
 Tensor gene_table_gradient(const Kernels& kernels, const Embedding& e, const Tensor& gene_table, int64_t total) {
   const int64_t rows = gene_table.size(0), dim = e.args.dim;
-  Tensor grad = torch::stable::new_zeros(gene_table, {rows, dim});
+  Tensor grad = with_large_pages(torch::stable::new_empty(gene_table, {rows, dim}));
   std::vector<int32_t> ids(size_t(total), -1);
   for (int32_t t : e.distinct.tokens) ids[size_t(t)] = e.args.gene_ids[t];
-  const Groups genes = group_by(ids.data(), total, rows);
-  constexpr int64_t kGenes = 256;
-  auto* out = static_cast<char*>(grad.data_ptr());
-  const int64_t row_bytes = dim * int64_t(grad.element_size());
-  for_each_unit(ceil_div(rows, kGenes), size_t(dim) * sizeof(float), [&](int64_t unit, void* scratch) {
-    for (int64_t g = unit * kGenes; g < min_of((unit + 1) * kGenes, rows); ++g) {
-      const int32_t first = genes.offsets[size_t(g)], count = genes.offsets[size_t(g) + 1] - first;
-      if (count)
-        kernels.sum_rows(e.args.dtype, e.args.grad_out, dim, genes.tokens.data() + first, count,
-                         static_cast<float*>(scratch), out + g * row_bytes);
-    }
-  });
+  sum_groups(kernels, e.args.dtype, e.args.grad_out, dim, group_by(ids.data(), total, rows), grad.data_ptr());
   return grad;
 }
 

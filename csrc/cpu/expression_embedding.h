@@ -77,6 +77,24 @@ static inline void embed_bins(const EmbeddingArgs& args, const EmbeddingScratch&
   }
 }
 
+// Rows that are visited in an order of their own come from memory one after the other unless somebody asks ahead.
+template <class T>
+static inline void prefetch_row(const T* row, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d);
+}
+
+// Adds src's rows of tokens[1..count) to dst, in their order; dst holds the first one already.
+template <class V, class T>
+static inline void add_rows(const T* src, int64_t dim, const int32_t* tokens, int64_t count, float* dst) {
+  for (int64_t i = 1; i < count; ++i) {
+    if (i + 1 < count) prefetch_row(src + int64_t(tokens[i + 1]) * dim, dim);
+    const T* row = src + int64_t(tokens[i]) * dim;
+    int64_t d = 0;
+    for (; d + V::width <= dim; d += V::width) V::store(dst + d, V::add(V::load(dst + d), V::load(row + d)));
+    for (; d < dim; ++d) dst[d] += to_float(row[d]);
+  }
+}
+
 template <class V, class T>
 void embedding_forward(const EmbeddingArgs& args, int64_t first, int64_t count, void* scratch) {
   const EmbeddingScratch s(args, scratch);
@@ -85,6 +103,7 @@ void embedding_forward(const EmbeddingArgs& args, int64_t first, int64_t count, 
                           args.padded_dim, s.rows, args.padded_dim, false);
   for (int64_t u = 0; u < count; ++u) {
     const float* row = s.rows + u * args.padded_dim;
+    const int64_t end = args.offsets[first + count];
     for (int64_t i = args.offsets[first + u]; i < args.offsets[first + u + 1]; ++i) {
       const int64_t token = args.tokens[i];
       T* out = static_cast<T*>(args.out) + token * args.dim;
@@ -92,7 +111,9 @@ void embedding_forward(const EmbeddingArgs& args, int64_t first, int64_t count, 
         store_row<V>(row, args.dim, 1.0f, out);
         continue;
       }
-      const T* gene = static_cast<const T*>(args.gene_table) + int64_t(args.gene_ids[token]) * args.dim;
+      const T* gene_table = static_cast<const T*>(args.gene_table);
+      const T* gene = gene_table + int64_t(args.gene_ids[token]) * args.dim;
+      if (i + 1 < end) prefetch_row(gene_table + int64_t(args.gene_ids[args.tokens[i + 1]]) * args.dim, args.dim);
       int64_t d = 0;
       for (; d + V::width <= args.dim; d += V::width) V::store(out + d, V::add(V::load(row + d), V::load(gene + d)));
       for (; d < args.dim; ++d) from_float(row[d] + to_float(gene[d]), out + d);
@@ -130,13 +151,9 @@ void embedding_backward(const EmbeddingArgs& args, int64_t first, int64_t count,
   // Tokens of one value share a row: their gradients are summed, in token order, before the parameters see them.
   for (int64_t u = 0; u < count; ++u) {
     float* grad_row = s.grad_rows + u * ld_dim;
-    load_row<V>(grad_out + int64_t(args.tokens[args.offsets[first + u]]) * dim, dim, grad_row, ld_dim);
-    for (int64_t i = args.offsets[first + u] + 1; i < args.offsets[first + u + 1]; ++i) {
-      const T* row = grad_out + int64_t(args.tokens[i]) * dim;
-      int64_t d = 0;
-      for (; d + V::width <= dim; d += V::width) V::store(grad_row + d, V::add(V::load(grad_row + d), V::load(row + d)));
-      for (; d < dim; ++d) grad_row[d] += to_float(row[d]);
-    }
+    const int32_t* tokens = args.tokens + args.offsets[first + u];
+    load_row<V>(grad_out + int64_t(tokens[0]) * dim, dim, grad_row, ld_dim);
+    add_rows<V>(grad_out, dim, tokens, args.offsets[first + u + 1] - args.offsets[first + u], grad_row);
   }
   transpose<V>(bin_weights, count, bins, ld, s.transposed);
   product<V, Dot>(bins, ld_dim, count, s.transposed, count, s.grad_rows, ld_dim, grads.bin_table, ld_dim, true);
@@ -196,12 +213,7 @@ template <class V, class T>
 void sum_rows(const void* src, int64_t dim, const int32_t* tokens, int64_t count, float* scratch, void* dst) {
   const T* rows = static_cast<const T*>(src);
   load_row<V>(rows + int64_t(tokens[0]) * dim, dim, scratch, dim);
-  for (int64_t i = 1; i < count; ++i) {
-    const T* row = rows + int64_t(tokens[i]) * dim;
-    int64_t d = 0;
-    for (; d + V::width <= dim; d += V::width) V::store(scratch + d, V::add(V::load(scratch + d), V::load(row + d)));
-    for (; d < dim; ++d) scratch[d] += to_float(row[d]);
-  }
+  add_rows<V>(rows, dim, tokens, count, scratch);
   store_row<V>(scratch, dim, 1.0f, static_cast<T*>(dst));
 }
 

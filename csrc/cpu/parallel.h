@@ -22,15 +22,16 @@ inline std::unique_ptr<void, AlignedFree> aligned_scratch(size_t bytes) {
 }
 
 // Calls f(unit, scratch) once for each unit in [0, units). Which thread takes a unit is left to chance, so f must write
-// only what the unit owns.
+// only what the unit owns. Units are taken `run` neighbours at a time.
 template <class F>
-void for_each_unit(int64_t units, size_t scratch_bytes, F f) {
-  const int64_t threads = min_of<int64_t>(torch::stable::get_num_threads(), units);
+void for_each_unit(int64_t units, size_t scratch_bytes, F f, int64_t run = 1) {
+  const int64_t threads = min_of<int64_t>(torch::stable::get_num_threads(), ceil_div(units, run));
   if (threads < 1) return;
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const auto scratch = aligned_scratch(scratch_bytes);
-    for (int64_t unit = next++; unit < units; unit = next++) f(unit, scratch.get());
+    for (int64_t first = next.fetch_add(run); first < units; first = next.fetch_add(run))
+      for (int64_t unit = first; unit < min_of(first + run, units); ++unit) f(unit, scratch.get());
   });
 }
 

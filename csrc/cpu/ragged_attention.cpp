@@ -31,12 +31,17 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, 
 
 using BlockKernel = void (*)(const AttentionArgs&, const SegmentBlock&, int64_t, void*);
 
+// The heads of a block lie side by side in memory: where there is work enough to share, a thread takes them one after the
+// other, and the kernel asks for the next head's rows ahead.
 void run_blocks(const Kernels& kernels, BlockKernel kernel, const AttentionArgs& args,
                 const std::vector<SegmentBlock>& blocks) {
-  for_each_unit(int64_t(blocks.size()) * args.num_heads, kernels.attention_scratch(args),
-                [&](int64_t unit, void* scratch) {
-                  kernel(args, blocks[size_t(unit / args.num_heads)], unit % args.num_heads, scratch);
-                });
+  const bool plenty = int64_t(blocks.size()) >= 8 * torch::stable::get_num_threads();
+  for_each_unit(
+      int64_t(blocks.size()) * args.num_heads, kernels.attention_scratch(args),
+      [&](int64_t unit, void* scratch) {
+        kernel(args, blocks[size_t(unit / args.num_heads)], unit % args.num_heads, scratch);
+      },
+      plenty ? args.num_heads : 1);
 }
 
 // Rows past the last segment belong to no cell: their outputs and gradients are zero.
@@ -54,7 +59,7 @@ std::tuple<Tensor, Tensor> ragged_attention(const Tensor& q_in, const Tensor& k_
   AttentionArgs args = attention_args(q, k, v, softmax_scale);
   const int32_t* cu = checked_cu_seqlens(cu_seqlens, args.total_nnz);
   const int64_t batch = cu_seqlens.size(0) - 1, used = cu[batch];
-  Tensor out = torch::stable::new_empty(q, {args.total_nnz, args.num_heads, args.head_dim});
+  Tensor out = with_large_pages(torch::stable::new_empty(q, {args.total_nnz, args.num_heads, args.head_dim}));
   Tensor lse = torch::stable::new_empty(q, {args.num_heads, args.total_nnz}, ScalarType::Float);
   args.out = out.data_ptr();
   args.softmax_lse = static_cast<float*>(lse.data_ptr());
@@ -89,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_backward(
   const std::initializer_list<int64_t> shape = {args.total_nnz, args.num_heads, args.head_dim};
   Tensor grad_q = torch::stable::new_empty(q, shape), grad_k = torch::stable::new_empty(q, shape),
          grad_v = torch::stable::new_empty(q, shape);
-  for (const Tensor& grad : {grad_q, grad_k, grad_v}) zero_slack(grad, used);
+  for (const Tensor& grad : {grad_q, grad_k, grad_v}) zero_slack(with_large_pages(grad), used);
   const auto delta = aligned_scratch(size_t(args.num_heads * args.total_nnz) * sizeof(float));
   args.out = out.data_ptr();
   args.softmax_lse = static_cast<float*>(lse.data_ptr());

@@ -9,11 +9,13 @@
 #pragma once
 
 #include <cmath>
+#include <initializer_list>
 #include <type_traits>
 
 #include "../common/exp.h"
 #include "../common/kernels.h"
 #include "../common/product.h"
+#include "../common/rows.h"
 #include "../common/scratch.h"
 
 namespace xtg {
@@ -97,10 +99,44 @@ size_t attention_scratch(const AttentionArgs& args) {
   return AttentionScratch<V, T>(args, nullptr).bytes;
 }
 
-template <class T>
-static inline const T* rows_of(const Operand& x, int64_t row, int64_t head) {
-  return static_cast<const T*>(x.data) + row * x.row_stride + head * x.head_stride;
-}
+// The next head of a short segment is what a thread does next, and its rows are too far apart for the processor to guess:
+// they are asked for while this head computes, a few rows after each slice of a product, since a core can wait for only
+// so many lines at once. Longer segments spend too little on packing to gain from it.
+template <class V, class T>
+class NextHead {
+ public:
+  static constexpr int64_t longest = 256;
+  static constexpr int64_t slice = AttentionTile<V, T>::Dot::tiles ? AttentionTile<V, T>::rows : 2 * V::tile_rows;
+
+  NextHead(const AttentionArgs& args, const SegmentBlock& block, int64_t head) : args_(args), head_(head + 1) {
+    if (block.length > longest || head_ == args.num_heads) return;
+    row_ = block.begin;
+    end_ = block.begin + block.length;
+    rows_a_slice_ = ceil_div(block.length, 2 * ceil_div(block.rows, slice));
+  }
+
+  // The product of `m` rows, slice by slice.
+  void product(int64_t m, int64_t n, int64_t k, const typename AttentionTile<V, T>::Dot::elem* a, int64_t lda,
+               const typename AttentionTile<V, T>::Dot::elem* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+    const int64_t rows = row_ < end_ ? slice : m;
+    for (int64_t i = 0; i < m; i += rows) {
+      xtg::product<V, typename AttentionTile<V, T>::Dot>(min_of(rows, m - i), n, k, a + i * lda, lda, b, ldb,
+                                                         c + i * ldc, ldc, accumulate);
+      ask();
+    }
+  }
+
+ private:
+  void ask() {
+    for (const int64_t end = min_of(row_ + rows_a_slice_, end_); row_ < end; ++row_)
+      for (const Operand* x : {&args_.k, &args_.v, &args_.q})
+        for (int64_t d = 0; d < args_.head_dim; d += 64 / int64_t(sizeof(T)))
+          __builtin_prefetch(rows_of<T>(*x, row_, head_) + d);
+  }
+
+  const AttentionArgs& args_;
+  int64_t head_, row_ = 0, end_ = 0, rows_a_slice_ = 0;
+};
 
 // One group of stationary rows against one block of the panel.
 struct Step {
@@ -159,23 +195,6 @@ static inline void pack_panel(const AttentionShape<V, T>& shape, const Operand& 
   using Tile = AttentionTile<V, T>;
   pack_right(typename Tile::Dot{}, rows_of<T>(x, first, head), x.row_stride, count,
              round_up(count, Tile::column_multiple), shape.dim, dst, shape.padded_dim);
-}
-
-// Calls f(j, valid) for each vector of a row of n columns; valid < width only in the last.
-template <class V, class Columns, class F>
-static inline void for_each_vector(Columns n, F f) {
-  int64_t j = 0;
-  for (; j + V::width <= n; j += V::width) f(j, V::width);
-  if (j < n) f(j, int(n - j));
-}
-
-// Calls f with n, as a constant where it is the whole of a block: almost every block, which the compiler unrolls.
-template <int64_t whole, class F>
-static inline void with_columns(int64_t n, F f) {
-  if (n == whole)
-    f(std::integral_constant<int64_t, whole>{});
-  else
-    f(n);
 }
 
 // Raw scores of some rows to probs relative to the row_max so far; factors bring each row's older sums to it.
@@ -242,6 +261,7 @@ void attention_forward(const AttentionArgs& args, const SegmentBlock& block, int
   const AttentionScratch<V, T> s(args, scratch);
   const float scale_log2 = args.softmax_scale * kLog2E;
   const int64_t first_row = block.begin + block.first;
+  NextHead<V, T> next_head(args, block, head);
 
   pack_left(Dot{}, rows_of<T>(args.q, first_row, head), args.q.row_stride, block.rows, shape.dim, s.left_a, shape.steps);
   for_each_step<V, T>(
@@ -252,8 +272,8 @@ void attention_forward(const AttentionArgs& args, const SegmentBlock& block, int
       },
       [&](const Step& g) {
         const int64_t columns = round_up(g.count, Tile::column_multiple);
-        product<V, Dot>(g.rows, columns, shape.steps, s.left_a + g.row * shape.steps, shape.steps, s.right_a + g.slot * Tile::key_block * shape.steps,
-                  columns, s.scores, Tile::key_block, false);
+        next_head.product(g.rows, columns, shape.steps, s.left_a + g.row * shape.steps, shape.steps,
+                          s.right_a + g.slot * Tile::key_block * shape.steps, columns, s.scores, Tile::key_block, false);
       },
       [&](const Step& g) {
         const int64_t columns = round_up(g.count, Tile::column_multiple);
@@ -274,8 +294,9 @@ void attention_forward(const AttentionArgs& args, const SegmentBlock& block, int
           if (s.factors[r] != 1.0f)
             store_row<V>(acc + r * shape.padded_dim, shape.padded_dim, s.factors[r],
                          acc + r * shape.padded_dim);
-        product<V, Dot>(g.rows, shape.padded_dim, columns / Dot::group, s.probs, Shape::block_steps,
-                  s.right_c + g.slot * Shape::block_steps * shape.padded_dim, shape.padded_dim, acc, shape.padded_dim, !g.first);
+        next_head.product(g.rows, shape.padded_dim, columns / Dot::group, s.probs, Shape::block_steps,
+                          s.right_c + g.slot * Shape::block_steps * shape.padded_dim, shape.padded_dim, acc,
+                          shape.padded_dim, !g.first);
       });
 
   T* out = static_cast<T*>(args.out) + (first_row * args.num_heads + head) * shape.dim;

@@ -14,6 +14,8 @@ import torch
 import xtrimogene
 from benchmarks import end_to_end
 from xtg_kernels import RaggedBatch, dispatch
+from xtrimogene.masking import MaskedBatch
+from xtrimogene.training_data import TrainingCells
 
 
 @pytest.fixture
@@ -61,6 +63,29 @@ def test_a_wrong_packer_gets_no_speed(fault: str, monkeypatch: pytest.MonkeyPatc
     assert not row["correct"]
     assert "median_ms" not in row
     assert "cells_per_second" not in row
+
+
+def test_loader_tells_cells_per_second() -> None:
+    rows = list(end_to_end.loader(quick=True))
+    assert {row["provider"] for row in rows} == {"numpy", "xtg"}
+    assert len({row["case"] for row in rows}) == 7
+    for row in rows:
+        assert row["correct"], row
+        assert row["cells_per_second"] == pytest.approx(row["cells"] / row["median_ms"] * 1e3, rel=1e-2)
+
+
+def test_a_wrong_loader_gets_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(batch: MaskedBatch) -> MaskedBatch:
+        return dataclasses.replace(batch, chosen_values=batch.chosen_values + 1)
+
+    iterate, mask_cells = TrainingCells.iterate, end_to_end.mask_cells
+    monkeypatch.setattr(TrainingCells, "iterate", lambda *arguments: map(broken, iterate(*arguments)))
+    monkeypatch.setattr(end_to_end, "mask_cells", lambda *a, **options: broken(mask_cells(*a, **options)))
+    rows = [row for row in end_to_end.loader(quick=True) if row["provider"] == "xtg"]
+    assert rows
+    for row in rows:
+        assert not row["correct"], row
+        assert "cells_per_second" not in row
 
 
 @pytest.mark.usefixtures("scanpy_only")

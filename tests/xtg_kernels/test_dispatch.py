@@ -14,6 +14,7 @@ import xtg_kernels
 from tests.xtg_kernels.ragged_cases import ISAS, needs_cpp
 from xtg_kernels import RaggedBatch, current_backend, dispatch, info, use_backend
 from xtg_kernels.ops.expression_embedding import library as embedding
+from xtg_kernels.ops.favor_attention import library as favor
 from xtg_kernels.ops.ragged_attention import library as attention
 
 PACKAGE = Path(xtg_kernels.__file__).parent
@@ -23,6 +24,8 @@ SCHEMAS = {
     "expression_embedding": embedding.SCHEMA,
     "expression_embedding_backward": embedding.BACKWARD_SCHEMA,
     "distinct_index": embedding.DISTINCT_SCHEMA,
+    "favor_attention": favor.SCHEMA,
+    "favor_attention_backward": favor.BACKWARD_SCHEMA,
 }
 
 

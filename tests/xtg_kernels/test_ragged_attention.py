@@ -211,14 +211,19 @@ def test_layouts(name: str) -> None:
     lengths = [40, 9]
     qkv = packed_qkv(lengths, 2, 16, torch.float32).detach()
     cu_seqlens = cu_seqlens_of(lengths)
+
+    def same(x: torch.Tensor, y: torch.Tensor) -> bool:
+        # PyTorch's own matmul, of which the reference is made, may take another way for other strides.
+        return torch.allclose(x, y, rtol=0, atol=1e-6) if name == "reference" else torch.equal(x, y)
+
     with implementation(name):
         want = ragged_attention(*(x.contiguous() for x in qkv.unbind(1)), cu_seqlens, 40)
-        assert torch.equal(ragged_attention(*qkv.unbind(1), cu_seqlens, 40), want)
+        assert same(ragged_attention(*qkv.unbind(1), cu_seqlens, 40), want)
         heads_first = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in qkv.unbind(1)]
-        assert torch.equal(ragged_attention(*heads_first, cu_seqlens, 40), want)
+        assert same(ragged_attention(*heads_first, cu_seqlens, 40), want)
         channels_first = [x.permute(2, 0, 1).contiguous().permute(1, 2, 0) for x in qkv.unbind(1)]
         assert channels_first[0].stride(2) != 1
-        assert torch.equal(ragged_attention(*channels_first, cu_seqlens, 40), want)
+        assert same(ragged_attention(*channels_first, cu_seqlens, 40), want)
         one_query_for_all = qkv[:1, 0].expand(49, 2, 16)
         got = ragged_attention(one_query_for_all, qkv[:, 1], qkv[:, 2], cu_seqlens, 40)
         again = ragged_attention(one_query_for_all.contiguous(), qkv[:, 1], qkv[:, 2], cu_seqlens, 40)

@@ -58,7 +58,7 @@ def test_init(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert model.config.num_layers == 4
     genes = str(tmp_path / "genes.txt")
     assert main(["init", "--preset", "3m", "--vocabulary", genes, "--output", str(tmp_path / "b"), "--seed", "1"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'b'}: untrained 3m encoder, 820,412 parameters, 30 genes\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'b'}: untrained 3m model, 1,234,237 parameters, 30 genes\n"
     other = XTrimoGene.from_pretrained(tmp_path / "b")
     assert not torch.equal(model.embedding.gene_table, other.embedding.gene_table)
     capsys.readouterr()

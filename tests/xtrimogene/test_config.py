@@ -9,6 +9,7 @@ import pytest
 from xtrimogene.config import PRESETS, XTrimoGeneConfig
 
 SIZES = {
+    "tiny": (2, 64, 2, 1, 64, 2),
     "3m": (4, 128, 2, 2, 128, 2),
     "10m": (8, 256, 8, 4, 192, 6),
     "100m": (12, 768, 12, 6, 512, 8),
@@ -29,7 +30,17 @@ def test_presets_have_the_sizes_of_the_table(name: str) -> None:
     assert sizes == SIZES[name]
     assert (config.num_genes, config.num_bins, config.ffn_dim) == (19264, 100, 4 * config.dim)
     assert config.head_dim == config.dim // config.num_heads
+    assert config.decoder_head_dim == config.decoder_dim // config.decoder_heads
+    assert config.decoder_ffn_dim == 4 * config.decoder_dim
     assert set(PRESETS) == set(SIZES)
+
+
+def test_positions_and_random_features() -> None:
+    config = XTrimoGeneConfig.preset("100m", num_genes=19264)
+    assert (config.num_positions, config.num_features) == (19264, 266)
+    config = XTrimoGeneConfig.preset("100m", num_genes=19264, depth_tokens=True, favor_features=99)
+    assert (config.num_positions, config.num_features) == (19266, 99)
+    assert XTrimoGeneConfig.preset("tiny", num_genes=5, decoder_heads=64).num_features == 1
 
 
 def test_dict_and_yaml_round_trips(tmp_path: Path) -> None:
@@ -55,6 +66,10 @@ def test_yaml_may_start_from_a_preset(tmp_path: Path) -> None:
         ({"num_bins": True}, r"num_bins: expected an integer >= 1, got True"),
         ({"num_heads": 3}, r"dim: expected a multiple of num_heads = 3, got 128"),
         ({"decoder_heads": 3}, r"decoder_dim: expected a multiple of decoder_heads = 3, got 128"),
+        ({"depth_tokens": 1}, r"depth_tokens: expected true or false, got 1"),
+        ({"favor_features": 0}, r"favor_features: expected an integer >= 1, got 0"),
+        ({"favor_eps": 0.0}, r"favor_eps: expected a number > 0, got 0.0"),
+        ({"stabilizer": "batch"}, r"stabilizer: expected one of head, cell, got 'batch'"),
         ({"dropout": 1.0}, r"dropout: expected 0 <= dropout < 1, got 1.0"),
         ({"dropout": "high"}, r"dropout: expected a finite number, got 'high'"),
         ({"alpha": float("nan")}, r"alpha: expected a finite number, got nan"),
@@ -76,7 +91,7 @@ def test_missing_keys_are_named() -> None:
 
 
 def test_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"expected one of 3m, 10m, 100m, got '3b'"):
+    with pytest.raises(ValueError, match=r"expected one of tiny, 3m, 10m, 100m, got '3b'"):
         XTrimoGeneConfig.preset("3b", num_genes=765)
 
 

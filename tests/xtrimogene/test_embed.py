@@ -599,7 +599,7 @@ def test_bad_values(
 def test_bad_values_outside_the_sample_leave_nothing(
     model: XTrimoGene, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embed_module, "looks_like_counts", lambda source: True)
+    monkeypatch.setattr("xtrimogene.model_cells.check_counts", lambda source, normalized: None)
     matrix = counts()
     matrix.data[matrix.indptr[40]] = -2
     cells(matrix).write_h5ad(path)
@@ -685,7 +685,7 @@ def test_entries_that_are_no_genes_do_not_count(model: XTrimoGene) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"pooling": "sum"}, ValueError, "pooling: expected one of mean, max, got 'sum'"),
+        ({"pooling": "sum"}, ValueError, "pooling: expected one of mean, max, all, got 'sum'"),
         ({"dtype": "float16"}, ValueError, "dtype: expected one of auto, float32, bfloat16, got 'float16'"),
         ({"max_tokens": 0}, ValueError, "max_tokens: expected at least 1, got 0"),
         ({"num_threads": 0}, ValueError, "num_threads: expected at least 1, got 0"),

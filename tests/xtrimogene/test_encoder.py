@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,19 +46,24 @@ def _device(backend: str) -> str:
     return TRITON_DEVICE if backend == "triton" else "cpu"
 
 
-def _torch_encoder(dim: int, num_heads: int, num_layers: int, *, dropout: float = 0.1) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(dim, num_heads, 4 * dim, dropout=dropout, batch_first=True)
-    return nn.TransformerEncoder(layer, num_layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
+def _torch_encoder(
+    dim: int, num_heads: int, num_layers: int, *, dropout: float = 0.1, **options: Any
+) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(dim, num_heads, 4 * dim, dropout=dropout, batch_first=True, **options)
+    norm = nn.LayerNorm(dim, bias=options.get("bias", True))
+    return nn.TransformerEncoder(layer, num_layers, norm=norm, enable_nested_tensor=False)
 
 
-def _twins(dim: int, num_heads: int, num_layers: int) -> tuple[RaggedTransformerEncoder, nn.TransformerEncoder]:
+def _twins(
+    dim: int, num_heads: int, num_layers: int, **options: Any
+) -> tuple[RaggedTransformerEncoder, nn.TransformerEncoder]:
     """Our encoder and torch's with the same weights, none of them at a value that could hide a mistake (0 or 1)."""
     torch.manual_seed(0)
-    ours = RaggedTransformerEncoder(dim, num_heads, num_layers, dropout=0.0)
+    ours = RaggedTransformerEncoder(dim, num_heads, num_layers, dropout=0.0, **options)
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    theirs = _torch_encoder(dim, num_heads, num_layers, dropout=0.0)
+    theirs = _torch_encoder(dim, num_heads, num_layers, dropout=0.0, **options)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -422,7 +428,7 @@ def test_float32_training_through_onednn_equals_torch(monkeypatch: pytest.Monkey
     """As on a machine whose MKL is slow."""
     monkeypatch.setattr("xtrimogene.linear._mkl_is_slow", lambda: True)
     used = []
-    monkeypatch.setattr("xtrimogene.encoder.feed_forward", lambda *args: used.append(1) or feed_forward(*args))
+    monkeypatch.setattr("xtrimogene.encoder.feed_forward", lambda *a, **k: used.append(1) or feed_forward(*a, **k))
     monkeypatch.setattr("xtrimogene.encoder.linear", lambda *args: used.append(1) or linear(*args))
     ours, theirs = _twins(64, 2, 2)
     x, cu_seqlens = torch.randn(sum(LENGTHS), 64, requires_grad=True), _offsets(LENGTHS)
@@ -432,6 +438,50 @@ def test_float32_training_through_onednn_equals_torch(monkeypatch: pytest.Monkey
     assert _error(out, expected) < 1e-5
     grads, wanted = _gradients(ours, x, out, seed), _gradients(theirs, x, expected, seed)
     assert max(_error(grads[name], wanted[name]) for name in wanted) < 1e-4
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "post-norm gelu": {"activation": "gelu"},
+    "pre-norm relu": {"norm_first": True},
+    "pre-norm gelu without bias": {"norm_first": True, "activation": "gelu", "bias": False},
+    "post-norm relu without bias": {"bias": False},
+}
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_layers_equal_torch_by_blocks_and_layer_by_layer(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference and training, by blocks of rows (as on a machine whose MKL is slow) and through the modules."""
+    ours, theirs = _twins(64, 2, 2, **VARIANTS[variant])
+    x, cu_seqlens = torch.randn(sum(LENGTHS), 64, requires_grad=True), _offsets(LENGTHS)
+    seed = torch.randn(sum(LENGTHS), 64)
+    expected = _cell_by_cell(theirs, x, cu_seqlens)
+    wanted = _gradients(theirs, x, expected, seed)
+    for slow in (True, False):
+        monkeypatch.setattr("xtrimogene.linear._mkl_is_slow", lambda slow=slow: slow)
+        out = ours(x, cu_seqlens, max(LENGTHS))
+        assert _error(out, expected) < 1e-5
+        for name, grad in _gradients(ours, x, out, seed).items():
+            assert _error(grad, wanted[name]) < 1e-4, name
+    with torch.no_grad():
+        rows = x.detach().clone()
+        assert ours.eval()._infers_by_blocks(rows)
+        assert _error(ours(rows, cu_seqlens, max(LENGTHS)), expected) < 1e-5
+        assert _error(_layer_by_layer(ours, rows, cu_seqlens, max(LENGTHS)), expected) < 1e-5
+    assert {name: p.shape for name, p in ours.state_dict().items()} == {
+        name: p.shape for name, p in theirs.state_dict().items()
+    }
+
+
+def test_dropout_after_gelu_goes_through_the_modules() -> None:
+    encoder = RaggedTransformerEncoder(32, 4, 1, dropout=0.5, activation="gelu").bfloat16()
+    x, cu_seqlens = torch.randn(20, 32, dtype=torch.bfloat16), _offsets([20])
+    assert _error(encoder(x, cu_seqlens, 20), encoder(x, cu_seqlens, 20)) > 1e-2
+
+
+def test_an_unknown_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match="activation: expected one of relu, gelu, gelu_tanh, got 'silu'"):
+        RaggedTransformerEncoder(32, 4, 1, activation="silu")
 
 
 def test_training_keeps_hooks() -> None:
@@ -444,7 +494,7 @@ def test_training_keeps_hooks() -> None:
 
 def test_small_batches_are_left_to_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, x = RaggedTransformerEncoder(32, 4, 1).bfloat16().eval(), torch.randn(256, 32).bfloat16()
-    monkeypatch.setattr("xtrimogene.encoder.feed_forward", lambda *args: pytest.fail("by blocks"))
+    monkeypatch.setattr("xtrimogene.encoder.feed_forward", lambda *a, **k: pytest.fail("by blocks"))
     for limit in (256 * 128 * 2, 256 * 128 * 2 + 1):
         monkeypatch.setattr("xtrimogene.linear._LARGE_BYTES", limit)
         with torch.no_grad():

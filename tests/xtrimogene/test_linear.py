@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from xtrimogene import linear
 
 DTYPES = [torch.float32, torch.bfloat16]
+AFTER: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -44,17 +52,17 @@ def _error(out: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("activation", linear.ACTIVATIONS)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("rows", "width", "outputs"), [(1, 1, 1), (7, 33, 5), (300, 96, 130), (1030, 64, 48)])
 def test_error_within_plain_pytorch(
-    route: str, dtype: torch.dtype, relu: bool, with_bias: bool, rows: int, width: int, outputs: int
+    route: str, dtype: torch.dtype, activation: str, with_bias: bool, rows: int, width: int, outputs: int
 ) -> None:
     x, weight, bias = _operands(rows, width, outputs, dtype)
     used_bias = bias if with_bias else None
-    after: Callable[[Tensor], Tensor] = F.relu if relu else lambda y: y
+    after = AFTER[activation]
     with torch.inference_mode():
-        out = linear.row_linear(weight, used_bias, relu=relu)(x)
+        out = linear.row_linear(weight, used_bias, activation=activation)(x)
         exact = after(F.linear(x.double(), weight.double(), bias.double() if with_bias else None))
         plain = after(F.linear(x, weight, used_bias))
     assert out.dtype == dtype
@@ -92,7 +100,7 @@ def test_flops_are_those_of_a_linear_layer(route: str, dtype: torch.dtype) -> No
     with torch.inference_mode():
         linear.row_linear(weight, bias)(x)
         with FlopCounterMode(display=False) as counter:
-            linear.row_linear(weight, bias, relu=True)(x)
+            linear.row_linear(weight, bias, activation="gelu")(x)
     assert counter.get_total_flops() == 2 * 40 * 64 * 24
 
 
@@ -115,22 +123,29 @@ def _not_supported(*args: object) -> Callable[[Tensor], Tensor]:
     return layer
 
 
-def _forgets_the_bias(weight: Tensor, bias: Tensor | None, relu: bool) -> Callable[[Tensor], Tensor]:
-    return lambda x: F.relu(F.linear(x, weight)) if relu else F.linear(x, weight)
+def _forgets_the_bias(weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
+    return lambda x: AFTER[activation](F.linear(x, weight))
 
 
-def _forgets_the_relu(weight: Tensor, bias: Tensor | None, relu: bool) -> Callable[[Tensor], Tensor]:
+def _forgets_the_activation(weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
     return lambda x: F.linear(x, weight, bias)
 
 
-@pytest.mark.parametrize("broken", [_missing, _not_supported, _forgets_the_bias, _forgets_the_relu])
+def _takes_one_gelu_for_the_other(weight: Tensor, bias: Tensor | None, activation: str) -> Callable[[Tensor], Tensor]:
+    return lambda x: AFTER[{"gelu_tanh": "gelu"}.get(activation, activation)](F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [_missing, _not_supported, _forgets_the_bias, _forgets_the_activation, _takes_one_gelu_for_the_other],
+)
 def test_internal_ops_that_are_missing_or_wrong_are_left_alone(
     broken: Callable[..., Callable[[Tensor], Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear, "_onednn_linear", broken)
     assert not linear.onednn_takes(torch.float32)
     x, weight, bias = _operands(40, 64, 24, torch.float32)
-    assert torch.allclose(linear.row_linear(weight, bias, relu=True)(x), F.relu(F.linear(x, weight, bias)))
+    assert torch.allclose(linear.row_linear(weight, bias, activation="relu")(x), F.relu(F.linear(x, weight, bias)))
 
 
 @pytest.mark.parametrize("total", [0, 1, 63, 64, 65, 256, 5000, 32768])
@@ -162,13 +177,23 @@ def _leaves(rows: int, dim: int, ffn_dim: int, dtype: torch.dtype) -> list[Tenso
     ]
 
 
-def _plain_feed_forward(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    return F.linear(F.relu(F.linear(x, w1, b1)), w2, b2)
+def _plain_feed_forward(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, activation: str = "relu"
+) -> Tensor:
+    return F.linear(AFTER[activation](F.linear(x, w1, b1)), w2, b2)
 
 
 FUNCTIONS = {
     "linear": (linear.linear, F.linear, slice(0, 3)),
-    "feed_forward": (linear.feed_forward, _plain_feed_forward, slice(0, 5)),
+    "feed_forward relu": (linear.feed_forward, _plain_feed_forward, slice(0, 5)),
+    **{
+        f"feed_forward {name}": (
+            functools.partial(linear.feed_forward, activation=name),
+            functools.partial(_plain_feed_forward, activation=name),
+            slice(0, 5),
+        )
+        for name in ("gelu", "gelu_tanh")
+    },
 }
 
 
@@ -217,8 +242,25 @@ def test_gradients_that_nobody_needs_are_not_made() -> None:
 
 def test_gradcheck_of_the_training_functions() -> None:
     leaves = _leaves(5, 3, 7, torch.float64)
-    assert torch.autograd.gradcheck(linear.feed_forward, leaves)
+    for activation in ("relu", "gelu", "gelu_tanh"):
+        assert torch.autograd.gradcheck(functools.partial(linear.feed_forward, activation=activation), leaves)
     assert torch.autograd.gradcheck(linear.linear, leaves[:3])
+
+
+def test_layers_without_bias_train() -> None:
+    x, w1, _, w2, _ = _leaves(70, 16, 40, torch.float32)
+    for activation in ("relu", "gelu"):
+        out = linear.feed_forward(x, w1, None, w2, None, activation=activation)
+        want = _plain_feed_forward(x, w1, None, w2, None, activation=activation)
+        assert torch.allclose(out, want, atol=1e-5)
+        for a, b in zip(*(torch.autograd.grad(y.square().sum(), [x, w1, w2]) for y in (out, want)), strict=True):
+            assert _error(a, b.double()) < 1e-5
+    assert torch.allclose(linear.linear(x, w1, None), F.linear(x, w1), atol=1e-5)
+
+
+def test_dropout_after_gelu_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"dropout: expected 0 with activation 'gelu', got 0\.1"):
+        linear.feed_forward(*_leaves(3, 4, 8, torch.float32), 0.1, activation="gelu")
 
 
 def test_dropout_of_the_hidden_rows() -> None:
@@ -246,20 +288,22 @@ def test_flops_of_training_are_those_of_linear_layers(route: str) -> None:
     assert counter.get_total_flops() == 3 * 2 * 2 * 150 * 16 * 40
 
 
-@pytest.mark.parametrize("ratio", [1.0, 3.0])
-def test_float32_goes_through_onednn_where_mkl_is_slow(ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_race_float32", lambda: ratio)
-    assert linear.pays_in_training(torch.float32) == (ratio > 1.5)
-    assert linear.pays_in_training(torch.bfloat16) == linear.onednn_takes(torch.bfloat16)
+@pytest.mark.parametrize(("vendor", "slow"), [("GenuineIntel", False), ("AuthenticAMD", True), ("", False)])
+def test_float32_goes_through_onednn_where_mkl_is_slow(
+    vendor: str, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_cpu_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(linear, "_onednn_works", lambda dtype: dtype != torch.float64)
+    assert linear.pays_in_training(torch.float32) == slow
+    assert linear.pays_in_training(torch.bfloat16)
     assert not linear.pays_in_training(torch.float64)
     monkeypatch.setattr(linear, "_onednn_works", lambda dtype: False)
     assert not linear.pays_in_training(torch.float32)
 
 
-def test_the_race_is_run_once_and_measures_something(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 0.02 < linear._race_float32() < 50
-    races = []
-    monkeypatch.setattr(linear, "_race_float32", lambda: races.append(1) or 2.0)
-    assert linear.pays_in_training(torch.float32)
-    assert linear.pays_in_training(torch.float32)
-    assert len(races) == 1
+def test_the_vendor_is_what_the_system_says() -> None:
+    known = Path("/proc/cpuinfo")
+    text = known.read_text() if known.exists() else ""
+    assert (linear._cpu_vendor() != "") == ("vendor_id" in text)
+    assert linear._cpu_vendor() in text

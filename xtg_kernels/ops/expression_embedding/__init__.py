@@ -103,8 +103,7 @@ def expression_embedding(
         raise ValueError(f"{missing}: expected together with the other of gene_ids and gene_table, got None")
     if gene_ids is not None and gene_table is not None:
         checks.check_tensor("gene_ids", gene_ids, (total,), values)
-        if gene_ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"gene_ids: expected dtype int32 or int64, got {gene_ids.dtype}")
+        checks.check_ids_dtype("gene_ids", gene_ids)
         checks.check_tensor("gene_table", gene_table, ("rows", dim), values)
         checks.check_floating("gene_table", gene_table, bin_table.dtype)
         checks.check_gene_ids(gene_ids, gene_table.shape[0], None if distinct_index is None else distinct_index >= 0)
