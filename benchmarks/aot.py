@@ -8,6 +8,7 @@ cases from standard input and prints one JSON report a line.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -54,8 +55,8 @@ class Case:
     config: tuple[tuple[str, int], ...] | None = None
 
 
-def reports(cases: Sequence[Case], *, progress: Callable[[int], None] | None = None) -> list[Report]:
-    """One report for each kernel of each case, in order, from two processes that compile side by side.
+def reports(cases: Sequence[Case], *, progress: Callable[[int], None] | None = None) -> list[list[Report]]:
+    """The reports of each case, one for each kernel and set of flags, from two processes that compile side by side.
 
     progress: called with the number of cases done.
     """
@@ -72,9 +73,9 @@ def reports(cases: Sequence[Case], *, progress: Callable[[int], None] | None = N
         assert process.stdout is not None
         process.stdin.write(json.dumps([asdict(case) for case in cases]))
         process.stdin.close()
-        found: list[Report] = []
+        found: list[list[Report]] = []
         for done, line in enumerate(process.stdout, 1):
-            found += json.loads(line)
+            found.append(json.loads(line))
             if progress is not None:
                 progress(done)
         if process.wait() != 0:
@@ -96,10 +97,9 @@ def _case_reports(case: Case) -> list[Report]:
     call = op.on_small_tensors(dtype, case.width if case.size is None else case.size)
     with overriding(architecture=case.architecture, configs=configs):
         launches = record_launches(call)
-    names = [name for name, _ in launches]
     wanted = [launch for name, launch in launches if case.kernel in ("", name)]
     if not wanted:
-        raise ValueError(f"kernel: expected one of {', '.join(names)}, got {case.kernel!r}")
+        raise ValueError(f"kernel: expected one of {', '.join(op.kernels)}, got {case.kernel!r}")
     return [report(case, launch) for launch in wanted]
 
 
@@ -122,6 +122,8 @@ def compile_launch(launch: Any, architecture: str) -> Any:
 
 def report(case: Case, launch: Any) -> Report:
     """What the compiler made of one launch: registers, stack, spills, shared memory and opcode counts."""
+    from benchmarks.launches import flags_of
+
     kernel, _, kwargs = launch
     where: Report = {
         "op": case.op,
@@ -131,6 +133,7 @@ def report(case: Case, launch: Any) -> Report:
         "width": case.width,
         "size": case.width if case.size is None else case.size,
     }
+    where["flags"] = " ".join(flags_of(kwargs))
     names = [name for name in kwargs if name.startswith("BLOCK")] + ["num_warps", "num_stages"]
     where["config"] = " ".join(f"{name}={kwargs[name]}" for name in names if name in kwargs)
     try:
@@ -139,8 +142,7 @@ def report(case: Case, launch: Any) -> Report:
         # Shared memory that a card does not have is found by us; ptxas finds registers that a block cannot have.
         return {**where, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     metadata = compiled.metadata
-    nvidia = CARDS[case.architecture].target[0] == "cuda"
-    found = _nvidia_report(compiled, case.architecture) if nvidia else _amd_report(compiled)
+    found = _machine_code(compiled, case.architecture)
     tensor_memory = getattr(metadata, "tmem_size", None) or 0
     resident = resident_programs(
         CARDS[case.architecture], found["registers"], metadata.shared, metadata.num_warps, tensor_memory
@@ -157,6 +159,19 @@ def report(case: Case, launch: Any) -> Report:
         "fma_dots": fma_dots,
         **found,
     }
+
+
+def _machine_code(compiled: Any, architecture: str) -> Report:
+    """What the machine code says; kept beside the compiled kernel, since disassembling takes as long as compiling."""
+    reader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    kept = Path(os.environ["TRITON_CACHE_DIR"]) / f"{compiled.hash}-{reader}.json"
+    if not kept.is_file():
+        nvidia = CARDS[architecture].target[0] == "cuda"
+        found = _nvidia_report(compiled, architecture) if nvidia else _amd_report(compiled)
+        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
+            json.dump(found, file)
+        Path(file.name).replace(kept)
+    return json.loads(kept.read_text())
 
 
 def _nvidia_report(compiled: Any, architecture: str) -> Report:

@@ -61,15 +61,22 @@ class Op:
 
 
 def record_launches(call: Call) -> list[tuple[str, Launch]]:
-    """Name (without _kernel) and launch of every kernel that a call would run; none is run."""
-    launches: dict[str, Launch] = {}
+    """Name (without _kernel) and launch of every kernel, once for each set of flags, that a call would run; none is
+    run."""
+    launches: dict[tuple[str, ...], tuple[str, Launch]] = {}
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.setdefault(self.__name__.strip("_").removesuffix("_kernel"), (self, args, kwargs))
+        name = self.__name__.strip("_").removesuffix("_kernel")
+        launches.setdefault((name, *flags_of(kwargs)), (name, (self, args, kwargs)))
 
     with mock.patch.object(JITFunction, "run", record):
         call()
-    return list(launches.items())
+    return list(launches.values())
+
+
+def flags_of(kwargs: Mapping[str, Any]) -> list[str]:
+    """The conditions that a launch compiles in."""
+    return [name for name, value in kwargs.items() if name.isupper() and value is True]
 
 
 def _configs(*rows: tuple[int, ...], names: str) -> list[Config]:

@@ -538,6 +538,7 @@ def test_training_that_cannot_go_on_says_why(
     what: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if what == "file":
+
         def broken(*_: object) -> None:
             raise ValueError("cells.h5ad: cannot read rows 3 to 9")
 
