@@ -61,15 +61,22 @@ class Op:
 
 
 def record_launches(call: Call) -> list[tuple[str, Launch]]:
-    """Name (without _kernel) and launch of every kernel that a call would run; none is run."""
-    launches: dict[str, Launch] = {}
+    """Name (without _kernel) and launch of every kernel, once for each set of flags, that a call would run; none is
+    run."""
+    launches: dict[tuple[str, ...], tuple[str, Launch]] = {}
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.setdefault(self.__name__.strip("_").removesuffix("_kernel"), (self, args, kwargs))
+        name = self.__name__.strip("_").removesuffix("_kernel")
+        launches.setdefault((name, *flags_of(kwargs)), (name, (self, args, kwargs)))
 
     with mock.patch.object(JITFunction, "run", record):
         call()
-    return list(launches.items())
+    return list(launches.values())
+
+
+def flags_of(kwargs: Mapping[str, Any]) -> list[str]:
+    """The conditions that a launch compiles in."""
+    return [name for name, value in kwargs.items() if name.isupper() and value is True]
 
 
 def _configs(*rows: tuple[int, ...], names: str) -> list[Config]:
@@ -84,7 +91,7 @@ def _attention_forward(precision: str, width: int) -> list[Config]:
 
 
 def _attention_grad_query(precision: str, width: int) -> list[Config]:
-    half = ((64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2))
+    half = ((64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2))
     single = ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1))
     return _configs(*(half if precision == "half" else single), names="BLOCK_Q BLOCK_K")
 
