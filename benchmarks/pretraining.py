@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def _errors(
         return {"loss": abs(loss / float(_loss(model, masked, "float32")) - 1)}
 
 
-def _in_turns(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def _in_turns(ways: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
