@@ -144,8 +144,8 @@ def as_table(results: dict[str, Any]) -> str:
             lines.append(f"| {name} | {part} | {error} | {'' if r is None else f'{r:.3f}'} |")
     lines += [
         "",
-        "`gene mean` predicts each gene's mean over the training cells. `told the zeros` is given which genes are zero,",
-        "predicts zero there and the mean over expressing cells elsewhere: not a prediction, but a mark to hold one to.",
+        "`gene mean` predicts each gene's mean over the training cells. `told the zeros` knows which genes are zero,",
+        "predicts zero there and the mean over expressing cells elsewhere: a mark, no prediction.",
         "",
         f"Measured on {measured['date']} at commit {measured['commit']}: {measured['cpu']}, {measured['isa']} kernels, "
         f"{measured['threads']} threads, torch {measured['torch']}.",
