@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _PAGE = mmap.PAGESIZE
@@ -63,6 +64,33 @@ def run_attention(lengths: list[int], slack: int, head_dim: int) -> None:
     triton_kernel.backward(grad_out, guarded(lse), q, k, v, out, lse, cu_seqlens, max(lengths), 0.3)
 
 
+def run_favor(lengths: list[tuple[int, int]], slack: int, head_dim: int, features: int) -> None:
+    """Forward and backward with guarded inputs, outputs, parts and work list."""
+    from xtg_kernels.ops.favor_attention import triton_kernel
+
+    work_list = triton_kernel.work_list
+
+    def guarded_work_list(*args: Any) -> tuple[Tensor, Tensor, int]:
+        segment_of_slot, segments, num_slots = work_list(*args)
+        return guarded(segment_of_slot), guarded(segments), num_slots
+
+    triton_kernel.work_list = guarded_work_list
+    triton_kernel._CHUNK = 32
+    scaled = triton_kernel._scaled
+    triton_kernel._scaled = lambda projection, dtype: (
+        guarded(scaled(projection, dtype)[0]),
+        scaled(projection, dtype)[1],
+    )
+    keys, queries = (torch.tensor([pair[i] for pair in lengths]) for i in range(2))
+    cu_seqlens, cu_seqlens_q = (guarded(F.pad(n.cumsum(0), (1, 0)).int()) for n in (keys, queries))
+    k, v = (guarded(torch.randn(int(keys.sum()) + slack, 2, head_dim)) for _ in range(2))
+    q, grad_out = (guarded(torch.randn(int(queries.sum()) + slack, 2, head_dim)) for _ in range(2))
+    projection = guarded(torch.randn(features, head_dim))
+    segments = (cu_seqlens, int(keys.max()), cu_seqlens_q, int(queries.max()), 1e-3)
+    saved = triton_kernel.forward(q, k, v, projection, *segments, True)
+    triton_kernel.backward(grad_out, q, k, v, projection, *saved, *segments)
+
+
 def run_embedding(total: int, slack: int, num_bins: int, dim: int) -> None:
     """Forward and backward with guarded inputs and outputs, with a gene table and slack rows."""
     from xtg_kernels.ops.expression_embedding import triton_kernel
@@ -86,6 +114,8 @@ def main() -> None:
     torch.empty_like = lambda x: guarded_empty(tuple(x.shape), x.dtype)
     run_attention([31, 0, 65, 4], 3, 24)
     run_attention([7], 0, 64)
+    run_favor([(33, 7), (0, 5), (65, 40), (4, 0)], 3, 24, 35)
+    run_favor([(5, 5)], 0, 64, 32)
     run_embedding(70, 3, 20, 12)
     run_embedding(33, 0, 130, 40)
 
