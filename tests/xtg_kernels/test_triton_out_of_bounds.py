@@ -21,6 +21,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,35 @@ def run_attention(guard: Guard, lengths: list[int], slack: int, head_dim: int) -
     return [out, lse, *grads]
 
 
+def run_favor(guard: Guard, lengths: list[tuple[int, int]], slack: int, head_dim: int, features: int) -> list[Tensor]:
+    """Forward and backward with guarded inputs, outputs, parts and work list; lengths are (keys, queries)."""
+    from xtg_kernels.ops.favor_attention import triton_kernel
+
+    work_list, scaled = triton_kernel.work_list, triton_kernel._scaled
+
+    def guarded_work_list(*args: Any) -> tuple[Tensor, Tensor, int]:
+        segment_of_slot, segments, num_slots = work_list(*args)
+        return guard(segment_of_slot), guard(segments), num_slots
+
+    def guarded_scaled(*args: Any) -> tuple[Tensor, Any]:
+        projection, factor = scaled(*args)
+        return guard(projection), factor
+
+    keys, queries = (torch.tensor([pair[i] for pair in lengths]) for i in range(2))
+    cu_seqlens, cu_seqlens_q = (guard(F.pad(n.cumsum(0), (1, 0)).int()) for n in (keys, queries))
+    k, v = (guard(_random(i, int(keys.sum()) + slack, 2, head_dim)) for i in range(2))
+    q, grad_out = (guard(_random(2 + i, int(queries.sum()) + slack, 2, head_dim)) for i in range(2))
+    projection = guard(_random(4, features, head_dim))
+    segments = (cu_seqlens, int(keys.max()), cu_seqlens_q, int(queries.max()), 1e-3)
+    with (
+        mock.patch.object(triton_kernel, "work_list", guarded_work_list),
+        mock.patch.object(triton_kernel, "_scaled", guarded_scaled),
+        mock.patch.object(triton_kernel, "_CHUNK", 32),
+    ):
+        saved = triton_kernel.forward(q, k, v, projection, *segments, True)
+        return [*saved, *triton_kernel.backward(grad_out, q, k, v, projection, *saved, *segments)]
+
+
 def run_embedding(guard: Guard, total: int, slack: int, num_bins: int, dim: int) -> list[Tensor]:
     """Forward and backward with guarded inputs and outputs, with a gene table and slack rows."""
     from xtg_kernels.ops.expression_embedding import triton_kernel
@@ -92,6 +122,8 @@ def run_embedding(guard: Guard, total: int, slack: int, num_bins: int, dim: int)
 CASES: list[Callable[[Guard], list[Tensor]]] = [
     functools.partial(run_attention, lengths=[31, 0, 65, 4], slack=3, head_dim=24),
     functools.partial(run_attention, lengths=[7], slack=0, head_dim=64),
+    functools.partial(run_favor, lengths=[(33, 7), (0, 5), (65, 40), (4, 0)], slack=3, head_dim=24, features=35),
+    functools.partial(run_favor, lengths=[(5, 5)], slack=0, head_dim=64, features=32),
     functools.partial(run_embedding, total=70, slack=3, num_bins=20, dim=12),
     functools.partial(run_embedding, total=33, slack=0, num_bins=130, dim=40),
 ]

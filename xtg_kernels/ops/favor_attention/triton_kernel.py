@@ -6,9 +6,9 @@ and a chunk of a segment's tokens; the chunks' sums are added up in order by a k
 owns a block of tokens and walks over the blocks of features. Every element has one owner and one order of summation,
 and features are padded to whole blocks, never to a power of two.
 
-Scores live in base 2 (the projection carries log2 e, and exp2 is what the hardware has); key_max and row_max are natural
-logarithms, and what uses the ones that are stored agrees with the backward to the last bit. What eps adds to every
-feature is never added to a feature: it multiplies sums that all features have in common.
+Scores live in base 2 (the projection carries log2 e, and exp2 is what the hardware has); key_max and row_max are
+natural logarithms, and what uses the ones that are stored agrees with the backward to the last bit. What eps adds to
+every feature is never added to a feature: it multiplies sums that all features have in common.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _context_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    start, length, head, chunk_start, num_keys = locate_block(segment_of_slot, segments, batch_size, num_heads, CHUNK)
+    start, _, head, chunk_start, num_keys = locate_block(segment_of_slot, segments, batch_size, num_heads, CHUNK)
     _, num_queries = _segment(segment_of_slot, batch_size, num_heads, cu_seqlens_q)
     if (chunk_start >= num_keys) | (num_queries == 0):
         return
@@ -121,9 +121,7 @@ def _context_kernel(
     features = feature_start + tl.arange(0, BLOCK_F)
     chunk_end = tl.minimum(chunk_start + CHUNK, num_keys)
 
-    projection_tile = _load_tile(
-        projection, feature_start, num_features, HEAD_DIM, BLOCK_F, HEAD_DIM, HEAD_BLOCK, True
-    )
+    projection_tile = _load_tile(projection, feature_start, num_features, HEAD_DIM, BLOCK_F, HEAD_DIM, HEAD_BLOCK, True)
     feature_max = tl.full((BLOCK_F,), float("-inf"), tl.float32)
     score_max = tl.full((BLOCK_F,), float("-inf"), tl.float32)
     key_sum = tl.zeros((BLOCK_F,), tl.float32)
@@ -294,9 +292,7 @@ def _attend_feature_block(
     sums = tl.load(key_sum + features, mask=features < num_features, other=0.0)
     row_sum = row_sum * correction + tl.sum(exponentials * sums[None, :], 1)
     context_tile = _load_tile(context, feature_start, num_features, HEAD_DIM, BLOCK_F, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
-    acc = tl.dot(
-        exponentials.to(context_tile.dtype), context_tile, acc * correction[:, None], input_precision="ieee"
-    )
+    acc = tl.dot(exponentials.to(context_tile.dtype), context_tile, acc * correction[:, None], input_precision="ieee")
     return new_max, row_sum, acc
 
 
@@ -625,9 +621,7 @@ def _grad_context_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    start, length, head, chunk_start, num_queries = locate_block(
-        segment_of_slot, segments, batch_size, num_heads, CHUNK
-    )
+    start, _, head, chunk_start, num_queries = locate_block(segment_of_slot, segments, batch_size, num_heads, CHUNK)
     _, num_keys = _segment(segment_of_slot, batch_size, num_heads, cu_seqlens)
     if (chunk_start >= num_queries) | (num_keys == 0):
         return
@@ -642,9 +636,7 @@ def _grad_context_kernel(
     features = feature_start + tl.arange(0, BLOCK_F)
     chunk_end = tl.minimum(chunk_start + CHUNK, num_queries)
 
-    projection_tile = _load_tile(
-        projection, feature_start, num_features, HEAD_DIM, BLOCK_F, HEAD_DIM, HEAD_BLOCK, True
-    )
+    projection_tile = _load_tile(projection, feature_start, num_features, HEAD_DIM, BLOCK_F, HEAD_DIM, HEAD_BLOCK, True)
     grad_key_sum = tl.zeros((BLOCK_F,), tl.float32)
     grad_sum = tl.zeros((HEAD_BLOCK,), tl.float32)
     delta_sum = 0.0
@@ -733,9 +725,7 @@ def _grad_key_value_step(
     tile = _load_tile(projection, feature_start, num_features, HEAD_DIM, BLOCK_F, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
     scores = tl.dot(key, tl.trans(tile), input_precision="ieee")
     exponentials = tl.exp2(scores - key_max - half_norms[:, None])
-    grad_tile = _load_tile(
-        grad_context, feature_start, num_features, HEAD_DIM, BLOCK_F, HEAD_DIM, HEAD_BLOCK, IS_TAIL
-    )
+    grad_tile = _load_tile(grad_context, feature_start, num_features, HEAD_DIM, BLOCK_F, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
     grad_value = tl.dot(exponentials.to(grad_tile.dtype), grad_tile, grad_value, input_precision="ieee")
     sums = tl.load(grad_key_sum + features, mask=features < num_features, other=0.0)
     grad_features = tl.dot(value, tl.trans(grad_tile), input_precision="ieee")
