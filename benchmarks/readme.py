@@ -117,6 +117,12 @@ def _step(rows: Rows) -> str:
     return f"{title} and optimizer:\n\n" + _table(header, body)
 
 
+def _ranks(rows: Rows) -> str:
+    header = ["processes", "time of a step", "largest difference of the loss curve"]
+    body = [[r["provider"], _milliseconds(r["median_ms"]), r["error"]] for r in rows]
+    return f"**Two processes** against one, the same batches ({rows[0]['case']}):\n\n" + _table(header, body)
+
+
 # The embedding is no matrix product of its tokens: few of them have values of their own.
 SECTIONS: dict[str, Callable[[Rows], str]] = {
     "memory": _memory,
@@ -129,6 +135,7 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
     "pack": _pack,
     "loader": _loader,
     "step": _step,
+    "ranks": _ranks,
 }
 
 

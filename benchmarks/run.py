@@ -229,6 +229,7 @@ OTHERS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "memory": end_to_end.memory,
     "favor_memory": favor_memory.favor_memory,
     "step": pretraining.step,
+    "ranks": pretraining.ranks,
 }
 
 
