@@ -97,8 +97,8 @@ def exact_attention(
     q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lengths: Sequence[int]
 ) -> tuple[Tensor, list[Tensor]]:
     """Attention and its gradients to q, k, v in float64, some rows of scores at a time: long cells fit in memory."""
-    out = torch.empty(q.shape, dtype=torch.float64)
-    grads = [torch.zeros(q.shape, dtype=torch.float64) for _ in range(3)]
+    out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    grads = [torch.zeros_like(out) for _ in range(3)]
     scale = q.shape[2] ** -0.5
     start = 0
     for length in lengths:
