@@ -204,9 +204,7 @@ def _embedding_flops(bins: int, dim: int) -> tuple[int, int]:
     return 2 * (bins + bins * bins + bins * dim), 2 * (2 * bins + 3 * bins * bins + 2 * bins * dim)
 
 
-def favor(
-    case: str, lengths: Lengths, dtype: str, device: torch.device, *, heads: int = 8, head_dim: int = 64
-) -> Task:
+def favor(case: str, lengths: Lengths, dtype: str, device: torch.device, *, heads: int = 8, head_dim: int = 64) -> Task:
     """favor_attention with as many features as the 100m decoder has."""
     make, longest, features = Maker(device), max(lengths), 266 if head_dim == 64 else 2 * head_dim
     cu_seqlens, total = offsets(lengths).to(device), sum(lengths)

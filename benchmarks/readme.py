@@ -64,6 +64,22 @@ def _ops(title: str, *, share: bool = True) -> Callable[[Rows], str]:
     return section
 
 
+def _favor_memory(rows: Rows) -> str:
+    header = ["dtype", "direction", "memory", "einsum form", "share"]
+    plain = {(r["dtype"], r["direction"]): r for r in rows if r["provider"] == "plain"}
+    body = [
+        [
+            r["dtype"], r["direction"].replace("+", " + "), f"{float(r['peak_mib']):,.0f} MiB",
+            f"{float(plain[r['dtype'], r['direction']]['peak_mib']):,.0f} MiB",
+            f"{100 * float(r['share_of_plain']):.1f} %",
+        ]
+        for r in rows
+        if r["provider"] == "xtg"
+    ]  # fmt: skip
+    title = f"**Memory of linear attention** above its inputs, output and gradients included, {rows[0]['case']}:"
+    return f"{title}\n\n" + _table(header, body)
+
+
 def _pack(rows: Rows) -> str:
     header = ["packer", "cells/s"]
     names = {"xtg": "C++", "numpy": "NumPy (without the extension)"}
@@ -107,6 +123,8 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
     "embed": _embed,
     "encoder": _ops("Layers of the encoder**, cells of real lengths:"),
     "attention": _ops("Attention**, 12 heads of 64 channels, as in the 100m model:"),
+    "favor": _ops("Linear attention (FAVOR+)**, 8 heads of 64 channels and 266 features, against its einsum form:"),
+    "favor_memory": _favor_memory,
     "embedding": _ops("Embedding of expression values**, 768 channels, UMI-like counts:", share=False),
     "pack": _pack,
     "loader": _loader,

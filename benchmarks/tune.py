@@ -61,7 +61,9 @@ def tune(op: str, device: torch.device, plan: Plan, tables: dict[str, Any]) -> I
                     continue
                 rows = [
                     {"op": op, "kernel": kernel, "architecture": here, "precision": precision, "width": width, **row}
-                    for row in _time_candidates(op, kernel, known.direction, calls, candidates, tables, device, plan, precision)
+                    for row in _time_candidates(
+                        op, kernel, known.direction, calls, candidates, tables, device, plan, precision
+                    )
                 ]
                 good = [(row["median_ms"], number) for number, row in enumerate(rows) if row["correct"]]
                 if good:
@@ -93,7 +95,9 @@ def _time_candidates(
                     row["error"] = max(_difference(a, b) for a, b in zip(got, expected, strict=True))
                     row["correct"] = row["error"] <= _SAME[precision]
                     if row["correct"]:
-                        times = milliseconds(calls[direction], device, seconds=plan.seconds, least=3 if plan.seconds else 1)
+                        times = milliseconds(
+                            calls[direction], device, seconds=plan.seconds, least=3 if plan.seconds else 1
+                        )
                         row["median_ms"] = statistics.median(times)
                 except Exception as refused:
                     # Too much shared memory, too many registers: the launcher says which.

@@ -21,7 +21,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from xtg_kernels.triton_launch import WorkList, overriding, work_list
 
 ROOT = Path(__file__).parents[2]
 Guard = Callable[[Tensor], Tensor]
@@ -54,19 +57,24 @@ def guarded(x: Tensor) -> Tensor:
     return guarded_empty(tuple(x.shape), x.dtype).copy_(x)
 
 
+def guarded_work_list(guard: Guard) -> Callable[..., WorkList]:
+    """work_list with guarded tensors."""
+
+    def make(*args: Any) -> WorkList:
+        segment_of_slot, segments, num_slots = work_list(*args)
+        return guard(segment_of_slot), guard(segments), num_slots
+
+    return make
+
+
 def run_attention(guard: Guard, lengths: list[int], slack: int, head_dim: int) -> list[Tensor]:
     """Forward and backward with guarded inputs, outputs and work list."""
-    from xtg_kernels import triton_launch
     from xtg_kernels.ops.ragged_attention import triton_kernel
-
-    def guarded_work_list(*args: Any) -> triton_launch.WorkList:
-        segment_of_slot, segments, num_slots = triton_launch.work_list(*args)
-        return guard(segment_of_slot), guard(segments), num_slots
 
     total, heads = sum(lengths) + slack, 2
     q, k, v, grad_out = (guard(_random(i, total, heads, head_dim)) for i in range(4))
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    with mock.patch.object(triton_kernel, "work_list", guarded_work_list):
+    with mock.patch.object(triton_kernel, "work_list", guarded_work_list(guard)):
         out, lse = triton_kernel.forward(q, k, v, cu_seqlens, max(lengths), 0.3)
         grads = triton_kernel.backward(grad_out, guard(lse), q, k, v, out, lse, cu_seqlens, max(lengths), 0.3)
     return [out, lse, *grads]
@@ -89,9 +97,33 @@ def run_embedding(guard: Guard, total: int, slack: int, num_bins: int, dim: int)
     return [out, *triton_kernel.backward(guard(_random(8, total + slack, dim)), *args, True)]
 
 
+def run_favor(guard: Guard, lengths: list[tuple[int, int]], slack: int, head_dim: int, features: int) -> list[Tensor]:
+    """Forward and backward of cells of (keys, queries), with guarded inputs, outputs, parts and work list."""
+    from xtg_kernels.ops.favor_attention import triton_kernel
+
+    def guarded_projection(projection: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+        rows, half_norm_scale = scaled(projection, dtype)
+        return guard(rows), half_norm_scale
+
+    scaled = triton_kernel._scaled
+    keys, queries = (torch.tensor([pair[i] for pair in lengths]) for i in range(2))
+    cu_seqlens, cu_seqlens_q = (guard(F.pad(n.cumsum(0), (1, 0)).int()) for n in (keys, queries))
+    k, v = (guard(_random(i, int(keys.sum()) + slack, 2, head_dim)) for i in range(2))
+    q, grad_out = (guard(_random(2 + i, int(queries.sum()) + slack, 2, head_dim)) for i in range(2))
+    projection = guard(_random(4, features, head_dim))
+    segments = (cu_seqlens, int(keys.max()), cu_seqlens_q, int(queries.max()), 1e-3)
+    patches = {"work_list": guarded_work_list(guard), "_scaled": guarded_projection, "_CHUNK": 32}
+    with mock.patch.multiple(triton_kernel, **patches):
+        saved = triton_kernel.forward(q, k, v, projection, *segments, True)
+        grads = triton_kernel.backward(grad_out, q, k, v, projection, *saved, *segments)
+    return [saved[0], *grads]
+
+
 CASES: list[Callable[[Guard], list[Tensor]]] = [
     functools.partial(run_attention, lengths=[31, 0, 65, 4], slack=3, head_dim=24),
     functools.partial(run_attention, lengths=[7], slack=0, head_dim=64),
+    functools.partial(run_favor, lengths=[(33, 7), (0, 5), (65, 40), (4, 0)], slack=3, head_dim=24, features=35),
+    functools.partial(run_favor, lengths=[(5, 5)], slack=0, head_dim=64, features=32),
     functools.partial(run_embedding, total=70, slack=3, num_bins=20, dim=12),
     functools.partial(run_embedding, total=33, slack=0, num_bins=130, dim=40),
 ]
@@ -105,8 +137,6 @@ def main(architecture: str) -> None:
     """All cases with the tile sizes of an architecture; a read past an end ends the process with SIGSEGV, one before a
     start shows in the results. Prints the kernels that ran."""
     from triton.runtime.interpreter import InterpretedFunction
-
-    from xtg_kernels.triton_launch import overriding
 
     ran: set[str] = set()
     run = InterpretedFunction.run
