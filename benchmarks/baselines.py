@@ -164,8 +164,8 @@ def exact_favor(
 ) -> tuple[Tensor, list[Tensor]]:
     """FAVOR+ attention and its gradients to q, k, v in float64, a head at a time: features of all take gigabytes."""
     out, grads = (
-        torch.empty(q.shape, dtype=torch.float64),
-        [torch.empty(x.shape, dtype=torch.float64) for x in (q, k, v)],
+        torch.empty(q.shape, dtype=torch.float64, device=q.device),
+        [torch.empty(x.shape, dtype=torch.float64, device=q.device) for x in (q, k, v)],
     )
     for head in range(q.shape[1]):
         one = slice(head, head + 1)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import baselines
-from benchmarks.cases import BACKWARD, BOTH, FORWARD, Lengths, Provider, Task, offsets
+from benchmarks.cases import BACKWARD, BOTH, FAVOR_EPS, FORWARD, Lengths, Provider, Task, offsets
 from xtg_kernels import (
     expression_embedding,
     favor_attention,
@@ -213,33 +213,16 @@ def favor(case: str, lengths: Lengths, dtype: str, device: torch.device, *, head
     grad_out = make.randn(total, heads, head_dim, dtype=DTYPES[dtype])
     rest = (projection, cu_seqlens, longest)
 
-    def exact() -> tuple[Tensor, list[Tensor]]:
-        leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
-        out = _favor_by_cell(*leaves, projection.double(), lengths)
-        return out.detach(), list(torch.autograd.grad(out, leaves, grad_out.double()))
-
     product = 2 * heads * features * head_dim * total
     ways = {
-        "plain": lambda: _favor_by_cell(q, k, v, projection.to(q.dtype), lengths),
+        "plain": lambda: baselines.favor_einsum(q, k, v, projection.to(q.dtype), lengths, lengths, FAVOR_EPS),
         "xtg": lambda: on_triton(favor_attention, q, k, v, *rest),
     }
-    return _task("favor", case, lengths, dtype, ways, (q, k, v), grad_out, exact, (4 * product, 8 * product))
-
-
-def _favor_by_cell(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, lengths: Lengths, eps: float = 1e-4) -> Tensor:
-    """FAVOR+ with all features in memory, as Performer implementations write it."""
-    outputs, scale = [], q.shape[2] ** -0.25
-    for q_s, k_s, v_s in zip(*(x.split(list(lengths)) for x in (q, k, v)), strict=True):
-        queries, keys, values = (x.transpose(0, 1) for x in (scale * q_s, scale * k_s, v_s))
-        query_scores, key_scores = queries @ projection.T, keys @ projection.T
-        query_norms, key_norms = (x.square().sum(-1, keepdim=True) / 2 for x in (queries, keys))
-        row_max = query_scores.amax(-1, keepdim=True).detach()
-        key_max = key_scores.amax((1, 2), keepdim=True).detach()
-        query_features = (query_scores - query_norms - row_max).exp() + eps
-        key_features = (key_scores - key_norms - key_max).exp() + eps
-        context = key_features.mT @ values
-        outputs.append((query_features @ context / (query_features @ key_features.sum(1)[..., None])).transpose(0, 1))
-    return torch.cat(outputs)
+    return _task(
+        "favor", case, lengths, dtype, ways, (q, k, v), grad_out,
+        lambda: baselines.exact_favor(q, k, v, projection, grad_out, lengths, lengths, FAVOR_EPS),
+        (4 * product, 8 * product),
+    )  # fmt: skip
 
 
 def gather(case: str, lengths: Lengths, dtype: str, device: torch.device, *, num_genes: int, dim: int = 512) -> Task:

@@ -6,7 +6,7 @@ Shared by all that compiles, tunes or times the Triton kernels. A new op enters 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -24,7 +24,7 @@ from xtg_kernels.ops.ragged_attention import triton_kernel as ragged_attention
 from xtg_kernels.triton_launch import Config
 
 Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
-Call = Callable[[], Any]
+Call = Callable[[], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -49,17 +49,17 @@ class Op:
 
     kernels  name -> Kernel
     sizes    width that configs.json is keyed by -> a size that models have and that is padded to it
-    calls    (dtype, size, lengths, device) -> forward and backward, to be called in this order
+    calls    (dtype, size, lengths, device) -> forward and backward, to be called in this order; they return tensors
     """
 
     kernels: Mapping[str, Kernel]
     sizes: Mapping[int, int]
     calls: Callable[[torch.dtype, int, Lengths, torch.device], dict[str, Call]]
 
-    def on_small_tensors(self, dtype: torch.dtype, size: int) -> Call:
-        """Forward and backward on few tokens of the CPU, for recording."""
-        calls = self.calls(dtype, size, (100, 156), torch.device("cpu"))
-        return lambda: (calls["forward"](), calls["backward"]())
+    def on_small_tensors(self, dtype: torch.dtype, size: int, device: str = "cpu") -> Call:
+        """Forward and backward on few tokens; on the CPU for recording."""
+        calls = self.calls(dtype, size, (100, 156), torch.device(device))
+        return lambda: [*calls["forward"](), *calls["backward"]()]
 
 
 def record_launches(call: Call) -> list[tuple[str, Launch]]:
@@ -113,12 +113,13 @@ def _attention_calls(dtype: torch.dtype, head_dim: int, lengths: Lengths, device
     cu_seqlens = offsets(lengths).to(device)
     saved: list[Tensor] = []
 
-    def forward() -> None:
+    def forward() -> list[Tensor]:
         saved[:] = ragged_attention.forward(q, k, v, cu_seqlens, longest, scale)
+        return saved
 
-    def backward() -> None:
+    def backward() -> Sequence[Tensor]:
         out, softmax_lse = saved
-        ragged_attention.backward(grad_out, softmax_lse, q, k, v, out, softmax_lse, cu_seqlens, longest, scale)
+        return ragged_attention.backward(grad_out, softmax_lse, q, k, v, out, softmax_lse, cu_seqlens, longest, scale)
 
     return {"forward": forward, "backward": backward}
 
@@ -161,7 +162,7 @@ def _embedding_calls(dtype: torch.dtype, num_bins: int, lengths: Lengths, device
     arguments = (values, w1, b1, w2, b2, bin_table, 1.0, gene_ids, gene_table, index)
     grad_out = torch.randn((total, dim), device=device).to(dtype)
     return {
-        "forward": lambda: expression_embedding.forward(*arguments),
+        "forward": lambda: [expression_embedding.forward(*arguments)],
         "backward": lambda: expression_embedding.backward(grad_out, *arguments, True),
     }
 
@@ -193,12 +194,13 @@ def _favor_calls(dtype: torch.dtype, head_dim: int, lengths: Lengths, device: to
     segments = (cu_seqlens, longest, cu_seqlens, longest, eps)
     saved: list[Tensor] = []
 
-    def forward() -> None:
+    def forward() -> list[Tensor]:
         saved[:] = favor_attention.forward(q, k, v, projection, *segments, False)
+        return saved
 
-    def backward() -> None:
+    def backward() -> Sequence[Tensor]:
         out, context, key_sum, key_max, row_max, row_sum = saved
-        favor_attention.backward(
+        return favor_attention.backward(
             grad_out, q, k, v, projection, out, context, key_sum, key_max, row_max, row_sum, *segments
         )
 
@@ -239,3 +241,16 @@ OPS = {
         calls=_favor_calls,
     ),
 }
+
+
+def main() -> None:
+    """Launches every kernel once for each precision, on small tensors of the GPU: for sanitizers."""
+    for op in OPS.values():
+        for dtype in (torch.bfloat16, torch.float32):
+            for size in op.sizes.values():
+                op.on_small_tensors(dtype, size, "cuda")()
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

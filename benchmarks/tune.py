@@ -46,7 +46,7 @@ QUICK = Plan(real_lengths(32), (64, 128, 512), ("half",), 99, 0.05)
 
 
 def tune(op: str, device: torch.device, plan: Plan, tables: dict[str, Any]) -> Iterator[Row]:
-    """A row for every candidate, with its time in milliseconds; ``tables`` (the op's configs.json) takes the fastest."""
+    """A row for every candidate with its time; ``tables``, a copy of the op's configs.json, takes the fastest."""
     spec, here = OPS[op], architecture(device)
     for precision in plan.precisions:
         dtype = getattr(torch, DTYPES[precision]) if device.type == "cuda" else torch.float32
@@ -55,54 +55,50 @@ def tune(op: str, device: torch.device, plan: Plan, tables: dict[str, Any]) -> I
                 continue
             calls = spec.calls(dtype, size, plan.lengths, device)
             for kernel, known in spec.kernels.items():
-                chosen = tables[here][kernel][precision]
                 candidates = known.candidates(precision, width)[: plan.candidates]
                 if len(candidates) == 1:
                     continue
-                rows = [
-                    {"op": op, "kernel": kernel, "architecture": here, "precision": precision, "width": width, **row}
-                    for row in _time_candidates(
-                        op, kernel, known.direction, calls, candidates, tables, device, plan, precision
-                    )
-                ]
+                rows: list[Row] = []
+                for config in candidates:
+                    row = _time_candidate(op, kernel, calls, config, tables, device, plan.seconds, _SAME[precision])
+                    where = {"op": op, "kernel": kernel, "architecture": here, "precision": precision, "width": width}
+                    rows.append({**where, **row})
                 good = [(row["median_ms"], number) for number, row in enumerate(rows) if row["correct"]]
                 if good:
-                    chosen[str(width)] = candidates[min(good)[1]]
-                    rows[min(good)[1]]["chosen"] = True
+                    best = min(good)[1]
+                    tables[here][kernel][precision][str(width)] = candidates[best]
+                    rows[best]["chosen"] = True
                 yield from rows
 
 
-def _time_candidates(
+def _time_candidate(
     op: str,
     kernel: str,
-    direction: str,
     calls: dict[str, Any],
-    candidates: Sequence[dict[str, int]],
+    config: dict[str, int],
     tables: dict[str, Any],
     device: torch.device,
-    plan: Plan,
-    precision: str,
-) -> Iterator[Row]:
-    """Each candidate of one kernel in the call that launches it; all else runs with the configs chosen so far."""
+    seconds: float,
+    same: float,
+) -> Row:
+    """One candidate in the call that launches its kernel; all else runs with the configs chosen so far."""
+    call = calls[OPS[op].kernels[kernel].direction]
+    row: Row = {"config": " ".join(f"{name}={value}" for name, value in config.items()), "chosen": False}
     with overriding(tables={op: tables}):
         calls["forward"]()
-        expected = _tensors(calls[direction]())
-        for config in candidates:
-            row: Row = {"config": " ".join(f"{name}={value}" for name, value in config.items()), "chosen": False}
-            with overriding(configs={(op, kernel): config}):
-                try:
-                    got = _tensors(calls[direction]())
-                    row["error"] = max(_difference(a, b) for a, b in zip(got, expected, strict=True))
-                    row["correct"] = row["error"] <= _SAME[precision]
-                    if row["correct"]:
-                        times = milliseconds(
-                            calls[direction], device, seconds=plan.seconds, least=3 if plan.seconds else 1
-                        )
-                        row["median_ms"] = statistics.median(times)
-                except Exception as refused:
-                    # Too much shared memory, too many registers: the launcher says which.
-                    row |= {"correct": False, "refused": f"{type(refused).__name__}: {refused}".splitlines()[0]}
-            yield row
+        expected = _tensors(call())
+        with overriding(configs={(op, kernel): config}):
+            try:
+                got = _tensors(call())
+                row["error"] = max(_difference(a, b) for a, b in zip(got, expected, strict=True))
+                row["correct"] = row["error"] <= same
+                if row["correct"]:
+                    times = milliseconds(call, device, seconds=seconds, least=3 if seconds else 1)
+                    row["median_ms"] = statistics.median(times)
+            except Exception as refused:
+                # Too much shared memory, too many registers: the launcher says which.
+                row |= {"correct": False, "refused": f"{type(refused).__name__}: {refused}".splitlines()[0]}
+    return row
 
 
 def _tensors(results: Any) -> list[Tensor]:
@@ -113,9 +109,9 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
 
-def shipped_tables(op: str) -> dict[str, Any]:
-    """A copy of the op's configs.json."""
-    return json.loads((OPS_FOLDER / op / "configs.json").read_text(encoding="utf-8"))
+def read_tables(op: str, folder: Path = OPS_FOLDER) -> dict[str, Any]:
+    """The contents of FOLDER/<op>/configs.json."""
+    return json.loads((folder / op / "configs.json").read_text(encoding="utf-8"))
 
 
 def write_tables(op: str, tables: dict[str, Any], folder: Path) -> None:
@@ -137,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("no GPU found: tuning times kernels on one (python -m benchmarks.static_configs needs none)")
     for op in options.ops or OPS:
-        tables = shipped_tables(op)
+        tables = read_tables(op)
         for row in tune(op, torch.device("cuda"), QUICK if options.quick else FULL, tables):
             print("  ".join(str(value) for value in row.values()), flush=True)
         write_tables(op, tables, options.out)
