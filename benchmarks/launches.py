@@ -18,6 +18,8 @@ from benchmarks import static_model
 from benchmarks.cases import Lengths, offsets
 from benchmarks.static_model import Shape, Work
 from xtg_kernels.ops.expression_embedding import triton_kernel as expression_embedding
+from xtg_kernels.ops.masked_decoder_gather import triton_kernel as masked_decoder_gather
+from xtg_kernels.ops.masked_head import triton_kernel as masked_head
 from xtg_kernels.ops.ragged_attention import triton_kernel as ragged_attention
 from xtg_kernels.triton_launch import Config
 
@@ -33,12 +35,14 @@ class Kernel:
     candidates  (precision, width) -> tile sizes, num_warps and num_stages worth compiling
     work        (config, shape) -> what its programs do, for the static model; None for a kernel with one candidate
     has_dot     whether it has a matrix product
+    has_rows    whether it reads rows of channels, 16 bytes at a time
     """
 
     direction: str
     candidates: Callable[[str, int], list[Config]]
     work: Callable[[Config, Shape], Work] | None = None
     has_dot: bool = True
+    has_rows: bool = True
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,68 @@ def _embedding_calls(dtype: torch.dtype, num_bins: int, lengths: Lengths, device
     }
 
 
+def _gather_source(precision: str, width: int) -> list[Config]:
+    return _configs((256, 4, 2), names="BLOCK")
+
+
+def _gather_forward(precision: str, width: int) -> list[Config]:
+    return _configs((16, width if precision == "half" else min(width, 128), 4, 2), names="BLOCK_R BLOCK_D")
+
+
+def _gather_backward(precision: str, width: int) -> list[Config]:
+    return _configs((16, min(width, 128), 4, 2), names="BLOCK_R BLOCK_D")
+
+
+def _gather_grad_table(precision: str, width: int) -> list[Config]:
+    return _configs((16 if width == 64 else 8, min(width, 128), 4, 2), names="BLOCK_R BLOCK_D")
+
+
+def _gather_calls(dtype: torch.dtype, dim: int, lengths: Lengths, device: torch.device) -> dict[str, Call]:
+    """All genes of every cell, 500 of them masked; the backward also for 200 asked genes, which have a kernel more."""
+    genes = 600 if device.type == "cpu" else 19_264
+    shapes = ((genes, dim), (dim,), (dim,), (sum(lengths), dim))
+    table, zero_row, mask_row, encoded = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+
+    def cells(starts: Lengths, ends: Lengths) -> tuple[Tensor, Tensor]:
+        ids = torch.cat([torch.arange(start, end) for start, end in zip(starts, ends, strict=True)])
+        counts = [end - start for start, end in zip(starts, ends, strict=True)]
+        return ids.int().to(device), offsets(counts).to(device)
+
+    none = (0,) * len(lengths)
+    gene_ids, cu_seqlens = cells(none, lengths)
+    masked = cells(lengths, tuple(min(n + 500, genes) for n in lengths))
+    asked = cells(none, (200,) * len(lengths))
+    indices = (cu_seqlens, gene_ids, *masked)
+    grad_out = torch.randn((len(lengths), genes, dim), device=device).to(dtype)
+    grad_asked = grad_out.flatten(0, 1)[: asked[0].numel()]
+
+    def backward() -> None:
+        masked_decoder_gather.backward(grad_out, *indices, None, None, genes)
+        masked_decoder_gather.backward(grad_asked, *indices, *asked, genes)
+
+    return {
+        "forward": lambda: masked_decoder_gather.forward(table, zero_row, mask_row, encoded, *indices, None, None),
+        "backward": backward,
+    }
+
+
+def _head(precision: str, width: int) -> list[Config]:
+    return _configs((max(2048 // width, 1), max(width // 512, 4), 2), names="BLOCK_N")
+
+
+def _head_calls(dtype: torch.dtype, dim: int, lengths: Lengths, device: torch.device) -> dict[str, Call]:
+    """Squared error at as many rows as there are tokens, chosen of twice as many; float32 parameters."""
+    n = sum(lengths)
+    x = torch.randn((2 * n, dim), device=device).to(dtype)
+    rows, target = torch.arange(0, 2 * n, 2, dtype=torch.int32, device=device), torch.randn(n, device=device)
+    params = [torch.randn(size, device=device) for size in (dim, dim, dim, dim, dim, 1)]
+    grad_out = torch.ones((), device=device)
+    return {
+        "forward": lambda: masked_head.masked_mse(x, rows, target, *params, 1e-5, True),
+        "backward": lambda: masked_head.masked_mse_backward(grad_out, x, rows, target, *params, 1e-5, True),
+    }
+
+
 OPS = {
     "ragged_attention": Op(
         kernels={
@@ -176,5 +242,23 @@ OPS = {
         },
         sizes={32: 20, 128: 100, 256: 200},
         calls=_embedding_calls,
+    ),
+    "masked_decoder_gather": Op(
+        kernels={
+            "source": Kernel("forward", _gather_source, has_dot=False, has_rows=False),
+            "forward": Kernel("forward", _gather_forward, has_dot=False),
+            "backward": Kernel("backward", _gather_backward, has_dot=False),
+            "grad_table": Kernel("backward", _gather_grad_table, has_dot=False),
+        },
+        sizes={64: 40, 128: 128, 256: 512},
+        calls=_gather_calls,
+    ),
+    "masked_head": Op(
+        kernels={
+            "forward": Kernel("forward", _head, has_dot=False),
+            "backward": Kernel("backward", _head, has_dot=False),
+        },
+        sizes={128: 128, 512: 512, 4096: 4096},
+        calls=_head_calls,
     ),
 }
