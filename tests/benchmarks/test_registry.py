@@ -41,6 +41,8 @@ def _tasks(dtype: str = "float32") -> list[Task]:
         cases.attention_task("small", LENGTHS, dtype),
         cases.embedding_task("small", LENGTHS, dtype, "3m"),
         cases.encoder_task("3m", LENGTHS, dtype, check_cells=2),
+        cases.gather_task("small", LENGTHS, dtype, 8),
+        cases.head_task("small", LENGTHS, dtype, 8),
     ]
 
 
