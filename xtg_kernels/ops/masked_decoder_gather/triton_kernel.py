@@ -362,5 +362,5 @@ def backward(
             config = _launch_config("grad_table", grad_out)
             programs = num_genes * triton.cdiv(dim, config["BLOCK_D"])
             _grad_table_kernel[(programs,)](grad_out, row_order, first_row, grad_table, **config)
-    grad_zero_row, grad_mask_row = partial_sums.sum(0).to(grad_out.dtype)
+    grad_zero_row, grad_mask_row = (partial.sum(0).to(grad_out.dtype) for partial in partial_sums.unbind(1))
     return grad_table, grad_zero_row, grad_mask_row, grad_encoded

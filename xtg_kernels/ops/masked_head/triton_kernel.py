@@ -295,7 +295,7 @@ def _backward(
             HAS_TARGET=target is not None,
             **config,
         )
-    normed2, product, middle = partial_sums.sum(0)
+    normed2, product, middle = (partial.sum(0) for partial in partial_sums.unbind(1))
     total = partial_grad_out.sum()
     _, _, norm2_weight, norm2_bias, weight, _ = (p.float() for p in params)
     grads = (
