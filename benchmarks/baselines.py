@@ -76,6 +76,44 @@ def embedding_unfused(
     return bin_weights @ bin_table + F.embedding(gene_ids, gene_table)
 
 
+def gather_indexed(
+    table: Tensor,
+    zero_row: Tensor,
+    mask_row: Tensor,
+    encoded: Tensor,
+    cu_seqlens: Tensor,
+    gene_ids: Tensor,
+    masked_ids: Tensor,
+    masked_cu_seqlens: Tensor,
+) -> Tensor:
+    """(batch, num_genes, dim): every gene looks up its row among the tokens, the zero row and the mask row.
+
+    Faster, forward and backward, than writing tokens and masks into a tensor of zero rows with index_put.
+    """
+    batch, total = cu_seqlens.numel() - 1, len(gene_ids)
+    cells = torch.arange(batch)
+    source = torch.full((batch, len(table)), total)
+    source[cells.repeat_interleave(cu_seqlens.diff()), gene_ids.long()] = torch.arange(total)
+    source[cells.repeat_interleave(masked_cu_seqlens.diff()), masked_ids.long()] = total + 1
+    return F.embedding(source, torch.cat([encoded, zero_row[None], mask_row[None]])) + table
+
+
+def head_indexed(
+    rows: Tensor,
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """(n,): the chosen rows, both norms and the linear map, one PyTorch call a step."""
+    shape = x.shape[1:]
+    normed = F.layer_norm(F.layer_norm(x[rows], shape, norm1_weight, norm1_bias), shape, norm2_weight, norm2_bias)
+    return F.linear(normed, weight[None], bias)[:, 0]
+
+
 def encoder_packed(encoder: RaggedTransformerEncoder, x: Tensor, lengths: Sequence[int], parts: int = 1) -> Tensor:
     """(total_nnz, dim): the layers with our encoder's weights in plain PyTorch, packed; attention_split attends.
 

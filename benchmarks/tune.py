@@ -102,11 +102,11 @@ def _time_candidate(
 
 
 def _tensors(results: Any) -> list[Tensor]:
-    return [x.detach().double() for x in results if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
+    return [x.detach() for x in results if isinstance(x, Tensor) and x.is_floating_point() and x.numel()]
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+    return float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-30))
 
 
 def read_tables(op: str, folder: Path = OPS_FOLDER) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.xtg_kernels.test_masked_decoder_gather import Cells, random_cells
 from xtg_kernels.triton_launch import WorkList, overriding, work_list
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +120,34 @@ def run_favor(guard: Guard, lengths: list[tuple[int, int]], slack: int, head_dim
     return [saved[0], *grads]
 
 
+def run_gather(guard: Guard, cells: Cells, slack: int, dim: int) -> list[Tensor]:
+    """Forward and backward with guarded inputs, outputs and work tensors."""
+    from xtg_kernels.ops.masked_decoder_gather import triton_kernel
+
+    (cu_seqlens, gene_ids, masked_ids, masked_cu), keywords = cells.indices(slack)
+    asked = (keywords.get("out_genes"), keywords.get("out_cu_seqlens"))
+    indices = [None if x is None else guard(x) for x in (cu_seqlens, gene_ids, masked_ids, masked_cu, *asked)]
+    shapes = [(cells.num_genes, dim), (dim,), (dim,), (cells.total_nnz + slack, dim)]
+    out = triton_kernel.forward(*(guard(_random(i, *shape)) for i, shape in enumerate(shapes)), *indices)
+    return [out, *triton_kernel.backward(guard(_random(5, *out.shape)), *indices, cells.num_genes)]
+
+
+def run_head(guard: Guard, rows: list[int] | None, dim: int) -> list[Tensor]:
+    """Forward and backward of both ops with guarded inputs, outputs and work tensors."""
+    from xtg_kernels.ops.masked_head import triton_kernel
+
+    x, chosen = guard(_random(0, 37, dim)), None if rows is None else guard(torch.tensor(rows))
+    params = [guard(_random(i, size)) for i, size in enumerate((dim, dim, dim, dim, dim, 1))]
+    n = 37 if rows is None else len(rows)
+    target, grad_out, grad_loss = guard(_random(7, n)), guard(_random(8, n)), guard(_random(9, 1)).view(())
+    return [
+        triton_kernel.masked_head(x, chosen, *params, 1e-5),
+        *triton_kernel.masked_head_backward(grad_out, x, chosen, *params, 1e-5),
+        triton_kernel.masked_mse(x, chosen, target, *params, 1e-5, True),
+        *triton_kernel.masked_mse_backward(grad_loss, x, chosen, target, *params, 1e-5, True),
+    ]
+
+
 CASES: list[Callable[[Guard], list[Tensor]]] = [
     functools.partial(run_attention, lengths=[31, 0, 65, 4], slack=3, head_dim=24),
     functools.partial(run_attention, lengths=[7], slack=0, head_dim=64),
@@ -126,11 +155,25 @@ CASES: list[Callable[[Guard], list[Tensor]]] = [
     functools.partial(run_favor, lengths=[(5, 5)], slack=0, head_dim=64, features=32),
     functools.partial(run_embedding, total=70, slack=3, num_bins=20, dim=12),
     functools.partial(run_embedding, total=33, slack=0, num_bins=130, dim=40),
+    functools.partial(run_gather, cells=random_cells(37, [9, 0, 20], [8, 3, 0]), slack=0, dim=12),
+    functools.partial(run_gather, cells=random_cells(37, [9, 0, 20], None, [12, 0, 37]), slack=3, dim=40),
+    functools.partial(run_head, rows=[36, 0, 36, 7, 35], dim=40),
+    functools.partial(run_head, rows=None, dim=12),
 ]
 
 
 def _random(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _with_guarded_results(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For what the kernels' hosts make of tensors besides torch.empty."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        results = function(*args, **kwargs)
+        return guarded(results) if isinstance(results, Tensor) else tuple(guarded(x) for x in results)
+
+    return call
 
 
 def main(architecture: str) -> None:
@@ -148,6 +191,8 @@ def main(architecture: str) -> None:
     InterpretedFunction.run = noting
     with overriding(architecture=architecture), np.errstate(all="ignore"):
         wanted = [case(lambda x: x) for case in CASES]
+        for module, name in ((torch, "zeros"), (torch, "sort"), (torch, "searchsorted"), (Tensor, "new_zeros")):
+            setattr(module, name, _with_guarded_results(getattr(module, name)))
         torch.empty = guarded_empty
         torch.empty_like = lambda x: guarded_empty(tuple(x.shape), x.dtype)
         for case, want in zip(CASES, wanted, strict=True):
