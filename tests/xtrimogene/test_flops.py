@@ -9,12 +9,26 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import CPU_BACKENDS
+from tests.xtrimogene.published import PublishedNetwork
 from xtg_kernels import RaggedBatch, distinct_index, use_backend
 from xtrimogene import linear
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.embedding import ExpressionEmbedding
 from xtrimogene.encoder import RaggedTransformerEncoder
-from xtrimogene.flops import FlopCount, dense_flops, encoder_backward_flops, encoder_flops, padded_flops
+from xtrimogene.flops import (
+    DecoderFlopCount,
+    FlopCount,
+    decoder_backward_flops,
+    decoder_flops,
+    dense_flops,
+    encoder_backward_flops,
+    encoder_flops,
+    executed_share,
+    padded_flops,
+)
+from xtrimogene.masking import MaskingConfig, mask_cells
+from xtrimogene.model import XTrimoGene
+from xtrimogene.vocabulary import Vocabulary
 
 LENGTHS = [7, 0, 1, 64, 33]
 CONFIG = XTrimoGeneConfig.preset(
@@ -149,3 +163,117 @@ def test_bad_counts_are_refused(lengths: list[int], distinct: list[int] | None, 
 def test_bad_batch_size_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         padded_flops(CONFIG, LENGTHS, batch_size=0)
+
+
+GENES = CONFIG.num_genes
+VOCABULARY = Vocabulary([f"GENE{i}" for i in range(GENES)])
+DECODER_KEYS = ("decoder_dim", "decoder_heads", "decoder_layers", "depth_tokens")
+
+
+def _decoder_counts(counter: FlopCounterMode) -> dict[str, int]:
+    parts = {"expression_embedding": 0, "ragged_attention": 0, "favor_attention": 0, "masked_mse": 0, "linear": 0}
+    for op, flops in counter.get_flop_counts()["Global"].items():
+        name = str(op).removesuffix(".default").removesuffix(".reference").removesuffix("_backward")
+        name = name.removeprefix("xtg.")
+        assert name in ("aten.addmm", "aten.mm", "mkldnn._linear_pointwise", *parts) or flops == 0
+        parts[name if name in parts else "linear"] += flops
+    return parts
+
+
+def _sum_of_parts(encoder: FlopCount, decoder: DecoderFlopCount) -> dict[str, int]:
+    return {
+        "expression_embedding": encoder.embedding + decoder.embedding,
+        "ragged_attention": encoder.attention,
+        "favor_attention": decoder.favor,
+        "masked_mse": decoder.head,
+        "linear": encoder.linear + decoder.bridge + decoder.linear,
+    }
+
+
+@pytest.mark.parametrize("by_blocks", [True, False])
+@pytest.mark.parametrize("lengths", [[7, 0, 40, 1], [33]], ids=["several", "one"])
+@pytest.mark.parametrize(("layers", "depth_tokens"), [(1, False), (3, True)])
+def test_training_step_equals_the_counter(
+    layers: int, depth_tokens: bool, lengths: list[int], by_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_blocks:
+        monkeypatch.setattr(linear, "_LARGE_BYTES", 0)
+        monkeypatch.setattr(linear, "_mkl_is_slow", lambda: True)
+    linear.onednn_takes(torch.float32)  # the example that oneDNN is asked first is nobody's FLOPs
+    keys = dict(zip(DECODER_KEYS, (20, 2, layers, depth_tokens), strict=True))
+    config = XTrimoGeneConfig.from_dict({**CONFIG.to_dict(), **keys})
+    model = XTrimoGene(config, VOCABULARY)
+    values = torch.randint(1, 6, (sum(lengths),)).float().log1p()
+    genes = torch.cat([torch.randperm(GENES)[:n].sort().values for n in lengths]).int()
+    batch = RaggedBatch(values, genes, torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), max(lengths))
+    masking = MaskingConfig(nonzero_rate=0.3, zero_rate=0.0)  # the cell without genes has nothing chosen
+    depth = torch.full((len(lengths), 2), 4.0) if depth_tokens else None
+    masked = mask_cells(batch, torch.arange(len(lengths)), masking, epoch=0, num_genes=GENES, depth=depth)
+    with FlopCounterMode(display=False) as forward:
+        loss = model.loss(masked)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    tokens = masked.batch.lengths.tolist()
+    distinct = [len(cell.unique()) for cell in masked.batch.values.split(tokens)]
+    counts = {"masked": masked.masked_cu_seqlens.diff().tolist(), "asked": masked.chosen_cu_seqlens.diff().tolist()}
+    assert _decoder_counts(forward) == _sum_of_parts(
+        encoder_flops(config, tokens, distinct), decoder_flops(config, tokens, **counts)
+    )
+    assert _decoder_counts(backward) == _sum_of_parts(
+        encoder_backward_flops(config, tokens, distinct), decoder_backward_flops(config, tokens, **counts)
+    )
+
+
+def test_the_plain_decoder_equals_the_counter_on_the_plain_network() -> None:
+    """Counted where its FAVOR+ is written with einsum-like products; the sum of the key features is one of them."""
+    config = XTrimoGeneConfig.from_dict({**CONFIG.to_dict(), "decoder_dim": 20, "decoder_layers": 2})
+    network = PublishedNetwork(config)
+    genes = torch.arange(0, 33, 3)
+    with FlopCounterMode(display=False) as counter:
+        network.predict(torch.ones(11), genes, torch.arange(1, 33, 3))
+    plain = decoder_flops(config, [11], masked=[11], savings=False)
+    encoder = 2 * (10 + 100 + 240) * 11 + encoder_flops(config, [11]).linear
+    # SDPA is counted as 0 on a CPU; the plain network embeds all zeros at first, and divides by one product more.
+    more = 2 * (10 + 100 + 240) * 22 + 2 * 2 * GENES * config.decoder_heads * config.num_features
+    assert counter.get_total_flops() == plain.total + encoder + more
+
+
+def test_the_decoder_written_out() -> None:
+    config = XTrimoGeneConfig.preset("3m", num_genes=1000, depth_tokens=True, decoder_layers=3)
+    square, everything, own, asked = 128 * 128, 4 * 1002, 100 + 200 + 30, 20
+    flops = decoder_flops(config, [100, 200, 0, 0], masked=[0, 0, 30, 0], asked=[0, 0, 20, 0])
+    assert flops.bridge == 2 * square * (1002 + 300 + 2)
+    first = 6 * square * (1002 + own) + 18 * square * everything
+    last = 4 * square * everything + 20 * square * asked
+    assert flops.linear == first + 24 * square * everything + last
+    assert flops.favor == 4 * 128 * 266 * (2 * 2 * everything + 1002 + asked)
+    assert flops.head == 2 * 128 * asked
+    plain = decoder_flops(config, [100, 200, 0, 0], savings=False)
+    assert plain.linear == 3 * 24 * square * everything
+    assert plain.favor == 8 * 128 * 266 * 3 * everything
+    assert decoder_flops(config, [100]).linear == 3 * 24 * square * 1002
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_large_step_executes_at_most_nine_tenths_of_the_plain_network(backward: bool) -> None:
+    """100m, 8 cells of 2,000 expressed genes, masked as published, among 19,264 genes and two depth tokens."""
+    config = XTrimoGeneConfig.preset("100m", num_genes=19264, depth_tokens=True)
+    chosen = round(0.3 * 2000), round(0.03 * 17264)
+    masked, replaced = sum(round(0.8 * n) for n in chosen), round(0.1 * chosen[1])
+    tokens = 2000 - round(0.8 * chosen[0]) + replaced + 2
+    share = executed_share(
+        config, [tokens] * 8, distinct=[100] * 8, masked=[masked] * 8, asked=[sum(chosen)] * 8, backward=backward
+    )
+    assert 0.85 < share <= 0.90
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"masked": [1]}, "masked: expected one count for each of 2 cells, got 1"),
+        ({"asked": [1, -2]}, "asked: expected a list of integers >= 0"),
+    ],
+)
+def test_bad_decoder_counts_are_refused(counts: dict[str, list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decoder_flops(CONFIG, [3, 4], **counts)
