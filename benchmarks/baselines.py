@@ -35,6 +35,31 @@ def attention_padded(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) ->
     return out.transpose(1, 2)[used]
 
 
+def favor_features(q: Tensor, k: Tensor, projection: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """FAVOR+ features (num_heads, rows, num_features) of queries and keys of one cell, stabilised for each head."""
+    scale, ratio = q.shape[-1] ** -0.25, len(projection) ** -0.5
+    found = []
+    for x, dims in ((q, (-1,)), (k, (-2, -1))):
+        x = scale * x.transpose(0, 1)
+        scores = torch.einsum("hnd,md->hnm", x, projection)
+        half_norms = x.square().sum(-1, keepdim=True) / 2
+        found.append(ratio * ((scores - half_norms - scores.amax(dims, keepdim=True).detach()).exp() + eps))
+    return found[0], found[1]
+
+
+def favor_einsum(
+    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, lengths: Sequence[int], lengths_q: Sequence[int], eps: float
+) -> Tensor:
+    """(total_q, num_heads, head_dim): FAVOR+ attention of each cell by einsum, as public Performers compute it."""
+    outputs = []
+    for q_s, k_s, v_s in zip(q.split(list(lengths_q)), k.split(list(lengths)), v.split(list(lengths)), strict=True):
+        query_features, key_features = favor_features(q_s, k_s, projection, eps)
+        context = torch.einsum("hnm,nhd->hmd", key_features, v_s)
+        inverse = 1 / torch.einsum("hnm,hm->hn", query_features, key_features.sum(1))
+        outputs.append((torch.einsum("hnm,hmd->hnd", query_features, context) * inverse[..., None]).transpose(0, 1))
+    return torch.cat(outputs)
+
+
 def embedding_unfused(
     values: Tensor,
     gene_ids: Tensor,
@@ -125,6 +150,31 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor, parts: int) -> Tensor:
         return F.linear(x, weight, bias)
     products = [F.linear(a, b) for a, b in zip(x.tensor_split(parts, 1), weight.tensor_split(parts, 1), strict=True)]
     return sum(products[1:], products[0]) + bias
+
+
+def exact_favor(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    grad_out: Tensor,
+    lengths: Sequence[int],
+    lengths_q: Sequence[int],
+    eps: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """FAVOR+ attention and its gradients to q, k, v in float64, a head at a time: features of all take gigabytes."""
+    out, grads = (
+        torch.empty(q.shape, dtype=torch.float64),
+        [torch.empty(x.shape, dtype=torch.float64) for x in (q, k, v)],
+    )
+    for head in range(q.shape[1]):
+        one = slice(head, head + 1)
+        inputs = [x[:, one].detach().double().requires_grad_() for x in (q, k, v)]
+        head_out = favor_einsum(inputs[0], inputs[1], inputs[2], projection.double(), lengths, lengths_q, eps)
+        out[:, one] = head_out.detach()
+        for grad, found in zip(grads, torch.autograd.grad(head_out, inputs, grad_out[:, one].double()), strict=True):
+            grad[:, one] = found
+    return out, grads
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import baselines
-from xtg_kernels import distinct_index, expression_embedding, ragged_attention
+from xtg_kernels import distinct_index, expression_embedding, favor_attention, ragged_attention
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.embedding import ExpressionEmbedding
 from xtrimogene.encoder import RaggedTransformerEncoder
@@ -26,6 +26,8 @@ from xtrimogene.flops import encoder_backward_flops, encoder_flops
 
 NUM_HEADS, HEAD_DIM = 12, 64  # attention of the 100m model
 NUM_GENES = 19_264
+# Attention of its decoder: 8 heads, 266 features, and queries and keys at all genes and both depth tokens.
+DECODER_HEADS, FEATURES, POSITIONS, FAVOR_EPS = 8, 266, NUM_GENES + 2, 1e-4
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 
@@ -114,6 +116,39 @@ def attention_task(case: str, lengths: Lengths, dtype: str) -> Task:
         "attention", case, lengths, dtype,
         {name: Provider(run, (q, k, v)) for name, run in ways.items()}, grad_out,
         lambda: baselines.exact_attention(q, k, v, grad_out, lengths), total, _with_both(4 * products, 10 * products),
+    )  # fmt: skip
+
+
+def favor_task(case: str, lengths: Lengths, queries: Lengths, dtype: str) -> Task:
+    """favor_attention on rows of one packed tensor, as a decoder has them; each cell has its own number of queries."""
+    generator = torch.Generator().manual_seed(0)
+    cu_seqlens, cu_seqlens_q = offsets(lengths), offsets(queries)
+
+    def rows(*shape: int) -> Tensor:
+        return torch.randn(*shape, DECODER_HEADS, HEAD_DIM, generator=generator).to(DTYPES[dtype])
+
+    q = rows(sum(queries)).requires_grad_()
+    k, v = rows(sum(lengths), 2).requires_grad_().unbind(1)
+    grad_out = rows(sum(queries))
+    projection = torch.randn(FEATURES, HEAD_DIM, generator=generator)
+    rounded = projection.to(DTYPES[dtype])
+
+    def fused() -> Tensor:
+        return favor_attention(
+            q, k, v, projection, cu_seqlens, max(lengths),
+            cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max(queries), eps=FAVOR_EPS,
+        )  # fmt: skip
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        "plain": lambda: baselines.favor_einsum(q, k, v, rounded, lengths, queries, FAVOR_EPS),
+        "xtg": fused,
+    }
+    products = DECODER_HEADS * FEATURES * HEAD_DIM * (sum(lengths) + sum(queries))
+    return Task(
+        "favor", case, lengths, dtype,
+        {name: Provider(run, (q, k, v)) for name, run in ways.items()}, grad_out,
+        lambda: baselines.exact_favor(q, k, v, projection, grad_out, lengths, queries, FAVOR_EPS),
+        sum(queries), _with_both(4 * products, 8 * products),
     )  # fmt: skip
 
 
@@ -227,6 +262,19 @@ def attention_tasks(quick: bool) -> Iterator[Task]:
         yield attention_task(name, lengths, dtype)
 
 
+def favor_tasks(quick: bool) -> Iterator[Task]:
+    """A decoder over all genes of one cell; its last layer, which asks at chosen genes only; cells of a gene panel."""
+    small = 16 if quick else 1
+    suffix = f" / {small}" if quick else ""
+    shapes = {
+        "1 cell, all genes": ((POSITIONS // small,), (POSITIONS // small,)),
+        "1 cell, all genes, asked at 1,000": ((POSITIONS // small,), (1000 // small,)),
+        "8 cells of 2,000 genes": ((2000 // small,) * 8, (2000 // small,) * 8),
+    }
+    for (name, (lengths, queries)), dtype in itertools.product(shapes.items(), DTYPES):
+        yield favor_task(name + suffix, lengths, queries, dtype)
+
+
 def embedding_tasks(quick: bool) -> Iterator[Task]:
     """UMI cells of real lengths, and short ones."""
     chosen = {name: lengths for name, lengths in cells(quick).items() if "15,000" not in name and len(lengths) > 1}
@@ -247,6 +295,7 @@ def encoder_tasks(quick: bool) -> Iterator[Task]:
 # Benchmarks of differentiable ops; run.py adds pack, embed and memory, which are of another kind.
 TASKS: dict[str, Callable[[bool], Iterator[Task]]] = {
     "attention": attention_tasks,
+    "favor": favor_tasks,
     "embedding": embedding_tasks,
     "encoder": encoder_tasks,
 }

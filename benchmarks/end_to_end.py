@@ -57,7 +57,7 @@ def real_counts(file: str, gene_symbols: str | None = None) -> tuple[str, anndat
 
 def pack(quick: bool) -> Iterator[dict[str, Any]]:
     """CSR rows in memory -> RaggedBatch at 1,500 genes a cell, sorted and in vocabulary order, on one thread."""
-    cells, length = (200 if quick else 4000), 1500
+    cells, length = (200 if quick else 1024), 1500  # a window of embed
     counts, gene_ids = umi_counts((length,) * cells)
     rows = (np.arange(cells + 1) * length, gene_ids, counts.astype(np.float32))
     columns = np.arange(NUM_GENES, dtype=np.int32)

@@ -5,6 +5,7 @@ Shared by all that compiles, tunes or times the Triton kernels. A new op enters 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from benchmarks import static_model
 from benchmarks.cases import Lengths, offsets
 from benchmarks.static_model import Shape, Work
 from xtg_kernels.ops.expression_embedding import triton_kernel as expression_embedding
+from xtg_kernels.ops.favor_attention import triton_kernel as favor_attention
 from xtg_kernels.ops.ragged_attention import triton_kernel as ragged_attention
 from xtg_kernels.triton_launch import Config
 
@@ -61,15 +63,22 @@ class Op:
 
 
 def record_launches(call: Call) -> list[tuple[str, Launch]]:
-    """Name (without _kernel) and launch of every kernel that a call would run; none is run."""
-    launches: dict[str, Launch] = {}
+    """Name (without _kernel) and launch of every kernel, once for each set of flags, that a call would run; none is
+    run."""
+    launches: dict[tuple[str, ...], tuple[str, Launch]] = {}
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.setdefault(self.__name__.strip("_").removesuffix("_kernel"), (self, args, kwargs))
+        name = self.__name__.strip("_").removesuffix("_kernel")
+        launches.setdefault((name, *flags_of(kwargs)), (name, (self, args, kwargs)))
 
     with mock.patch.object(JITFunction, "run", record):
         call()
-    return list(launches.items())
+    return list(launches.values())
+
+
+def flags_of(kwargs: Mapping[str, Any]) -> list[str]:
+    """The conditions that a launch compiles in."""
+    return [name for name, value in kwargs.items() if name.isupper() and value is True]
 
 
 def _configs(*rows: tuple[int, ...], names: str) -> list[Config]:
@@ -84,7 +93,7 @@ def _attention_forward(precision: str, width: int) -> list[Config]:
 
 
 def _attention_grad_query(precision: str, width: int) -> list[Config]:
-    half = ((64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2))
+    half = ((64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2))
     single = ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1))
     return _configs(*(half if precision == "half" else single), names="BLOCK_Q BLOCK_K")
 
@@ -157,6 +166,45 @@ def _embedding_calls(dtype: torch.dtype, num_bins: int, lengths: Lengths, device
     }
 
 
+def _favor_sums(precision: str, width: int) -> list[Config]:
+    half = ((64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2))
+    single = ((32, 32, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1))
+    return _configs(*(half if precision == "half" else single), names="BLOCK_F BLOCK_T")
+
+
+def _favor_rows(precision: str, width: int) -> list[Config]:
+    half = ((128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 16, 4, 2))
+    single = ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1))
+    return _configs(*(half if precision == "half" else single), names="BLOCK_T BLOCK_F")
+
+
+def _favor_sum_parts(precision: str, width: int) -> list[Config]:
+    return _configs((32, 4, 1), names="BLOCK_F")
+
+
+def _favor_calls(dtype: torch.dtype, head_dim: int, lengths: Lengths, device: torch.device) -> dict[str, Call]:
+    """As in a decoder, queries at all genes, with as many features as FAVOR+ takes, int(w ln w)."""
+    heads = 2 if device.type == "cpu" else 8
+    total, longest, eps = sum(lengths), max(lengths), 1e-4
+    q, k, v = torch.randn((total, 3, heads, head_dim), device=device).to(dtype).unbind(1)
+    grad_out = torch.randn((total, heads, head_dim), device=device).to(dtype)
+    projection = torch.randn((int(head_dim * math.log(head_dim)), head_dim), device=device)
+    cu_seqlens = offsets(lengths).to(device)
+    segments = (cu_seqlens, longest, cu_seqlens, longest, eps)
+    saved: list[Tensor] = []
+
+    def forward() -> None:
+        saved[:] = favor_attention.forward(q, k, v, projection, *segments, False)
+
+    def backward() -> None:
+        out, context, key_sum, key_max, row_max, row_sum = saved
+        favor_attention.backward(
+            grad_out, q, k, v, projection, out, context, key_sum, key_max, row_max, row_sum, *segments
+        )
+
+    return {"forward": forward, "backward": backward}
+
+
 OPS = {
     "ragged_attention": Op(
         kernels={
@@ -176,5 +224,18 @@ OPS = {
         },
         sizes={32: 20, 128: 100, 256: 200},
         calls=_embedding_calls,
+    ),
+    "favor_attention": Op(
+        kernels={
+            "context": Kernel("forward", _favor_sums, static_model.favor_context),
+            # Sums float32 in every precision.
+            "sum_parts": Kernel("forward", _favor_sum_parts, has_dot=False),
+            "query": Kernel("forward", _favor_rows, static_model.favor_query),
+            "grad_query": Kernel("backward", _favor_rows, static_model.favor_grad_query),
+            "grad_context": Kernel("backward", _favor_sums, static_model.favor_grad_context),
+            "grad_key_value": Kernel("backward", _favor_rows, static_model.favor_grad_key_value),
+        },
+        sizes={16: 16, 32: 32, 64: 64, 128: 128},
+        calls=_favor_calls,
     ),
 }

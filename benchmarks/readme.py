@@ -64,6 +64,22 @@ def _ops(title: str, *, share: bool = True) -> Callable[[Rows], str]:
     return section
 
 
+def _favor_memory(rows: Rows) -> str:
+    header = ["dtype", "direction", "memory", "einsum form", "share"]
+    plain = {(r["dtype"], r["direction"]): r for r in rows if r["provider"] == "plain"}
+    body = [
+        [
+            r["dtype"], r["direction"].replace("+", " + "), f"{float(r['peak_mib']):,.0f} MiB",
+            f"{float(plain[r['dtype'], r['direction']]['peak_mib']):,.0f} MiB",
+            f"{100 * float(r['share_of_plain']):.1f} %",
+        ]
+        for r in rows
+        if r["provider"] == "xtg"
+    ]  # fmt: skip
+    title = f"**Memory of linear attention** above its inputs, output and gradients included, {rows[0]['case']}:"
+    return f"{title}\n\n" + _table(header, body)
+
+
 def _pack(rows: Rows) -> str:
     header = ["packer", "cells/s"]
     names = {"xtg": "C++", "numpy": "NumPy (without the extension)"}
@@ -87,15 +103,32 @@ def _embed(rows: Rows) -> str:
     return "**`embed`, file to file**\n\n" + _table(header, body)
 
 
+def _step(rows: Rows) -> str:
+    header = ["model, cells", "dtype", "seconds a cell", "against the reference backend", "peak memory a cell"]
+    body = [
+        [
+            r["case"], r["dtype"], f"{1 / float(r['cells_per_second']):.3g}",
+            f"{float(r['speedup']):.2f}x" if r["speedup"] else "", f"{float(r['peak_mib']):,.0f} MiB",
+        ]
+        for r in rows
+        if r["provider"] == "xtg"
+    ]  # fmt: skip
+    title = "**A pre-training step**, cells of 2,000 expressed genes, 19,266 positions, memory above weights, gradients"
+    return f"{title} and optimizer:\n\n" + _table(header, body)
+
+
 # The embedding is no matrix product of its tokens: few of them have values of their own.
 SECTIONS: dict[str, Callable[[Rows], str]] = {
     "memory": _memory,
     "embed": _embed,
     "encoder": _ops("Layers of the encoder**, cells of real lengths:"),
     "attention": _ops("Attention**, 12 heads of 64 channels, as in the 100m model:"),
+    "favor": _ops("Linear attention (FAVOR+)**, 8 heads of 64 channels and 266 features, against its einsum form:"),
+    "favor_memory": _favor_memory,
     "embedding": _ops("Embedding of expression values**, 768 channels, UMI-like counts:", share=False),
     "pack": _pack,
     "loader": _loader,
+    "step": _step,
 }
 
 

@@ -1,4 +1,4 @@
-"""The runner: python -m benchmarks.run attention|embedding|encoder|pack|loader|embed|memory [--quick] [--out FILE]
+"""The runner: python -m benchmarks.run BENCHMARK [--quick] [--out FILE]
 
 Each benchmark yields rows for a CSV file. Providers of a case run in one process, taking turns, so that a noisy machine
 is noisy for all of them: ratios inside one run are what counts. A provider whose result is not right against float64
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import end_to_end
+from benchmarks import end_to_end, favor_memory, pretraining
 from benchmarks.cases import BACKWARD, BOTH, DTYPES, FORWARD, TASKS, Provider, Task
 from xtg_kernels.info import info
 
@@ -227,6 +227,8 @@ OTHERS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "loader": end_to_end.loader,
     "embed": end_to_end.embed_share,
     "memory": end_to_end.memory,
+    "favor_memory": favor_memory.favor_memory,
+    "step": pretraining.step,
 }
 
 

@@ -217,7 +217,9 @@ def _opened(config: PretrainConfig, data: Data | Sequence[Data], ranks: Ranks, p
     own: list[TrainingCells] = []
 
     def counted() -> tuple[Vocabulary, npt.NDArray[np.int32]]:
-        if config.vocabulary is not None:
+        if config.checkpoint is not None:
+            vocabulary = XTrimoGene.from_pretrained(config.checkpoint).vocabulary
+        elif config.vocabulary is not None:
             vocabulary = Vocabulary.from_tsv(config.vocabulary)
         else:
             vocabulary = genes_of_data(data, layer=config.layer, gene_symbols=config.gene_symbols)
@@ -369,7 +371,11 @@ class _Run:
         self.show_progress = show_progress and ranks.is_first
         self.progress = _Progress()
         torch.manual_seed(_seed_of(config.seed, _WEIGHTS))
-        self.model = XTrimoGene(config.model_config(len(cells.vocabulary)), cells.vocabulary).to(ranks.device)
+        if config.checkpoint is None:
+            self.model = XTrimoGene(config.model_config(len(cells.vocabulary)), cells.vocabulary)
+        else:
+            self.model = XTrimoGene.from_pretrained(config.checkpoint)
+        self.model.to(ranks.device)
         self.model.checkpoint_activations = config.activation_checkpointing
         self.network = self._parallel(_LossOf(self.model))
         self.parameters = list(self.model.parameters())

@@ -35,8 +35,8 @@ SHIPPED = [case_of(key) for key in keys(OPS)]
 
 @pytest.fixture(scope="module", params=["fast", pytest.param("shipped", marks=pytest.mark.gpu_static)])
 def compiled(request: pytest.FixtureRequest) -> list[Report]:
-    """One report for each kernel of each case."""
-    return reports(FAST if request.param == "fast" else SHIPPED)
+    """The reports of all cases, one for each kernel and set of flags."""
+    return [report for found in reports(FAST if request.param == "fast" else SHIPPED) for report in found]
 
 
 def _name(report: Report) -> str:
@@ -60,7 +60,7 @@ def test_every_kernel_is_compiled(compiled: list[Report]) -> None:
     counts = Counter((report["op"], report["kernel"]) for report in compiled)
     assert set(counts) == {(op, kernel) for op, spec in OPS.items() for kernel in spec.kernels}
     if len(compiled) >= len(SHIPPED):
-        assert all(count == 2 * len(CARDS) * len(OPS[op].sizes) for (op, _), count in counts.items())
+        assert all(count % (2 * len(CARDS) * len(OPS[op].sizes)) == 0 for (op, _), count in counts.items())
 
 
 def test_nothing_spills_and_all_fits(compiled: list[Report]) -> None:
@@ -93,16 +93,13 @@ def test_tiles_stream_in_where_the_card_can(compiled: list[Report]) -> None:
 
 def test_the_committed_table_is_what_the_compiler_says(compiled: list[Report]) -> None:
     """Every figure of every kernel that is in the table; python -m benchmarks.static_configs --table makes it anew."""
-    rows = {
-        tuple(row[key] for key in ("op", "kernel", "architecture", "dtype", "width", "size")): row
-        for row in read_rows(TABLE)
-    }
+    columns = ("op", "kernel", "architecture", "dtype", "width", "size", "flags")
+    rows = {tuple(row[name] for name in columns): row for row in read_rows(TABLE)}
     assert {row["triton"] for row in rows.values()} == {triton.__version__}, "made by another Triton"
-    assert len(rows) == len(SHIPPED)
-    compared = 0
-    for report in compiled:
-        row = rows.get(tuple(str(report[key]) for key in ("op", "kernel", "architecture", "dtype", "width", "size")))
-        if row is not None:
-            assert {name: str(value) for name, value in report.items()} == {name: row[name] for name in report}
-            compared += 1
-    assert compared > len(compiled) // 2
+    found = {tuple(str(report[name]) for name in columns): report for report in compiled}
+    if len(compiled) >= len(SHIPPED):
+        assert set(found) == set(rows)
+    both = set(found) & set(rows)
+    assert len(both) > len(found) // 2
+    for name in both:
+        assert {key: str(value) for key, value in found[name].items()} == {key: rows[name][key] for key in found[name]}

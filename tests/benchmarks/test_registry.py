@@ -39,6 +39,7 @@ def _small_and_quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _tasks(dtype: str = "float32") -> list[Task]:
     return [
         cases.attention_task("small", LENGTHS, dtype),
+        cases.favor_task("small", LENGTHS, (5, 2, 40), dtype),
         cases.embedding_task("small", LENGTHS, dtype, "3m"),
         cases.encoder_task("3m", LENGTHS, dtype, check_cells=2),
     ]

@@ -583,3 +583,18 @@ def test_depth_tokens(path: Path, tmp_path: Path) -> None:
     report = run(path, tmp_path / "run", model={**MODEL, "depth_tokens": True}, max_steps=2)
     assert report.model is not None
     assert XTrimoGene.from_pretrained(report.model).config.depth_tokens
+
+
+def test_a_run_begins_with_the_weights_of_a_checkpoint(path: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    options = {name: value for name, value in OPTIONS.items() if name != "model"}
+    checkpoint = str(uninterrupted / "model")
+    changed = PretrainConfig.from_dict({**options, "checkpoint": checkpoint, "max_steps": 1})
+    pretrain(changed, path, tmp_path / "run", device="cpu", progress=False)
+    assert losses(tmp_path / "run", "validation")[0] == pytest.approx(losses(uninterrupted, "validation")[-1])
+    assert losses(tmp_path / "run", "validation")[0] != losses(uninterrupted, "validation")[0]
+
+
+@pytest.mark.parametrize("change", [{"model": MODEL}, {"vocabulary": "genes.tsv"}])
+def test_a_checkpoint_has_its_own_model_and_vocabulary(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"config {next(iter(change))}: expected none beside checkpoint"):
+        PretrainConfig.from_dict({"checkpoint": "folder", **change})

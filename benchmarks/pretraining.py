@@ -1,0 +1,168 @@
+"""The benchmark of pre-training: a step of the masked auto-encoder on cells of 2,000 expressed genes, time and memory.
+
+A step is forward, backward and AdamW over all positions of the vocabulary, with read-depth tokens, as scFoundation is
+trained: 19,266 positions. "reference" is the same model with every op of xtg_kernels on its plain PyTorch reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.cases import DTYPES, NUM_GENES, offsets, umi_counts
+from xtg_kernels import RaggedBatch, use_backend
+from xtrimogene import Vocabulary, XTrimoGene
+from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells
+
+EXPRESSED = 2000
+# Preset, cells of a step, whether the reference is timed too and float64 judges: at 100m neither fits in patience.
+CASES = (("3m", 4, True), ("100m", 1, False))
+# Loss, and gradient of all weights as one vector. A rounding that moves a row across the kink of a ReLU changes the
+# gradient of that row by the whole.
+LIMITS = {"float32": {"loss": 1e-5, "gradient": 1e-2}, "bfloat16": {"loss": 2e-2, "gradient": 0.3}}
+
+
+def step(quick: bool) -> Iterator[dict[str, Any]]:
+    """Time of a training step by backend and dtype, and its peak memory above that of weights and optimizer."""
+    for preset, cells, judged in CASES[:1] if quick else CASES:
+        for dtype in DTYPES:
+            providers = ("reference", "xtg") if judged else ("xtg",)
+            model, masked = prepared(preset, 1 if quick else cells, expressed=200 if quick else EXPRESSED)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+            exact = _exact(model, masked) if judged else None
+            errors = {name: _errors(model, masked, dtype, name, exact) for name in providers}
+            steps = {name: functools.partial(_step, model, masked, optimizer, dtype, name) for name in providers}
+            times = _in_turns(steps, 1 if quick else 3)
+            for name in providers:
+                row: dict[str, Any] = {
+                    "benchmark": "step",
+                    "case": f"{preset}, {masked.batch_size} cell{'s' * (masked.batch_size > 1)}",
+                    "cells": masked.batch_size, "tokens": masked.batch.total_nnz, "dtype": dtype,
+                    "direction": "training step", "provider": name,
+                    "correct": all(error <= LIMITS[dtype][what] for what, error in errors[name].items()),
+                    **{f"{what}_error": f"{error:.2e}" for what, error in errors[name].items()},
+                    **{f"{what}_limit": LIMITS[dtype][what] for what in errors[name]},
+                }  # fmt: skip
+                if row["correct"]:
+                    low, median, high = np.quantile(times[name], [0.2, 0.5, 0.8])
+                    row |= {"runs": len(times[name]), "median_ms": _digits(1e3 * median), "q20_ms": _digits(1e3 * low)}
+                    row |= {"q80_ms": _digits(1e3 * high), "cells_per_second": _digits(masked.batch_size / median)}
+                    if "reference" in times:
+                        row["speedup"] = _digits(float(np.median(times["reference"])) / median)
+                    row["peak_mib"] = _digits(_memory_of(preset, masked.batch_size, dtype, name, quick) / cells)
+                yield row
+
+
+def prepared(preset: str, cells: int, *, expressed: int = EXPRESSED) -> tuple[XTrimoGene, MaskedBatch]:
+    """A fresh model in training mode without dropout, and a masked batch of UMI-like cells."""
+    lengths = (expressed,) * cells
+    counts, gene_ids = umi_counts(lengths)
+    totals = counts.reshape(cells, expressed).sum(1)
+    values = np.log1p(counts / totals.repeat(expressed) * 1e4).astype(np.float32)
+    batch = RaggedBatch(torch.from_numpy(values), torch.from_numpy(gene_ids), offsets(lengths), expressed)
+    depth = torch.from_numpy(np.log10(np.stack([totals, totals], axis=1))).float()
+    masked = mask_cells(batch, np.arange(cells), MaskingConfig(), epoch=0, num_genes=NUM_GENES, depth=depth)
+    vocabulary = Vocabulary(f"gene{gene}" for gene in range(NUM_GENES))
+    return XTrimoGene.from_preset(preset, vocabulary, depth_tokens=True, dropout=0.0).train(), masked
+
+
+def _loss(model: XTrimoGene, masked: MaskedBatch, dtype: str) -> torch.Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        return model.loss(masked) / masked.total_chosen
+
+
+def _step(model: XTrimoGene, masked: MaskedBatch, optimizer: torch.optim.Optimizer, dtype: str, provider: str) -> None:
+    with use_backend("reference" if provider == "reference" else "auto"):
+        _loss(model, masked, dtype).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _exact(model: XTrimoGene, masked: MaskedBatch) -> tuple[float, torch.Tensor]:
+    exactly = XTrimoGene(model.config, model.vocabulary).double().train()
+    exactly.load_state_dict(model.state_dict())
+    batch = replace(masked.batch, values=masked.batch.values.double())
+    masked = replace(masked, batch=batch, chosen_values=masked.chosen_values.double())
+    with use_backend("reference"):
+        return _loss_and_gradient(exactly, masked, "float64")
+
+
+def _loss_and_gradient(model: XTrimoGene, masked: MaskedBatch, dtype: str) -> tuple[float, torch.Tensor]:
+    loss = _loss(model, masked, dtype)
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
+    return float(loss), torch.cat([gradient.flatten().double() for gradient in gradients])
+
+
+def _errors(
+    model: XTrimoGene, masked: MaskedBatch, dtype: str, provider: str, exact: tuple[float, torch.Tensor] | None
+) -> dict[str, float]:
+    """Relative errors against float64; where that is too slow, of the loss against the reference in float32."""
+    with use_backend("reference" if provider == "reference" else "auto"):
+        if exact is not None:
+            loss, gradient = _loss_and_gradient(model, masked, dtype)
+            return {
+                "loss": abs(loss / exact[0] - 1),
+                "gradient": float((gradient - exact[1]).norm() / exact[1].norm()),
+            }
+        with torch.no_grad():
+            loss = float(_loss(model, masked, dtype))
+    with torch.no_grad(), use_backend("reference"):
+        return {"loss": abs(loss / float(_loss(model, masked, "float32")) - 1)}
+
+
+def _in_turns(ways: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            clock = time.perf_counter()
+            way()
+            # The first round warms caches, allocators and oneDNN's kernels.
+            if number:
+                times[name].append(time.perf_counter() - clock)
+    return times
+
+
+def _memory_of(preset: str, cells: int, dtype: str, provider: str, quick: bool) -> float:
+    """MiB at the peak of a first step above weights, gradients and optimizer, in a process of its own."""
+    case = json.dumps([preset, cells, dtype, provider, 200 if quick else EXPRESSED])
+    command = [sys.executable, "-m", "benchmarks.pretraining", case]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout.split()[-1])
+
+
+def _step_and_tell_memory(preset: str, cells: int, dtype: str, provider: str, expressed: int) -> None:
+    model, masked = prepared(preset, cells, expressed=expressed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    # The gradients and AdamW's two moments, which the first step will make.
+    kept = 3 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    _step(model, masked, optimizer, dtype, provider)
+    print(_status("VmHWM") - before - kept)
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def _digits(x: float) -> float:
+    return float(f"{x:.4g}")
+
+
+if __name__ == "__main__":
+    _step_and_tell_memory(*json.loads(sys.argv[1]))
