@@ -51,7 +51,8 @@ def test_two_ranks_learn_what_one_learns(path: Path, tmp_path: Path) -> None:
 
 def test_fsdp_saves_loads_and_goes_on(path: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    changes = ["batch_cells=4", "parallel=fsdp", "max_steps=4", "checkpoint_every=2", "validate_every=4"]
+    changes = ["batch_cells=4", "parallel=fsdp", "activation_checkpointing=true"]
+    changes += ["max_steps=4", "checkpoint_every=2", "validate_every=4"]
     process = torchrun(*arguments(path, output, *changes))
     assert process.wait() == 0, process.communicate()[1]
     shutil.move(output / "model", tmp_path / "whole" / "model")
