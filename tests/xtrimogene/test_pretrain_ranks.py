@@ -45,6 +45,8 @@ def test_two_ranks_learn_what_one_learns(path: Path, tmp_path: Path) -> None:
     assert out.count("12 steps") == 1
     for event in ("train", "validation"):
         assert losses(tmp_path / "two", event) == pytest.approx(losses(tmp_path / "one", event), rel=1e-5)
+    norms = [losses(tmp_path / name, name="gradient_norm") for name in ("two", "one")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     for name, tensor in weights(tmp_path / "two").items():
         torch.testing.assert_close(tensor, weights(tmp_path / "one")[name], rtol=1e-3, atol=1e-4, msg=name)
 
