@@ -68,7 +68,7 @@ def step(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def ranks(quick: bool) -> Iterator[dict[str, Any]]:
-    """Steps of `xtrimogene pretrain` on 3m: one process of two threads, and two of one thread (DDP), the same batches."""
+    """Steps of `xtrimogene pretrain` on 3m: one process of two threads, two of one thread (DDP), same batches."""
     cells, steps = 16, 2 if quick else 8
     counts, gene_ids = umi_counts((EXPRESSED,) * cells)
     matrix = sp.csr_matrix(
