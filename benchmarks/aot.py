@@ -180,7 +180,8 @@ def _nvidia_report(compiled: Any, architecture: str) -> Report:
     loops = [
         (labels[label.group(1)], number)
         for number, line in enumerate(lines)
-        if (label := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and labels[label.group(1)] < number
+        # A jump to itself behind the last instruction is no loop.
+        if (label := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and labels[label.group(1)] < number - 1
     ]
     wide = r"(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128"
     return {
