@@ -88,6 +88,7 @@ def test_products_use_the_instructions_of_the_architecture(compiled: list[Report
     assert any(report["fma_dots"] for report in compiled if report["dtype"] == "float32"), "float32 products are exact"
 
 
+@pytest.mark.gpu_static
 def test_hot_loops_load_16_bytes_at_a_time(compiled: list[Report]) -> None:
     """Also where head_dim is no multiple of 16 elements."""
     assert not [_name(report) for report in _of(compiled, half=True, rows=True) if not report["hot_loop_wide_loads"]]
