@@ -238,7 +238,7 @@ def _gather_calls(dtype: torch.dtype, dim: int, lengths: Lengths, device: torch.
     def cells(starts: Lengths, ends: Lengths) -> tuple[Tensor, Tensor]:
         ids = torch.cat([torch.arange(start, end) for start, end in zip(starts, ends, strict=True)])
         counts = [end - start for start, end in zip(starts, ends, strict=True)]
-        return ids.int().to(device), offsets(counts).to(device)
+        return ids.int().to(device), offsets(tuple(counts)).to(device)
 
     none = (0,) * len(lengths)
     gene_ids, cu_seqlens = cells(none, lengths)
