@@ -6,7 +6,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # GCC 12 warns of uninitialised values inside its own AVX-512 headers.
 CXXFLAGS := -std=c++17 -O2 -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -ffp-contract=off
 
-.PHONY: setup demo test lint check-kernels check-aarch64 bench-steps sanitize benchmarks readme-tables clean
+.PHONY: setup demo test test-gpu-static lint check-kernels check-aarch64 bench-steps sanitize benchmarks readme-tables clean
 
 setup: $(VENV)/.built
 
@@ -26,6 +26,10 @@ demo: setup
 
 test: setup check-kernels
 	$(BIN)/python -m pytest
+
+# The complete ahead-of-time checks of the Triton kernels: every shipped launch config, for every GPU.
+test-gpu-static: setup
+	$(BIN)/python -m pytest -m gpu_static tests/aot
 
 lint: setup
 	$(BIN)/ruff check .
@@ -72,6 +76,7 @@ check-aarch64: $(CSRC)
 SANITIZED := build/sanitize
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED_TESTS ?= tests/xtg_kernels/test_ragged_attention.py tests/xtg_kernels/test_expression_embedding.py \
+  tests/xtg_kernels/test_masked_decoder_gather.py tests/xtg_kernels/test_masked_head.py \
   tests/xtrimogene/test_pack.py tests/xtrimogene/test_masking.py
 
 $(SANITIZED)/isa_%.o: csrc/cpu/isa/%.cpp $(CSRC)
@@ -93,7 +98,7 @@ sanitize: setup $(SANITIZED)/kernels_check
 
 # All benchmarks, for half an hour on a machine that does nothing else, and the tables that show them.
 benchmarks: setup
-	for name in pack loader attention embedding encoder embed memory; do \
+	for name in pack loader attention favor favor_memory embedding encoder gather head embed memory step ranks; do \
 	  $(BIN)/python -m benchmarks.run $$name --out benchmarks/results/$$name.csv || exit 1; done
 	$(BIN)/python -m benchmarks.readme
 

@@ -8,6 +8,7 @@ cases from standard input and prints one JSON report a line.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,8 +55,8 @@ class Case:
     config: tuple[tuple[str, int], ...] | None = None
 
 
-def reports(cases: Sequence[Case], *, progress: Callable[[int], None] | None = None) -> list[Report]:
-    """One report for each kernel of each case, in order, from two processes that compile side by side.
+def reports(cases: Sequence[Case], *, progress: Callable[[int], None] | None = None) -> list[list[Report]]:
+    """The reports of each case, one for each kernel and set of flags, from two processes that compile side by side.
 
     progress: called with the number of cases done.
     """
@@ -72,9 +73,9 @@ def reports(cases: Sequence[Case], *, progress: Callable[[int], None] | None = N
         assert process.stdout is not None
         process.stdin.write(json.dumps([asdict(case) for case in cases]))
         process.stdin.close()
-        found: list[Report] = []
+        found: list[list[Report]] = []
         for done, line in enumerate(process.stdout, 1):
-            found += json.loads(line)
+            found.append(json.loads(line))
             if progress is not None:
                 progress(done)
         if process.wait() != 0:
@@ -96,14 +97,13 @@ def _case_reports(case: Case) -> list[Report]:
     call = op.on_small_tensors(dtype, case.width if case.size is None else case.size)
     with overriding(architecture=case.architecture, configs=configs):
         launches = record_launches(call)
-    names = [name for name, _ in launches]
     wanted = [launch for name, launch in launches if case.kernel in ("", name)]
     if not wanted:
-        raise ValueError(f"kernel: expected one of {', '.join(names)}, got {case.kernel!r}")
-    return [_report(case, launch) for launch in wanted]
+        raise ValueError(f"kernel: expected one of {', '.join(op.kernels)}, got {case.kernel!r}")
+    return [report(case, launch) for launch in wanted]
 
 
-def _compile(launch: Any, architecture: str) -> Any:
+def compile_launch(launch: Any, architecture: str) -> Any:
     """The compiled kernel of one recorded launch for one GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -120,8 +120,10 @@ def _compile(launch: Any, architecture: str) -> Any:
     return triton.compile(source, target=target, options=options.__dict__)
 
 
-def _report(case: Case, launch: Any) -> Report:
+def report(case: Case, launch: Any) -> Report:
     """What the compiler made of one launch: registers, stack, spills, shared memory and opcode counts."""
+    from benchmarks.launches import flags_of
+
     kernel, _, kwargs = launch
     where: Report = {
         "op": case.op,
@@ -131,16 +133,16 @@ def _report(case: Case, launch: Any) -> Report:
         "width": case.width,
         "size": case.width if case.size is None else case.size,
     }
+    where["flags"] = " ".join(flags_of(kwargs))
     names = [name for name in kwargs if name.startswith("BLOCK")] + ["num_warps", "num_stages"]
     where["config"] = " ".join(f"{name}={kwargs[name]}" for name in names if name in kwargs)
     try:
-        compiled = _compile(launch, case.architecture)
+        compiled = compile_launch(launch, case.architecture)
     except Exception as error:
         # Shared memory that a card does not have is found by us; ptxas finds registers that a block cannot have.
         return {**where, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     metadata = compiled.metadata
-    nvidia = CARDS[case.architecture].target[0] == "cuda"
-    found = _nvidia_report(compiled, case.architecture) if nvidia else _amd_report(compiled)
+    found = _machine_code(compiled, case.architecture)
     tensor_memory = getattr(metadata, "tmem_size", None) or 0
     resident = resident_programs(
         CARDS[case.architecture], found["registers"], metadata.shared, metadata.num_warps, tensor_memory
@@ -159,6 +161,19 @@ def _report(case: Case, launch: Any) -> Report:
     }
 
 
+def _machine_code(compiled: Any, architecture: str) -> Report:
+    """What the machine code says; kept beside the compiled kernel, since disassembling takes as long as compiling."""
+    reader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    kept = Path(os.environ["TRITON_CACHE_DIR"]) / f"{compiled.hash}-{reader}.json"
+    if not kept.is_file():
+        nvidia = CARDS[architecture].target[0] == "cuda"
+        found = _nvidia_report(compiled, architecture) if nvidia else _amd_report(compiled)
+        with tempfile.NamedTemporaryFile("w", dir=kept.parent, delete=False) as file:
+            json.dump(found, file)
+        Path(file.name).replace(kept)
+    return json.loads(kept.read_text())
+
+
 def _nvidia_report(compiled: Any, architecture: str) -> Report:
     import triton
 
@@ -175,19 +190,12 @@ def _nvidia_report(compiled: Any, architecture: str) -> Report:
         usage = tool("cuobjdump", "--dump-resource-usage")
         sass = tool("nvdisasm", "-c")
     numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    lines = sass.splitlines()
-    labels = {line.strip(" :"): number for number, line in enumerate(lines) if re.match(r"\.L_x_\d+:", line)}
-    loops = [
-        (labels[label.group(1)], number)
-        for number, line in enumerate(lines)
-        if (label := re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)) and labels[label.group(1)] < number
-    ]
-    wide = r"(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128"
+    wide = r"(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128|UTMALDG"
     return {
         "registers": numbers["REG"],
         "stack": numbers["STACK"] + numbers["LOCAL"],
         "spills": _count(r"STL|LDL", sass),
-        **_opcodes(lines, loops, _TENSOR_CORE[architecture], wide),
+        **_opcodes(sass, _TENSOR_CORE[architecture], wide),
         "async_copies": _count("LDGSTS|UTMALDG", sass),
         "exp2": _count(r"MUFU\.EX2", sass),
         "atomics": _count("ATOMG?|RED|REDG", sass),
@@ -200,20 +208,13 @@ def _amd_report(compiled: Any) -> Report:
     def metadata(name: str) -> int:
         return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[0])
 
-    lines = assembly.splitlines()
-    labels = {line.split(":")[0]: number for number, line in enumerate(lines) if re.match(r"\.LBB\d+_\d+:", line)}
-    loops = [
-        (labels[label.group(1)], number)
-        for number, line in enumerate(lines)
-        if (label := re.search(r"\bs_c?branch\w*\s+(\.LBB\d+_\d+)", line)) and labels[label.group(1)] < number
-    ]
     wide = r"(?:global|buffer)_load_dwordx4"
     return {
         "registers": metadata("vgpr_count"),
         "stack": metadata("private_segment_fixed_size"),
         # Spilled scalar registers go to lanes of vector registers, not to memory.
         "spills": metadata("vgpr_spill_count"),
-        **_opcodes(lines, loops, r"v_mfma_\w*(?:bf16|f16)\w*", wide),
+        **_opcodes(assembly, r"v_mfma_\w*(?:bf16|f16)\w*", wide),
         "async_copies": _count(r"(?:global|buffer)_load_lds_\w+|buffer_load_\w+ .*\blds", assembly),
         "exp2": _count(r"v_exp_f32\w*", assembly),
         "atomics": _count(r"(?:global|buffer)_atomic_\w+", assembly),
@@ -224,21 +225,82 @@ def _count(pattern: str, text: str) -> int:
     return len(re.findall(rf"\b(?:{pattern})\b", text))
 
 
-def _opcodes(lines: Sequence[str], loops: Iterable[tuple[int, int]], tensor_core: str, wide: str) -> Report:
-    """Counts over the whole kernel and in its hot loop: the loop with the most matrix instructions, and of several the
-    one with the most wide loads, with the loops inside it; the whole kernel where there is no loop."""
-    text = "\n".join(lines)
-    bodies = ["\n".join(lines[start : end + 1]) for start, end in loops] or [text]
-    hot = max(bodies, key=lambda body: (_count(tensor_core, body), _count(wide, body)))
-    opcode = re.findall(rf"\b(?:{tensor_core})\b", text)
+def _opcodes(text: str, tensor_core: str, wide: str) -> Report:
+    """Counts over the whole kernel and in its hot loop: the loop with the most matrix instructions, with the loops
+    inside it, and of several the shortest, which is the one without masks; the whole kernel where there is no loop."""
+    hot = max(_loops(text) or [text], key=lambda body: (_count(tensor_core, body), -len(body.splitlines())))
+    opcodes = re.findall(rf"\b(?:{tensor_core})\b", text)
     return {
-        "tensor_core": len(opcode),
-        "tensor_core_opcodes": " ".join(sorted(set(opcode))),
-        "hot_loop_instructions": len([line for line in hot.splitlines() if _is_instruction(line)]),
+        "tensor_core": len(opcodes),
+        "tensor_core_opcodes": " ".join(sorted(set(opcodes))),
+        "hot_loop_instructions": len(hot.splitlines()),
         "hot_loop_tensor_core": _count(tensor_core, hot),
         "hot_loop_wide_loads": _count(wide, hot),
         "wide_loads": _count(wide, text),
     }
+
+
+_LABEL = re.compile(r"\s*(\.L\w+):")
+# A branch to a label, on NVIDIA and on AMD; one without a condition leaves nothing to fall through to.
+_BRANCH = re.compile(r"\bBRA\b.*`\((\.L\w+)\)|\bs_c?branch\w*\s+(\.L\w+)")
+_ALWAYS = re.compile(r"^\s*(?:/\*\w+\*/\s*)?(?:BRA(?:\.U)? `|EXIT|RET|s_branch|s_endpgm)")
+
+
+def _loops(text: str) -> list[str]:
+    """The instructions of every natural loop: from a branch back to a block that dominates it (blocks that are moved
+    behind the end of the code branch back too, and are no loops)."""
+    blocks: list[list[str]] = [[]]
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if label := _LABEL.match(line):
+            blocks.append([])
+            labels[label.group(1)] = len(blocks) - 1
+        elif _is_instruction(line):
+            blocks[-1].append(line)
+            if _BRANCH.search(line) or _ALWAYS.match(line):
+                blocks.append([])
+    after: list[list[int]] = []
+    for number, block in enumerate(blocks):
+        branch = _BRANCH.search(block[-1]) if block else None
+        target = labels.get(branch.group(1) or branch.group(2)) if branch else None
+        falls = number + 1 < len(blocks) and not (block and _ALWAYS.match(block[-1]))
+        after.append([*([] if target is None else [target]), *([number + 1] if falls else [])])
+    before: list[list[int]] = [[] for _ in blocks]
+    for number, targets in enumerate(after):
+        for target in targets:
+            before[target].append(number)
+    dominators = _dominators(after, before)
+    bodies: dict[int, set[int]] = {}
+    for number, targets in enumerate(after):
+        for head in targets:
+            if head in dominators[number]:
+                body, left = bodies.setdefault(head, {head}), [number]
+                while left:
+                    block_number = left.pop()
+                    if block_number not in body:
+                        body.add(block_number)
+                        left += before[block_number]
+    return ["\n".join(line for number in sorted(body) for line in blocks[number]) for body in bodies.values()]
+
+
+def _dominators(after: Sequence[Sequence[int]], before: Sequence[Sequence[int]]) -> list[set[int]]:
+    """For each block those that every way to it passes; none for blocks that no way leads to."""
+    reached, left = {0}, [0]
+    while left:
+        for target in after[left.pop()]:
+            if target not in reached:
+                reached.add(target)
+                left.append(target)
+    found = [set(reached) if number in reached else set() for number in range(len(after))]
+    found[0] = {0}
+    changed = True
+    while changed:
+        changed = False
+        for number in sorted(reached - {0}):
+            new = set.intersection(*(found[p] for p in before[number] if p in reached)) | {number}
+            changed |= new != found[number]
+            found[number] = new
+    return found
 
 
 def _is_instruction(line: str) -> bool:

@@ -35,6 +35,31 @@ def attention_padded(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) ->
     return out.transpose(1, 2)[used]
 
 
+def favor_features(q: Tensor, k: Tensor, projection: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """FAVOR+ features (num_heads, rows, num_features) of queries and keys of one cell, stabilised for each head."""
+    scale, ratio = q.shape[-1] ** -0.25, len(projection) ** -0.5
+    found = []
+    for x, dims in ((q, (-1,)), (k, (-2, -1))):
+        x = scale * x.transpose(0, 1)
+        scores = torch.einsum("hnd,md->hnm", x, projection)
+        half_norms = x.square().sum(-1, keepdim=True) / 2
+        found.append(ratio * ((scores - half_norms - scores.amax(dims, keepdim=True).detach()).exp() + eps))
+    return found[0], found[1]
+
+
+def favor_einsum(
+    q: Tensor, k: Tensor, v: Tensor, projection: Tensor, lengths: Sequence[int], lengths_q: Sequence[int], eps: float
+) -> Tensor:
+    """(total_q, num_heads, head_dim): FAVOR+ attention of each cell by einsum, as public Performers compute it."""
+    outputs = []
+    for q_s, k_s, v_s in zip(q.split(list(lengths_q)), k.split(list(lengths)), v.split(list(lengths)), strict=True):
+        query_features, key_features = favor_features(q_s, k_s, projection, eps)
+        context = torch.einsum("hnm,nhd->hmd", key_features, v_s)
+        inverse = 1 / torch.einsum("hnm,hm->hn", query_features, key_features.sum(1))
+        outputs.append((torch.einsum("hnm,hmd->hnd", query_features, context) * inverse[..., None]).transpose(0, 1))
+    return torch.cat(outputs)
+
+
 def embedding_unfused(
     values: Tensor,
     gene_ids: Tensor,
@@ -49,6 +74,44 @@ def embedding_unfused(
     hidden = F.leaky_relu(values.to(w1.dtype)[:, None] * w1 + b1, 0.1)
     bin_weights = (hidden + F.linear(hidden, w2, b2)).softmax(-1)
     return bin_weights @ bin_table + F.embedding(gene_ids, gene_table)
+
+
+def gather_indexed(
+    table: Tensor,
+    zero_row: Tensor,
+    mask_row: Tensor,
+    encoded: Tensor,
+    cu_seqlens: Tensor,
+    gene_ids: Tensor,
+    masked_ids: Tensor,
+    masked_cu_seqlens: Tensor,
+) -> Tensor:
+    """(batch, num_genes, dim): every gene looks up its row among the tokens, the zero row and the mask row.
+
+    Faster, forward and backward, than writing tokens and masks into a tensor of zero rows with index_put.
+    """
+    batch, total = cu_seqlens.numel() - 1, len(gene_ids)
+    cells = torch.arange(batch)
+    source = torch.full((batch, len(table)), total)
+    source[cells.repeat_interleave(cu_seqlens.diff()), gene_ids.long()] = torch.arange(total)
+    source[cells.repeat_interleave(masked_cu_seqlens.diff()), masked_ids.long()] = total + 1
+    return F.embedding(source, torch.cat([encoded, zero_row[None], mask_row[None]])) + table
+
+
+def head_indexed(
+    rows: Tensor,
+    x: Tensor,
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """(n,): the chosen rows, both norms and the linear map, one PyTorch call a step."""
+    shape = x.shape[1:]
+    normed = F.layer_norm(F.layer_norm(x[rows], shape, norm1_weight, norm1_bias), shape, norm2_weight, norm2_bias)
+    return F.linear(normed, weight[None], bias)[:, 0]
 
 
 def encoder_packed(encoder: RaggedTransformerEncoder, x: Tensor, lengths: Sequence[int], parts: int = 1) -> Tensor:
@@ -107,8 +170,8 @@ def exact_attention(
     q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, lengths: Sequence[int]
 ) -> tuple[Tensor, list[Tensor]]:
     """Attention and its gradients to q, k, v in float64, some rows of scores at a time: long cells fit in memory."""
-    out = torch.empty(q.shape, dtype=torch.float64)
-    grads = [torch.zeros(q.shape, dtype=torch.float64) for _ in range(3)]
+    out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    grads = [torch.zeros_like(out) for _ in range(3)]
     scale = q.shape[2] ** -0.5
     start = 0
     for length in lengths:
@@ -135,6 +198,31 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor, parts: int) -> Tensor:
         return F.linear(x, weight, bias)
     products = [F.linear(a, b) for a, b in zip(x.tensor_split(parts, 1), weight.tensor_split(parts, 1), strict=True)]
     return sum(products[1:], products[0]) + bias
+
+
+def exact_favor(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    projection: Tensor,
+    grad_out: Tensor,
+    lengths: Sequence[int],
+    lengths_q: Sequence[int],
+    eps: float,
+) -> tuple[Tensor, list[Tensor]]:
+    """FAVOR+ attention and its gradients to q, k, v in float64, a head at a time: features of all take gigabytes."""
+    out, grads = (
+        torch.empty(q.shape, dtype=torch.float64, device=q.device),
+        [torch.empty(x.shape, dtype=torch.float64, device=q.device) for x in (q, k, v)],
+    )
+    for head in range(q.shape[1]):
+        one = slice(head, head + 1)
+        inputs = [x[:, one].detach().double().requires_grad_() for x in (q, k, v)]
+        head_out = favor_einsum(inputs[0], inputs[1], inputs[2], projection.double(), lengths, lengths_q, eps)
+        out[:, one] = head_out.detach()
+        for grad, found in zip(grads, torch.autograd.grad(head_out, inputs, grad_out[:, one].double()), strict=True):
+            grad[:, one] = found
+    return out, grads
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:

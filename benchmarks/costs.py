@@ -41,17 +41,7 @@ Row = dict[str, Any]
 PADDED_BATCH = 64
 # Cells of a step, among which the savings of the decoder are shared.
 STEP_CELLS = 8
-PARTS = (
-    "embedding",
-    "projections",
-    "attention",
-    "ffn",
-    "bridge",
-    "favor",
-    "decoder projections",
-    "decoder ffn",
-    "head",
-)
+PARTS = ("embedding", "projections", "attention", "ffn", "bridge", "favor", "decoder linear", "head")
 MODELS = ("dense auto-encoder", "dense", "performer", "padded", "auto-encoder, plain", "auto-encoder", "encoder")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -91,8 +81,7 @@ def by_part(config: XTrimoGeneConfig, encoder: FlopCount, decoder: DecoderFlopCo
     if decoder is not None:
         parts["embedding"] += decoder.embedding
         parts |= {
-            "bridge": decoder.bridge, "favor": decoder.favor, "decoder projections": decoder.projections,
-            "decoder ffn": decoder.ffn, "head": decoder.head,
+            "bridge": decoder.bridge, "favor": decoder.favor, "decoder linear": decoder.linear, "head": decoder.head,
         }  # fmt: skip
     return parts
 
@@ -148,7 +137,7 @@ def _pretraining(config: XTrimoGeneConfig, lengths: Lengths, distinct: Lengths, 
     total: dict[str, int] = dict.fromkeys(PARTS, 0)
     for start in range(0, len(lengths), STEP_CELLS):
         step = slice(start, start + STEP_CELLS)
-        decoder = decoder_flops(config, tokens[step], masked[step], chosen[step], savings=savings)
+        decoder = decoder_flops(config, tokens[step], masked=masked[step], asked=chosen[step], savings=savings)
         for part, flops in by_part(config, FlopCount(0, 0, 0), decoder).items():
             total[part] += flops
     return {part: flops + total[part] for part, flops in by_part(config, encoder).items()}
@@ -172,7 +161,7 @@ def counted_rows(presets: Sequence[str], cells: Cells, num_cells: int) -> Iterat
         expected = {
             "encoder": encoder_flops(model.config, cells.lengths[chosen], cells.distinct[chosen]).total,
             "auto-encoder": encoder_flops(model.config, tokens, firsts).total
-            + decoder_flops(model.config, tokens, hidden, asked).total,
+            + decoder_flops(model.config, tokens, masked=hidden, asked=asked).total,
         }
         for name, closed in expected.items():
             with FlopCounterMode(display=False) as counter:
@@ -190,6 +179,6 @@ def step_flops(config: XTrimoGeneConfig, tokens: Lengths, distinct: Lengths, mas
     return (
         encoder_flops(config, tokens, distinct).total
         + encoder_backward_flops(config, tokens, distinct).total
-        + decoder_flops(config, tokens, masked, asked).total
-        + decoder_backward_flops(config, tokens, masked, asked).total
+        + decoder_flops(config, tokens, masked=masked, asked=asked).total
+        + decoder_backward_flops(config, tokens, masked=masked, asked=asked).total
     )

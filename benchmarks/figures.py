@@ -21,7 +21,7 @@ MODEL_COLORS = {
     "dense auto-encoder": "#8c2d04", "dense": "#c1440e", "performer": "#b07aa1", "padded": "#e69f00",
     "auto-encoder, plain": "#56b4e9", "auto-encoder": "#0072b2", "encoder": "#003f66",
 }  # fmt: skip
-PART_COLORS = ("#b3b3b3", "#0072b2", "#56b4e9", "#003f66", "#f0e442", "#e69f00", "#d55e00", "#8c2d04", "#333333")
+PART_COLORS = ("#b3b3b3", "#0072b2", "#56b4e9", "#003f66", "#f0e442", "#e69f00", "#d55e00", "#333333")
 DASHES = {"float32": "-", "bfloat16": "--"}
 
 
@@ -82,7 +82,7 @@ def _parts(report: Report, cells: Cells, figure: Any) -> str | None:
         axes.barh(labels, shares, left=left, color=color, label=part)
         left += shares
     axes.set(xlabel="% of the model's forward FLOPs", xlim=(0, 100))
-    figure.legend(loc="outside upper center", ncols=5)
+    figure.legend(loc="outside upper center", ncols=4)
     return "Where the forward FLOPs go, in per cent of each model."
 
 

@@ -28,7 +28,7 @@ MODEL_NAMES = {
     "auto-encoder, plain": "our auto-encoder, as written down",
     "auto-encoder": "our auto-encoder, exact savings",
 }
-PART_NAMES = {"ffn": "FFN", "favor": "FAVOR", "decoder projections": "dec. proj.", "decoder ffn": "dec. FFN"}
+PART_NAMES = {"ffn": "FFN", "favor": "FAVOR"}
 DIRECTION_NAMES = {FORWARD: "forward", BOTH: "training step"}
 DAGGER = "\N{DAGGER}"
 
@@ -190,7 +190,7 @@ def _flops(report: Report) -> Section:
             ["size", "model", *(PART_NAMES.get(part, part) for part in costs.PARTS)], body,
             "The same closed forms by part. Embedding: values into vectors. Projections: queries, keys, values and "
             "output. Attention: products with queries, keys and values (of the Performer: with random features). "
-            "FAVOR: the decoder's linear attention. Bridge: from encoder width to decoder width.",
+            "FAVOR: the decoder's linear attention. Bridge: from encoder to decoder width. Decoder linear: its projections and FFN.",
             labels=2,
         )
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The runner: python -m benchmarks.run attention|embedding|encoder|pack|loader|embed|memory [--quick] [--out FILE]
+"""The runner: python -m benchmarks.run BENCHMARK [--quick] [--out FILE]
 
 Each benchmark yields rows for a CSV file. Providers of a case run in one process, taking turns, so that a noisy machine
 is noisy for all of them: ratios inside one run are what counts. A provider whose result is not right against float64
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import end_to_end, pretraining
+from benchmarks import end_to_end, favor_memory, pretraining
 from benchmarks.cases import BACKWARD, BOTH, DTYPES, FORWARD, TASKS, Provider, Task
 from xtg_kernels.info import info
 
@@ -32,7 +32,11 @@ GEMM_SIZE = 2048
 FLOAT32_FLOOR = 2e-6
 # The baseline itself: what its dtype can do. A rounding that moves a row across the kink of a ReLU changes its gradient
 # by the whole, and a deep encoder has millions of them.
-PLAIN_LIMIT = {"float32": {FORWARD: 1e-4, BACKWARD: 1e-2}, "bfloat16": {FORWARD: 0.05, BACKWARD: 0.5}}
+PLAIN_LIMIT = {
+    "float32": {FORWARD: 1e-4, BACKWARD: 1e-2},
+    "bfloat16": {FORWARD: 0.05, BACKWARD: 0.5},
+    "float16": {FORWARD: 0.01, BACKWARD: 0.1},
+}
 
 
 def check(task: Task) -> dict[str, dict[str, tuple[float, float]]]:
@@ -91,10 +95,14 @@ def _error(x: Tensor, exact: Tensor) -> float:
 def measure(
     task: Task, names: Sequence[str], seconds: float, rounds_at_least: int = 4
 ) -> dict[str, dict[str, list[float]]]:
-    """Provider -> direction -> times (s), the providers taking turns; "gemm" is a matrix product of the same dtype."""
+    """Provider -> direction -> times (s), the providers taking turns; "gemm" is a matrix product of the same dtype,
+    "copy" a copy of the output into new memory."""
     square = torch.randn(GEMM_SIZE, GEMM_SIZE, dtype=DTYPES[task.dtype], device=task.grad_out.device)
     times: dict[str, dict[str, list[float]]] = {name: {FORWARD: [], BACKWARD: [], BOTH: []} for name in names}
-    times["gemm"] = {FORWARD: []}
+    others: dict[str, Callable[[], Tensor]] = {"gemm": lambda: torch.mm(square, square)}
+    if task.moves:
+        others["copy"] = task.grad_out.clone
+    times |= {name: {FORWARD: []} for name in others}
     started, rounds = time.perf_counter(), 0
     while True:
         spent = time.perf_counter() - started
@@ -109,10 +117,11 @@ def measure(
                 times[name][FORWARD].append(forward)
                 times[name][BACKWARD].append(backward)
                 times[name][BOTH].append(both)
-        clock = _now(square)
-        torch.mm(square, square)
-        if rounds:
-            times["gemm"][FORWARD].append(_now(square) - clock)
+        for name, run in others.items():
+            clock = _now(square)
+            run()
+            if rounds:
+                times[name][FORWARD].append(_now(square) - clock)
         rounds += 1
 
 
@@ -176,6 +185,8 @@ def task_rows(
                     "gemm_gflops": _digits(gemm),
                     "share_of_gemm": _digits(gflops / gemm),
                 }
+                if task.moves:
+                    row["share_of_copy"] = _digits(statistics.median(times["copy"][FORWARD]) / median)
                 if "plain" in good:
                     row["speedup"] = _digits(statistics.median(times["plain"][direction]) / median)
             yield row
@@ -223,6 +234,7 @@ def _git(*arguments: str) -> str:
 # Columns in which no two rows of a table need agree, and those that a person wants to see while a run is on.
 SHOWN = (
     "case", "cells", "dtype", "direction", "provider", "correct", "median_ms", "speedup", "share_of_gemm",
+    "share_of_copy",
     "cells_per_second", "encoder_share", "peak_mib",
 )  # fmt: skip
 
@@ -251,7 +263,9 @@ OTHERS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "loader": end_to_end.loader,
     "embed": end_to_end.embed_share,
     "memory": end_to_end.memory,
+    "favor_memory": favor_memory.favor_memory,
     "step": pretraining.step,
+    "ranks": pretraining.ranks,
 }
 
 

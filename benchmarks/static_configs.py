@@ -84,31 +84,36 @@ def faults(report: Report, has_dot: bool) -> list[str]:
     return found
 
 
-def order(key: Key, candidates: Sequence[Config], found: Sequence[Report]) -> list[int]:
+def order(key: Key, candidates: Sequence[Config], found: Sequence[Sequence[Report]]) -> list[int]:
     """Numbers of the candidates, the best first: good ones before faulty ones, with the card's own matrix instructions
-    and 16-byte loads before those without, then by the static model."""
-    op, kernel, architecture, precision, _ = key
-    spec = OPS[op].kernels[kernel]
-    shape = shape_of(key)
+    and 16-byte loads before those without, then by the static model.
+
+    found: the reports of each candidate, one for each set of flags.
+    """
+    spec = OPS[key[0]].kernels[key[1]]
+    native = _NATIVE.get(key[2], "") if spec.has_dot and key[3] == "half" else ""
 
     def rank(number: int) -> tuple[bool, bool, bool, float]:
-        report = found[number]
-        if faults(report, spec.has_dot):
+        variants = found[number]
+        if any(faults(report, spec.has_dot) for report in variants):
             return True, True, True, 0.0
-        native = precision == "float32" or _NATIVE.get(architecture, "") in report["tensor_core_opcodes"]
-        return False, not native, not report["hot_loop_wide_loads"], model(key, candidates[number], report)
-
-    def model(key: Key, config: Config, report: Report) -> float:
         return (
-            0.0
-            if spec.work is None
-            else microseconds(spec.work(config, shape), shape, config, report["resident_programs"])
+            False,
+            any(native not in report["tensor_core_opcodes"] for report in variants),
+            not all(report["hot_loop_wide_loads"] for report in variants),
+            max(model_microseconds(key, candidates[number], report) for report in variants),
         )
 
     ranks = [rank(number) for number in range(len(candidates))]
     best = min(ranks)
-    close = [n for n, r in enumerate(ranks) if r[:3] == best[:3] and r[3] <= _CLOSE * best[3]]
-    return [close[0], *(n for n in sorted(range(len(ranks)), key=ranks.__getitem__) if n != close[0])]
+    close = next(n for n, r in enumerate(ranks) if r[:3] == best[:3] and r[3] <= _CLOSE * best[3])
+    return [close, *(n for n in sorted(range(len(ranks)), key=ranks.__getitem__) if n != close)]
+
+
+def model_microseconds(key: Key, config: Config, report: Report) -> float:
+    """The static model's time; 0 where there is no model."""
+    work, shape = OPS[key[0]].kernels[key[1]].work, shape_of(key)
+    return 0.0 if work is None else microseconds(work(config, shape), shape, config, report["resident_programs"])
 
 
 def choose(wanted: Sequence[Key]) -> dict[Key, Config]:
@@ -129,16 +134,16 @@ def choose(wanted: Sequence[Key]) -> dict[Key, Config]:
             raise RuntimeError(f"{key}: none of {candidates[key]} compiles without spills into what the card has")
         trial = {key: candidates[key][left.pop(0)] for key, left in pending.items()}
         # Compiled a moment ago for those who lend: the cache has them.
-        for (key, config), report in zip(
+        for (key, config), variants in zip(
             trial.items(), _compile([case_of(*item) for item in trial.items()]), strict=True
         ):
-            if not faults(report, OPS[key[0]].kernels[key[1]].has_dot):
+            if not any(faults(report, OPS[key[0]].kernels[key[1]].has_dot) for report in variants):
                 chosen[key] = config
                 del pending[key]
-    return chosen
+    return {key: chosen[key] for key in wanted}
 
 
-def _compile(cases: Sequence[Case]) -> list[Report]:
+def _compile(cases: Sequence[Case]) -> list[list[Report]]:
     def progress(done: int) -> None:
         print(f"\r{done} of {len(cases)} compiled", end="\n" if done == len(cases) else "", file=sys.stderr, flush=True)
 
@@ -146,14 +151,18 @@ def _compile(cases: Sequence[Case]) -> list[Report]:
 
 
 def write_configs(chosen: dict[Key, Config]) -> None:
-    """Rewrites configs.json of the ops of these entries, one config a line."""
+    """Rewrites configs.json of the ops of these entries."""
     for op in dict.fromkeys(key[0] for key in chosen):
         tree: dict[str, Any] = {}
         for (_, kernel, architecture, precision, width), config in ((k, c) for k, c in chosen.items() if k[0] == op):
             kinds = tree.setdefault(architecture, {}).setdefault(kernel, {})
             kinds.setdefault(precision, {})[str(width)] = config
-        text = _json(tree, 0)
-        (OPS_FOLDER / op / "configs.json").write_text(text + "\n", encoding="utf-8")
+        (OPS_FOLDER / op / "configs.json").write_text(config_text(tree), encoding="utf-8")
+
+
+def config_text(tables: dict[str, Any]) -> str:
+    """The text of a configs.json, one config a line."""
+    return _json(tables, 0) + "\n"
 
 
 def _json(tree: dict[str, Any], depth: int) -> str:
@@ -170,16 +179,11 @@ def table_rows(ops: Iterable[str]) -> list[Report]:
 
     wanted = keys(ops)
     rows = []
-    for key, report in zip(wanted, _compile([case_of(key) for key in wanted]), strict=True):
-        work = OPS[key[0]].kernels[key[1]].work
-        shape = shape_of(key)
-        config = {name: int(value) for name, value in (pair.split("=") for pair in report["config"].split())}
-        time = (
-            ""
-            if work is None
-            else f"{microseconds(work(config, shape), shape, config, report['resident_programs']):.4g}"
-        )
-        rows.append({**report, "model_microseconds": time, "triton": triton.__version__})
+    for key, variants in zip(wanted, _compile([case_of(key) for key in wanted]), strict=True):
+        for report in variants:
+            config = {name: int(value) for name, value in (pair.split("=") for pair in report["config"].split())}
+            time = "" if "error" in report else f"{model_microseconds(key, config, report):.4g}"
+            rows.append({**report, "model_microseconds": time, "triton": triton.__version__})
     return rows
 
 

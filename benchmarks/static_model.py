@@ -208,4 +208,61 @@ def embedding_grad_weights(config: Config, shape: Shape) -> Work:
     )  # fmt: skip
 
 
+def _favor_features(shape: Shape) -> int:
+    return int(shape.width * np.log(shape.width))
+
+
+def _favor_rows(config: Config, shape: Shape, *, products: int, written: int) -> Work:
+    """Programs own BLOCK_T tokens of one head and walk over all features: an attention over as many keys."""
+    blocks = sum(-(-n // config["BLOCK_T"]) for n in shape.lengths)
+    alike = Shape((config["BLOCK_T"],) * blocks, shape.width, shape.itemsize, shape.card, shape.heads)
+    work = _attention(
+        config, alike, config["BLOCK_T"], config["BLOCK_F"], products=products, tiles=products, written=written
+    )
+    trips = -(-_favor_features(shape) // config["BLOCK_F"]) / -(-config["BLOCK_T"] // config["BLOCK_F"])
+    fields = ("products", "vector", "exp2", "shared", "cache", "iterations")
+    return Work(**{name: getattr(work, name) * trips for name in fields}, memory=work.memory)
+
+
+def _favor_sums(config: Config, shape: Shape) -> Work:
+    """Programs own BLOCK_F features of one head and walk over a chunk of 1,024 tokens."""
+    blocks = -(-_favor_features(shape) // config["BLOCK_F"])
+    chunks = [min(1024, n - first) for n in shape.lengths for first in range(0, n, 1024)]
+    alike = Shape((config["BLOCK_F"],), shape.width, shape.itemsize, shape.card, 1)
+    one = _attention(config, alike, config["BLOCK_F"], config["BLOCK_F"], products=2, tiles=2, written=1)
+    # One program and one trip so far, of square tiles; trips are as long as a block of tokens.
+    trips = np.tile(np.asarray(chunks, dtype=np.float64), blocks * shape.heads) / config["BLOCK_F"]
+    fields = ("products", "vector", "exp2", "shared", "cache")
+    return Work(
+        **{name: getattr(one, name) * trips for name in fields},
+        iterations=np.ceil(trips * config["BLOCK_F"] / config["BLOCK_T"]),
+        memory=float(sum(shape.lengths) * shape.heads * shape.width * shape.itemsize * 2),
+    )
+
+
+def favor_context(config: Config, shape: Shape) -> Work:
+    """projection k^T and features v for each block of keys."""
+    return _favor_sums(config, shape)
+
+
+def favor_query(config: Config, shape: Shape) -> Work:
+    """q projection^T and features context for each block of features."""
+    return _favor_rows(config, shape, products=2, written=1)
+
+
+def favor_grad_query(config: Config, shape: Shape) -> Work:
+    """q projection^T, grad_out context^T and grad_scores projection for each block of features."""
+    return _favor_rows(config, shape, products=3, written=1)
+
+
+def favor_grad_context(config: Config, shape: Shape) -> Work:
+    """projection q^T and features grad_out for each block of queries."""
+    return _favor_sums(config, shape)
+
+
+def favor_grad_key_value(config: Config, shape: Shape) -> Work:
+    """k projection^T, v grad_context^T, features grad_context and grad_scores projection for each block of features."""
+    return _favor_rows(config, shape, products=4, written=2)
+
+
 WorkOf = Callable[[Config, Shape], Work]

@@ -274,7 +274,10 @@ def _dropin_task(name: str, make: Callable[[], nn.Module], dim: int, lengths: Le
     ragged = ragged_encoder(module)
     x = torch.randn(sum(lengths), dim).to(device, DTYPES[dtype]).requires_grad_()
     grad_out = torch.randn(x.shape).to(device, DTYPES[dtype])
-    inputs = (x, *ragged.parameters())
+    # The bias of the keys shifts all scores of a query alike: its gradient is zero but for rounding, which is no number
+    # to compare.
+    judged = [not name.endswith("key.bias") for name, _ in ragged.named_parameters()]
+    inputs = (x, *itertools.compress(ragged.parameters(), judged))
     cu_seqlens, longest = offsets(lengths).to(device), max(lengths)
 
     def one_by_one(encoder: nn.Module, rows: Tensor, cells: Lengths) -> Tensor:
@@ -285,7 +288,7 @@ def _dropin_task(name: str, make: Callable[[], nn.Module], dim: int, lengths: Le
         checked = lengths[:1]
         rows = x[: sum(checked)].detach().double().requires_grad_()
         out = one_by_one(exactly, rows, checked)
-        leaves = (rows, *ragged_encoder(exactly).parameters())
+        leaves = (rows, *itertools.compress(ragged_encoder(exactly).parameters(), judged))
         return out.detach(), list(torch.autograd.grad(out, leaves, grad_out[: sum(checked)].double()))
 
     providers = {

@@ -24,6 +24,7 @@ SET_UP = [
     "make test",
     "pip install torch 'setuptools>=77' ninja 'pybind11>=2.13'",
     "pip install --no-build-isolation .",
+    "xtrimogene convert --from-scfoundation models.ckpt --part cell --vocabulary genes.tsv --output checkpoint",
 ]
 
 

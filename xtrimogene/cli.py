@@ -301,7 +301,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 
 def _genes(arguments: argparse.Namespace) -> None:
-    report, _ = gene_embeddings(arguments.input, arguments.checkpoint, _asked(arguments), **_options(arguments))
+    report, _ = gene_embeddings(arguments.input, arguments.checkpoint, _asked(arguments) or (), **_options(arguments))
     print(report)
     print(f"{arguments.output}: obsm[{EMBEDDINGS_KEY!r}]")
 

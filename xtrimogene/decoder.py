@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import cast
 
@@ -252,14 +253,12 @@ class Decoder(nn.Module):
             asked = GeneRows.of(asked_ids, asked_cu_seqlens, positions)
         cu_seqlens = torch.arange(0, (cells + 1) * positions, positions, dtype=torch.int32, device=x.device)
         for i, layer in enumerate(self.layers):
-            savings = {
-                "shared": shared if i == 0 else None,
-                "asked": asked if i + 1 == len(self.layers) else None,
-            }
+            shared_here, asked_here = shared if i == 0 else None, asked if i + 1 == len(self.layers) else None
+            saving = functools.partial(layer, shared=shared_here, asked=asked_here)
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cu_seqlens, positions, **savings, use_reentrant=False)
+                x = checkpoint(saving, x, cu_seqlens, positions, use_reentrant=False)
             else:
-                x = layer(x, cu_seqlens, positions, **savings)
+                x = saving(x, cu_seqlens, positions)
         return x
 
     def _project(self, gene_rows: Tensor) -> Tensor:

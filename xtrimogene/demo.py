@@ -1,34 +1,63 @@
-"""The demo: embeds scanpy's shipped PBMC (700 real cells) with a fresh model and reports speed, FLOPs and neighbours.
+"""The demo: trains a small model on scanpy's shipped PBMC (700 real cells) for a minute and sees what it has learned.
 
     python -m xtrimogene.demo --output demo_output
 
 Runs offline from a checkout of the repository, whose benchmarks/cell_lengths.json it reads. Writes report.md,
-report.json and umap.png. The model is untrained: the figures say how fast and how cheap it runs, not how good it is.
+report.json, loss.png, umap.png and the run itself, with the model, into run/. A fifth of the cells is held out; how
+well their labels can be read off the embedding is set beside an untrained model and PCA.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import anndata
 import numpy as np
+import numpy.typing as npt
 
 import xtrimogene
 from xtg_kernels.info import info
 from xtrimogene.config import PRESETS, XTrimoGeneConfig
 from xtrimogene.flops import Counts, FlopCount, dense_flops, encoder_flops, padded_flops
+from xtrimogene.pretrain import RUN_FILE, pretrain
+from xtrimogene.pretrain_config import PretrainConfig
+from xtrimogene.training_data import TrainingCells
+from xtrimogene.training_log import LOG_FILE, read_log
 
 CELL_LENGTHS = Path(__file__).parents[1] / "benchmarks" / "cell_lengths.json"
-KEY = "X_xtrimogene"
 LABELS = "bulk_labels"
 REAL_GENES = 19_264  # genes of the released vocabulary, the one the committed lengths were counted on
 PADDED_BATCH = 64
 NEIGHBOURS = 15
-FOLDS = 5
+COMPONENTS = 50
+
+PRESET = "tiny"
+SECONDS = 75.0
+# Steps by which the time of one is measured, those that come before, and steps of a run at most.
+TRIED_STEPS, WARM_STEPS, MOST_STEPS = 8, 3, 1000
+CONFIG: dict[str, Any] = {
+    "model": {"preset": PRESET},
+    "normalized": True,
+    "min_genes": 0,
+    "validation_share": 0.2,
+    "batch_cells": 32,
+    "learning_rate": 2e-3,
+    "schedule": "cosine",
+    "tensorboard": False,
+}
+
+# Key in obsm -> how the report calls it.
+SPACES = {
+    "X_xtrimogene": f"xTrimoGene {PRESET}, trained here",
+    "X_untrained": f"xTrimoGene {PRESET}, untrained",
+    "X_pca": f"PCA, {COMPONENTS} components",
+}
 
 
 def load_cells() -> anndata.AnnData:
@@ -69,14 +98,91 @@ def flop_row(
     }
 
 
-def neighbour_accuracy(points: np.ndarray, labels: Sequence[str]) -> float:
-    """Accuracy of a k-nearest-neighbour vote (Euclidean, k = 15) over 5 stratified folds, shuffled with seed 0."""
-    from sklearn.model_selection import StratifiedKFold, cross_val_score
-    from sklearn.neighbors import KNeighborsClassifier
+def train(cells: anndata.AnnData, folder: Path, seconds: float) -> dict[str, Any]:
+    """Pre-train for about so many seconds, into a folder that is replaced if it holds an earlier run.
 
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
-    scores = cross_val_score(KNeighborsClassifier(NEIGHBOURS), points, np.asarray(labels), cv=folds)
-    return float(scores.mean())
+    How many steps that makes is measured first, so that the learning rate has come down when the time is over.
+    """
+    if (folder / RUN_FILE).exists():
+        shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as trial:
+        changes = {"max_steps": TRIED_STEPS, "validation_share": 0.0}
+        pretrain(PretrainConfig.from_dict({**CONFIG, **changes}), cells, Path(trial) / "run", progress=False)
+        clock = [line["seconds"] for line in read_log(Path(trial) / "run" / LOG_FILE)]
+    per_step = (clock[-1] - clock[WARM_STEPS - 1]) / (TRIED_STEPS - WARM_STEPS)
+    steps = int(np.clip(seconds / per_step, TRIED_STEPS, MOST_STEPS))
+    changes = {
+        "max_steps": steps,
+        "max_seconds": 1.2 * seconds,
+        "warmup_steps": steps // 10,
+        "validate_every": max(1, steps // 20),
+        "checkpoint_every": steps,
+    }
+    report = pretrain(PretrainConfig.from_dict({**CONFIG, **changes}), cells, folder)
+    lines = list(read_log(folder / LOG_FILE))
+    return {
+        "steps": report.steps,
+        "epochs": report.epochs,
+        "cells": report.cells,
+        "seconds": report.seconds,
+        "cells_per_second": report.cells / report.seconds,
+        "validation": [[line["step"], line["loss"]] for line in lines if line["event"] == "validation"],
+        "training": [[line["step"], line["loss"]] for line in lines if line["event"] == "train"],
+        "baseline_mean": report.baseline_mean,
+        "baseline_zero_mean": report.baseline_zero_mean,
+    }
+
+
+def split(cells: anndata.AnnData) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Numbers of the cells that training sees, and of those that it does not."""
+    with TrainingCells(
+        cells,
+        xtrimogene.Vocabulary.from_adata(cells),
+        normalized=True,
+        min_genes=CONFIG["min_genes"],
+        validation_share=CONFIG["validation_share"],
+        progress=False,
+    ) as data:
+        return data.training, data.validation_cells
+
+
+def agreement(
+    points: npt.NDArray[Any], labels: npt.NDArray[Any], known: npt.NDArray[Any], asked: npt.NDArray[Any]
+) -> dict[str, float]:
+    """Share of the asked cells whose label is read off their points, given points and labels of the known cells.
+
+    "neighbours": by a vote of the nearest known cells (Euclidean, k = 15); "probe": by a logistic regression on
+    standardised points.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    readers = {
+        "neighbours": KNeighborsClassifier(min(NEIGHBOURS, len(known))),
+        "probe": make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)),
+    }
+    return {
+        name: float(reader.fit(points[known], labels[known]).score(points[asked], labels[asked]))
+        for name, reader in readers.items()
+    }
+
+
+def draw_loss(training: dict[str, Any], path: Path) -> None:
+    """Write a picture of the losses of a run and of the two guesses."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*training["training"], strict=True), color="tab:gray", lw=0.5, label="training batches")
+    axes.plot(*zip(*training["validation"], strict=True), color="tab:blue", marker="o", ms=3, label="held-out cells")
+    axes.axhline(training["baseline_mean"], color="tab:orange", ls="--", label="each gene's mean")
+    axes.axhline(training["baseline_zero_mean"], color="tab:red", ls=":", label="told which genes are zero")
+    top = max(loss for _, loss in training["validation"][1:] or training["validation"])
+    axes.set(xlabel="step", ylabel="mean squared error", ylim=(0, 1.25 * max(top, training["baseline_mean"])))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def draw(cells: anndata.AnnData, spaces: dict[str, str], path: Path) -> None:
@@ -117,18 +223,77 @@ def flop_table(rows: Sequence[dict[str, Any]]) -> str:
     return table(header, cells)
 
 
-def run(output: Path) -> dict[str, Any]:
-    """Embed the cells, print the figures, write the report to the folder; returns the figures of report.json."""
+def loss_table(training: dict[str, Any]) -> str:
+    """The losses of held-out cells, at a few steps of the run, and the two guesses'."""
+    losses = training["validation"]
+    shown = sorted({round(i * (len(losses) - 1) / 4) for i in range(5)})
+    rows = [[f"after step {losses[i][0]:,}", f"{losses[i][1]:.4f}"] for i in shown]
+    rows.append(["guess: each gene's mean over the training cells", f"{training['baseline_mean']:.4f}"])
+    rows.append(["guess that is told which genes are zero", f"{training['baseline_zero_mean']:.4f}"])
+    return table(["held-out cells, masked and other chosen genes", "mean squared error"], rows)
+
+
+def loss_verdict(training: dict[str, Any]) -> str:
+    """What the losses say, in words."""
+    loss, mean, told = training["validation"][-1][1], training["baseline_mean"], training["baseline_zero_mean"]
+    if loss >= mean:
+        return (
+            "The model predicts held-out cells no better than each gene's mean does: it has learned nothing of use yet."
+        )
+    text = (
+        f"The model predicts genes of held-out cells with {100 * (1 - loss / mean):.0f} % less squared error than each "
+        "gene's mean, so it has learned how genes go together. "
+    )
+    if loss < told:
+        return text + "It even beats the guess that is told which genes are zero, which the model has to find out."
+    return (
+        text + "The guess that is told which genes are zero is better still: it knows what the model has to find out."
+    )
+
+
+def agreement_verdict(scores: dict[str, dict[str, float]], num_asked: int) -> str:
+    """What the agreement with labels says, in words; differences within chance are called so."""
+    ours, *others = (scores[key] for key in SPACES)
+    sentences = []
+    for name, reader in (("neighbours", "nearest neighbours"), ("probe", "a linear probe")):
+        words = []
+        for other, called in zip(others, ("the untrained one", "PCA"), strict=True):
+            mean = (ours[name] + other[name]) / 2
+            # Two standard errors of the difference of two shares of as many cells.
+            chance = 2 * (2 * mean * (1 - mean) / num_asked) ** 0.5
+            difference = ours[name] - other[name]
+            word = (
+                "better than" if difference > chance else "worse than" if -difference > chance else "about as well as"
+            )
+            words.append(f"{word} off {called} ({ours[name]:.3f}, {other[name]:.3f})")
+        sentences.append(f"By {reader}, labels are read off the trained embedding {' and '.join(words)}.")
+    return " ".join(sentences)
+
+
+def run(output: Path, seconds: float = SECONDS) -> dict[str, Any]:
+    """Train, embed, print the figures, write the report to the folder; returns the figures of report.json."""
     lengths_file = load_lengths()
     output.mkdir(parents=True, exist_ok=True)
     cells = load_cells()
     matrix = cells.X.tocsr()
     lengths = np.diff(matrix.indptr)
     distinct = [len(np.unique(matrix[cell].data)) for cell in range(cells.n_obs)]
-    print(f"{cells.n_obs} cells x {cells.n_vars} genes, {lengths.sum():,} expressed genes (PBMC shipped with scanpy)")
+    known, asked = split(cells)
+    print(
+        f"{cells.n_obs} cells x {cells.n_vars} genes, {lengths.sum():,} expressed genes (PBMC shipped with scanpy); "
+        f"{len(known)} to train on, {len(asked)} held out"
+    )
 
-    model = xtrimogene.XTrimoGene.from_preset("3m", xtrimogene.Vocabulary.from_adata(cells), seed=0)
-    report = xtrimogene.embed(cells, model, key_added=KEY, normalized=True)
+    training = train(cells, output / "run", seconds)
+    print(
+        f"\nTrained {PRESET} for {training['seconds']:.0f} s: {training['steps']:,} steps, {training['epochs']:.0f} "
+        f"epochs, {training['cells_per_second']:,.0f} cells/s\n\n{loss_table(training)}\n{loss_verdict(training)}\n"
+    )
+    draw_loss(training, output / "loss.png")
+
+    report = xtrimogene.embed(cells, output / "run" / "model", key_added="X_xtrimogene", normalized=True)
+    fresh = xtrimogene.XTrimoGene.from_preset(PRESET, xtrimogene.Vocabulary.from_adata(cells), seed=0)
+    xtrimogene.embed(cells, fresh, key_added="X_untrained", normalized=True, progress=False)
     speed = {
         "seconds": report.seconds,
         "seconds_encoder": report.seconds_encoder,
@@ -139,70 +304,106 @@ def run(output: Path) -> dict[str, Any]:
     }
     print(f"{report}, {speed['tokens_per_second']:,.0f} tokens/s\n")
 
-    real = lengths_file["lengths"]
-    rows = [flop_row("these", "3m", cells.n_vars, lengths, distinct)]
-    rows += [flop_row("real lengths", preset, REAL_GENES, real) for preset in PRESETS]
-    print("Forward GFLOP a cell:\n" + flop_table(rows) + "\n")
+    from sklearn.decomposition import PCA
 
-    import scanpy
+    dense = matrix.toarray()
+    cells.obsm["X_pca"] = PCA(COMPONENTS, random_state=0).fit(dense[known]).transform(dense)
+    labels = cells.obs[LABELS].to_numpy()
+    scores = {key: agreement(cells.obsm[key], labels, known, asked) for key in SPACES}
+    names, counts = np.unique(labels[known], return_counts=True)
+    largest = float(np.mean(labels[asked] == names[np.argmax(counts)]))
+    shown = [[SPACES[key], f"{score['neighbours']:.3f}", f"{score['probe']:.3f}"] for key, score in scores.items()]
+    shown.append(["always the largest label", f"{largest:.3f}", f"{largest:.3f}"])
+    scores_table = table(["space", f"{NEIGHBOURS} nearest neighbours", "linear probe"], shown)
+    verdict = agreement_verdict(scores, len(asked))
+    print(f"Labels of the {len(asked)} held-out cells, read off by those of the others:\n{scores_table}\n{verdict}\n")
 
-    scanpy.pp.pca(cells, n_comps=50, random_state=0)
-    labels = cells.obs[LABELS]
-    accuracy = {
-        "xtrimogene_3m_untrained": neighbour_accuracy(cells.obsm[KEY], labels),
-        "pca_50": neighbour_accuracy(cells.obsm["X_pca"], labels),
-        "largest_label": float(labels.value_counts(normalize=True).iloc[0]),
-    }
-    names = ["xTrimoGene 3m, untrained, mean pooling", "PCA, 50 components", "always the largest label"]
-    agreement = table(
-        ["space", "accuracy"],
-        [[name, f"{value:.3f}"] for name, value in zip(names, accuracy.values(), strict=True)],
-    )
-    print(f"Agreement of the {NEIGHBOURS} nearest neighbours with the labels (the model is untrained):\n{agreement}\n")
+    rows = [flop_row("these", PRESET, cells.n_vars, lengths, distinct)]
+    rows += [flop_row("real lengths", preset, REAL_GENES, lengths_file["lengths"]) for preset in PRESETS]
+    print("Forward GFLOP a cell of the encoder:\n" + flop_table(rows) + "\n")
 
-    draw(cells, {KEY: "xTrimoGene 3m, untrained", "X_pca": "PCA, 50 components"}, output / "umap.png")
+    draw(cells, {key: SPACES[key] for key in ("X_xtrimogene", "X_pca")}, output / "umap.png")
     machine = info()
     figures = {
-        "cells": {"num_cells": cells.n_obs, "num_genes": cells.n_vars, "tokens": int(lengths.sum())},
+        "cells": {
+            "num_cells": cells.n_obs,
+            "num_genes": cells.n_vars,
+            "tokens": int(lengths.sum()),
+            "training": len(known),
+            "held_out": len(asked),
+        },
         "machine": machine,
+        "training": training,
         "speed": speed,
         "flops": rows,
-        "neighbour_accuracy": accuracy,
+        "agreement": {**scores, "largest_label": largest},
     }
     (output / "report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     (output / "report.md").write_text(
         _REPORT.format(
+            preset=PRESET,
             num_cells=cells.n_obs,
             num_genes=cells.n_vars,
+            num_known=len(known),
+            num_asked=len(asked),
             mean_length=lengths.mean(),
             mean_distinct=np.mean(distinct),
             source=lengths_file["source"],
-            num_real=len(real),
+            num_real=len(lengths_file["lengths"]),
             padded_batch=PADDED_BATCH,
+            training=training,
+            masking=PretrainConfig().masking,
+            losses=loss_table(training),
+            loss_verdict=loss_verdict(training),
             speed=speed,
             machine=machine,
             isa=machine["isa"] or "no ISA: the C++ extension is not built",
             flops=flop_table(rows),
             neighbours=NEIGHBOURS,
-            folds=FOLDS,
-            agreement=agreement,
+            scores=scores_table,
+            scores_verdict=verdict,
         ),
         encoding="utf-8",
     )
-    print(f"wrote report.md, report.json and umap.png to {output}/")
+    print(f"wrote report.md, report.json, loss.png, umap.png and run/ to {output}/")
     return figures
 
 
-_REPORT = """# Demo: 700 real cells through an xTrimoGene encoder
+_REPORT = """# Demo: a masked auto-encoder, trained on 700 real cells
 
 The cells are the {num_cells} peripheral blood cells (PBMC) that scanpy ships: {num_genes} genes, {mean_length:.0f} of
 them expressed in a cell on average, with {mean_distinct:.0f} distinct values. Their matrix is log-normalised already
-(`adata.raw`; scanpy's `X` is scaled), so they were embedded with `normalized=True`.
+(`adata.raw`; scanpy's `X` is scaled), so everything runs with `normalized=True`. {num_known} cells are trained on,
+{num_asked} held out: the model never sees them before it is judged by them.
 
-**The model is untrained**: a 3m preset with random weights of seed 0, made for these genes. Its embedding shows that
-the machinery works and what it costs. It says nothing about what a trained model is worth.
+This is a minute of training of the smallest model on a few hundred cells. It shows that the machinery learns; a model
+for use is trained on millions.
 
-## Speed
+## Training
+
+`{preset}`, random weights at the start, {training[steps]:,} steps, {training[epochs]:.0f} passes over the cells,
+{training[seconds]:.0f} s, {training[cells_per_second]:,.0f} cells/s. In each cell {masking.nonzero_rate:.0%} of the
+expressed and {masking.zero_rate:.0%} of the other genes are chosen, most of them hidden, and their values predicted.
+
+{losses}
+
+{loss_verdict}
+
+![Loss](loss.png)
+
+## Labels
+
+A cell's embedding is the mean of the encoder's rows. Labels (`bulk_labels`) of the held-out cells, read off by those of
+the training cells: accuracy of a vote of the {neighbours} nearest neighbours (Euclidean), and of a logistic regression.
+Neither model nor PCA was shown a label; PCA was fitted to the training cells.
+
+{scores}
+
+{scores_verdict}
+
+![UMAP of the trained embedding and of PCA](umap.png)
+
+## Speed of embedding
 
 {speed[cells_per_second]:,.0f} cells/s, {speed[tokens_per_second]:,.0f} tokens/s: {speed[seconds]:.2f} s in all,
 {speed[seconds_encoder]:.2f} s of it in the encoder, {speed[dtype]}, backend {speed[backend]},
@@ -216,22 +417,16 @@ every gene of the vocabulary, its embedding not counted. "Real lengths": {num_re
 ({source}). Their distinct values are unknown, so each token counts as one.
 
 {flops}
-
-## Neighbours
-
-Accuracy of a vote of the {neighbours} nearest neighbours (Euclidean) on `bulk_labels`, {folds} stratified folds.
-
-{agreement}
-
-![UMAP of both spaces](umap.png)
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: python -m xtrimogene.demo [--output DIR]."""
+    """Command line: python -m xtrimogene.demo [--output DIR] [--seconds N]."""
     parser = argparse.ArgumentParser(prog="python -m xtrimogene.demo", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder of the report")
-    run(parser.parse_args(arguments).output)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time to train for (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    run(given.output, given.seconds)
 
 
 if __name__ == "__main__":

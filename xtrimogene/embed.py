@@ -208,7 +208,7 @@ def embed(
                     report.embedding[start:stop] = run.embed_window(start, stop)
                 report.empty_cells = int(np.isnan(report.embedding[:, 0]).sum())
             else:
-                options = {
+                options: dict[str, Any] = {
                     "pooling": pooling,
                     "layer": layer,
                     "gene_symbols": gene_symbols,

@@ -1,4 +1,4 @@
-"""Closed-form FLOPs of encoder and decoder on real cell lengths, and of padded and dense models of the same shape.
+"""Closed-form FLOPs of encoder and decoder on real cell lengths, and of padded, dense and plain ones of that shape.
 
 FLOPs are those of matrix products, two for a multiply-add, as torch.utils.flop_counter.FlopCounterMode counts them; the
 tests hold both counts equal to the last unit. d is the width, b the number of bins, f = ffn_mult, L a cell's length.
@@ -10,18 +10,19 @@ tests hold both counts equal to the last unit. d is the width, b the number of b
 
 With f = 4 the linear layers cost 24 d d. The backward is that of training: gradients to all weights, none to values.
 
-The decoder, with D its width, G the positions of a cell (genes and depth tokens), m the random features; each is twice
-as much in the backward, but the embedding as above and the head three times:
+In the decoder D is the width and m the number of random features. Its rows are the positions of all cells; n of them
+are encoded, k masked and a asked for (the rows whose loss, or output, is wanted). What each row of a layer costs:
 
-    part        forward
-    embedding   2 (b + b b + b d)   once: the value of a zero gene
-    bridge      2 d D               a gene of the vocabulary, a token, and for zero and mask
-    linear      (8 + 4 f) D D       a position of a cell, layer
-    favor       8 D m               a position of a cell, layer (4 D m where it is only a query, or only a key)
-    head        2 D                 a position that is asked for
+    part        forward    backward                  rows
+    bridge      2 d D      twice the forward         positions of one cell + n + 2; plain: all
+    qkv         6 D D      twice the forward         first layer: positions of one cell + n + k, if cells are several
+    q           2 D D      twice the forward         last layer: a
+    k, v        4 D D      twice the forward         all
+    out, ffn    (2 + 4 f) D D  twice the forward     last layer: a
+    favor       4 D m      8 D m                     queries and keys, each; last layer: a queries
+    head        2 D        6 D (squared error)       a
 
-The linear layers of decoder_flops are fewer where the network allows (xtrimogene.decoder): the first layer projects an
-unmasked zero gene once for all cells, the last one has queries, output projection and feed-forward at asked positions.
+The plain network has all rows everywhere, and embeds the value of every position.
 """
 
 from __future__ import annotations
@@ -54,19 +55,18 @@ class FlopCount:
 
 @dataclass(frozen=True)
 class DecoderFlopCount:
-    """FLOPs by part: value embedding, bridge, projections (q, k, v, output), feed-forward, FAVOR+ products, head."""
+    """FLOPs by part: value embedding of zeros, bridge, linear layers, FAVOR+ products, head."""
 
     embedding: int
     bridge: int
-    projections: int
-    ffn: int
+    linear: int
     favor: int
     head: int
 
     @property
     def total(self) -> int:
         """Sum of the parts."""
-        return self.embedding + self.bridge + self.projections + self.ffn + self.favor + self.head
+        return self.embedding + self.bridge + self.linear + self.favor + self.head
 
 
 def encoder_flops(config: XTrimoGeneConfig, lengths: Counts, distinct: Counts | None = None) -> FlopCount:
@@ -154,70 +154,127 @@ def dense_autoencoder_flops(config: XTrimoGeneConfig, num_cells: int) -> FlopCou
 
 def decoder_flops(
     config: XTrimoGeneConfig,
-    tokens: Counts,
+    lengths: Counts,
+    *,
     masked: Counts | None = None,
     asked: Counts | None = None,
-    *,
     savings: bool = True,
 ) -> DecoderFlopCount:
-    """Forward FLOPs of our decoder on one batch, with a prediction at every asked position.
+    """Forward FLOPs of our decoder on one batch of cells, to the predictions at the asked genes.
 
-    tokens   the encoder's tokens of each cell, depth tokens included
+    lengths  tokens of each cell that the encoder saw, depth tokens included
     masked   masked genes of each cell; None for none
-    asked    asked genes of each cell (in pre-training the chosen ones); None for all positions
-    savings  False: the network as it is written down, which embeds a value, and computes bridge, every layer and head,
-             at every position of every cell
+    asked    genes of each cell whose prediction is wanted; None for all positions
+    savings  False for the plain network, which computes every row of every cell
 
-    Raises ValueError as encoder_flops, and for lists of different lengths or more genes than positions.
+    Raises ValueError for a negative or fractional count, or lists of another length than `lengths`.
     """
-    return _decoder(config, tokens, masked, asked, savings, backward=False)
+    rows = _decoder_rows(config, lengths, masked, asked, savings)
+    bins, dim, width = config.num_bins, config.dim, config.decoder_dim
+    return DecoderFlopCount(
+        embedding=2 * (bins + bins * bins + bins * dim) * rows.values,
+        bridge=2 * dim * width * rows.bridge,
+        linear=width * width * rows.linear(config),
+        favor=4 * width * config.num_features * rows.favor,
+        head=2 * width * rows.head,
+    )
 
 
 def decoder_backward_flops(
-    config: XTrimoGeneConfig, tokens: Counts, masked: Counts | None = None, asked: Counts | None = None
-) -> DecoderFlopCount:
-    """Backward FLOPs of our decoder in training, from the squared error; arguments and errors as decoder_flops."""
-    return _decoder(config, tokens, masked, asked, True, backward=True)
-
-
-def _decoder(
     config: XTrimoGeneConfig,
-    tokens: Counts,
-    masked: Counts | None,
-    asked: Counts | None,
-    savings: bool,
-    backward: bool,
+    lengths: Counts,
+    *,
+    masked: Counts | None = None,
+    asked: Counts | None = None,
+    savings: bool = True,
 ) -> DecoderFlopCount:
-    positions, layers, dim = config.num_positions, config.decoder_layers, config.decoder_dim
-    encoded = _checked("tokens", tokens)
-    cells = len(encoded)
-    hidden = np.zeros_like(encoded) if masked is None else _checked("masked", masked)
-    wanted = np.full_like(encoded, positions) if asked is None else _checked("asked", asked)
-    for name, counts in (("tokens", encoded), ("masked", hidden), ("asked", wanted)):
+    """Backward FLOPs of our decoder from the squared error at the asked genes; arguments and errors as above."""
+    rows = _decoder_rows(config, lengths, masked, asked, savings)
+    bins, dim, width = config.num_bins, config.dim, config.decoder_dim
+    return DecoderFlopCount(
+        embedding=2 * (2 * bins + 3 * bins * bins + 2 * bins * dim) * rows.values,
+        bridge=2 * 2 * dim * width * rows.bridge,
+        linear=2 * width * width * rows.linear(config),
+        favor=8 * width * config.num_features * rows.favor,
+        head=6 * width * rows.head,
+    )
+
+
+def executed_share(
+    config: XTrimoGeneConfig,
+    lengths: Counts,
+    *,
+    distinct: Counts | None = None,
+    masked: Counts | None = None,
+    asked: Counts | None = None,
+    backward: bool = True,
+) -> float:
+    """FLOPs of encoder and decoder on one batch, as a share of those of the plain network, which saves nothing.
+
+    Forward and backward of a training step, or the forward alone. distinct is that of encoder_flops; the other
+    arguments and errors are those of decoder_flops.
+    """
+    totals = []
+    for savings in (True, False):
+        values = distinct if savings else None
+        total = encoder_flops(config, lengths, values).total
+        total += decoder_flops(config, lengths, masked=masked, asked=asked, savings=savings).total
+        if backward:
+            total += encoder_backward_flops(config, lengths, values).total
+            total += decoder_backward_flops(config, lengths, masked=masked, asked=asked, savings=savings).total
+        totals.append(total)
+    return totals[0] / totals[1]
+
+
+@dataclass(frozen=True)
+class _DecoderRows:
+    """Rows that each part of the decoder computes: of each layer, those of its q, its k and v, and its out and ffn."""
+
+    values: int
+    bridge: int
+    layers: list[tuple[int, int, int]]
+    favor: int
+    head: int
+
+    def linear(self, config: XTrimoGeneConfig) -> int:
+        """Linear-layer FLOPs in units of decoder_dim squared."""
+        return sum(2 * q + 4 * kv + (2 + 4 * config.ffn_mult) * rest for q, kv, rest in self.layers)
+
+
+def _decoder_rows(
+    config: XTrimoGeneConfig, lengths: Counts, masked: Counts | None, asked: Counts | None, savings: bool
+) -> _DecoderRows:
+    encoded = _checked("lengths", lengths)
+    cells, positions, depth = len(encoded), config.num_positions, config.decoder_layers
+    hidden = np.zeros(cells, np.int64) if masked is None else _checked("masked", masked)
+    wanted = np.full(cells, positions) if asked is None else _checked("asked", asked)
+    for name, counts in (("masked", hidden), ("asked", wanted)):
         if len(counts) != cells:
             raise ValueError(f"{name}: expected one count for each of {cells} cells, got {len(counts)}")
-        if cells and counts.max() > positions:
-            raise ValueError(f"{name}: expected at most the {positions} positions of a cell, got {counts.max()}")
-    everywhere, tokens_and_masked, out_rows = cells * positions, int(encoded.sum() + hidden.sum()), int(wanted.sum())
-    # Rows of each layer: as queries, as keys and values, after the attention, and queries and keys inside it.
-    q, kv, out, attended = ([number] * layers for number in (everywhere, everywhere, everywhere, 2 * everywhere))
-    if savings and cells > 1:
-        q[0] = kv[0] = positions + tokens_and_masked
-    if savings:
-        q[-1] = q[-1] if asked is None else out_rows
-        out[-1], attended[-1] = out_rows, int(((positions + wanted) * (wanted > 0)).sum())
-    bins, width, square = config.num_bins, config.dim, dim * dim
-    embedding = bins + bins * bins + bins * width
-    if backward:
-        embedding = 2 * bins + 3 * bins * bins + 2 * bins * width
-    times = 2 if backward else 1
-    return DecoderFlopCount(
-        embedding=2 * embedding * (1 if savings else everywhere),
-        bridge=times * 2 * width * dim * (positions + int(encoded.sum()) + 2 if savings else everywhere),
-        projections=times * 2 * square * (sum(q) + 2 * sum(kv) + sum(out)),
-        ffn=times * 4 * config.ffn_mult * square * sum(out),
-        favor=times * 4 * dim * config.num_features * sum(attended),
-        head=(3 if backward else 1) * 2 * dim * (out_rows if savings else everywhere),
+    everything, tokens = cells * positions, int(encoded.sum())
+    if not savings:
+        return _DecoderRows(
+            values=everything - tokens - int(hidden.sum()),
+            bridge=everything,
+            layers=[(everything,) * 3] * depth,
+            favor=2 * everything * depth,
+            head=everything,
+        )
+    first = positions + tokens + int(hidden.sum()) if cells > 1 else everything
+    chosen = int(wanted.sum())
+    layers = []
+    for layer in range(depth):
+        rows = first if layer == 0 else everything
+        last = layer + 1 == depth and asked is not None
+        layers.append((chosen, rows, chosen) if last else (rows, rows, everything))
+    # A cell without a query needs no features of its keys either.
+    last_keys = positions * int(np.count_nonzero(wanted))
+    return _DecoderRows(
+        values=1,
+        bridge=positions + tokens + 2,
+        layers=layers,
+        favor=2 * everything * (depth - 1) + chosen + last_keys,
+        head=chosen,
     )
 
 

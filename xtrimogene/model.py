@@ -191,10 +191,11 @@ class XTrimoGene(
 
     def gene_embeddings(
         self, adata_or_path: AnnData | str | os.PathLike[str], genes: Sequence[str], **options: Any
-    ) -> npt.NDArray[np.float32]:
+    ) -> npt.NDArray[np.float32] | None:
         """(n_obs, genes, decoder_dim) float32: the decoder's output before its head, for the asked genes of every cell.
 
-        Options are those of xtrimogene.gene_level.gene_embeddings, which says more; it runs where the model is.
+        Options are those of xtrimogene.gene_level.gene_embeddings, which says more; it runs where the model is. None
+        where output=... names a file.
         """
         from xtrimogene import gene_level
 
@@ -203,10 +204,11 @@ class XTrimoGene(
 
     def predict_expression(
         self, adata_or_path: AnnData | str | os.PathLike[str], genes: Sequence[str] | None = None, **options: Any
-    ) -> npt.NDArray[np.float32]:
+    ) -> npt.NDArray[np.float32] | None:
         """(n_obs, genes) float32: predicted log-normalised expression of the asked genes, or of the whole vocabulary.
 
         Options are those of xtrimogene.gene_level.predict_expression, which says more; it runs where the model is.
+        None where output=... names a file.
         """
         from xtrimogene import gene_level
 

@@ -65,8 +65,9 @@ _SINCE_LOG = ("squares", "chosen", "cells", "tokens", "seconds")
 # Cells in memory while means are taken.
 _READ_CELLS = 1024
 
-# Cells whose values a resumed run compares.
+# Cells whose values a resumed run compares, and what messages call the comparison.
 _SAMPLED_CELLS = 256
+_CONTENT = "cells, genes and values"
 
 # Training cells that the baselines' means are taken over, at most.
 _BASELINE_CELLS = 20_000
@@ -216,7 +217,9 @@ def _opened(config: PretrainConfig, data: Data | Sequence[Data], ranks: Ranks, p
     own: list[TrainingCells] = []
 
     def counted() -> tuple[Vocabulary, npt.NDArray[np.int32]]:
-        if config.vocabulary is not None:
+        if config.checkpoint is not None:
+            vocabulary = XTrimoGene.from_pretrained(config.checkpoint).vocabulary
+        elif config.vocabulary is not None:
             vocabulary = Vocabulary.from_tsv(config.vocabulary)
         else:
             vocabulary = genes_of_data(data, layer=config.layer, gene_symbols=config.gene_symbols)
@@ -246,7 +249,7 @@ def _identity(config: PretrainConfig, cells: TrainingCells, ranks: Ranks) -> dic
         **fixed,
         "data sets": [[Path(source.name).name, source.n_obs] for source in cells.sources],
         "genes": len(cells.vocabulary),
-        "cells, genes and values": content.hexdigest()[:16],
+        _CONTENT: content.hexdigest()[:16],
         "batches a step (ranks times accumulate)": ranks.world_size * config.accumulate,
     }
 
@@ -281,7 +284,12 @@ class _RunFolder:
         self, config: PretrainConfig, vocabulary: Vocabulary, identity: dict[str, Any]
     ) -> tuple[Path, int, dict[str, Any]] | None:
         """Make the folder, or take up its run; the checkpoint to go on with, if any."""
-        self.path.mkdir(parents=True, exist_ok=self.resume)
+        try:
+            self.path.mkdir(parents=True, exist_ok=self.resume)
+        except OSError as error:
+            raise PermissionError(
+                f"output {self.path}: the folder cannot be made ({error.strerror}); choose another one"
+            ) from error
         self._lock = open(self.path / _LOCK_FILE, "w")  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -316,6 +324,9 @@ class _RunFolder:
             for name in {**earlier, **wanted}
             if earlier.get(name) != wanted.get(name)
         ]
+        if len(changed) > 1:
+            # Options decide what is read: another content need not mean other cells.
+            changed = [change for change in changed if not change.startswith(_CONTENT)]
         if changed:
             raise ValueError(
                 f"resume: expected the config and data of the run in {self.path}, got others: {'; '.join(changed)}; "
@@ -360,7 +371,11 @@ class _Run:
         self.show_progress = show_progress and ranks.is_first
         self.progress = _Progress()
         torch.manual_seed(_seed_of(config.seed, _WEIGHTS))
-        self.model = XTrimoGene(config.model_config(len(cells.vocabulary)), cells.vocabulary).to(ranks.device)
+        if config.checkpoint is None:
+            self.model = XTrimoGene(config.model_config(len(cells.vocabulary)), cells.vocabulary)
+        else:
+            self.model = XTrimoGene.from_pretrained(config.checkpoint)
+        self.model.to(ranks.device)
         self.model.checkpoint_activations = config.activation_checkpointing
         self.network = self._parallel(_LossOf(self.model))
         self.parameters = list(self.model.parameters())
@@ -374,6 +389,7 @@ class _Run:
         )
         self.log: TrainingLog | None = None
         self._means: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None = None
+        self._counted: tuple[int, int] | None = None
         self._clock = 0.0
         self.rate = self.norm = math.nan
 
@@ -432,8 +448,13 @@ class _Run:
         return self.progress.epoch + self.progress.epoch_step / self._steps_of_epoch()
 
     def _steps_of_epoch(self) -> int:
-        config = self.config
-        return self.cells.num_steps(self.progress.epoch, world_size=self.ranks.world_size, accumulate=config.accumulate)
+        # Counting them goes through all batches of the epoch, too long for every line of the log.
+        if self._counted is None or self._counted[0] != self.progress.epoch:
+            steps = self.cells.num_steps(
+                self.progress.epoch, world_size=self.ranks.world_size, accumulate=self.config.accumulate
+            )
+            self._counted = self.progress.epoch, steps
+        return self._counted[1]
 
     def _is_over(self) -> bool:
         limit = self.config.max_seconds

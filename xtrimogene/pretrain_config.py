@@ -14,6 +14,7 @@ import yaml
 
 from xtrimogene.config import XTrimoGeneConfig, _number_if_numeric
 from xtrimogene.masking import MaskingConfig
+from xtrimogene.model import CONFIG_FILE
 
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("float32", "bfloat16")
@@ -21,6 +22,8 @@ PARALLEL = ("ddp", "fsdp")
 
 # Warm-up of the published recipe: 9,766 steps of 1,024 cells.
 PUBLISHED_WARMUP_STEPS = 9766
+
+_DEFAULT_MODEL = {"preset": "3m"}
 
 # Keys that change neither the weights nor what the log says of them: a resumed run may have other values.
 _FREE_KEYS = ("checkpoint_every", "keep_checkpoints", "tensorboard", "max_seconds")
@@ -32,6 +35,8 @@ class PretrainConfig:
 
     model           keys of XTrimoGeneConfig but num_genes, which the vocabulary gives; `preset` names the sizes that
                     the other keys complete or change
+    checkpoint      checkpoint folder whose weights the run begins with, and whose config and vocabulary it has; `model`
+                    and `vocabulary` are left out then
     vocabulary      file of the genes (see Vocabulary.from_tsv); None: all genes of the training data
     masking         MaskingConfig: rates and shares of the chosen genes; its seed is `seed` where it is not given
     layer, gene_symbols, normalized
@@ -73,7 +78,8 @@ class PretrainConfig:
     Raises ValueError, naming the key, the expected and the given value, for a value that no run can have.
     """
 
-    model: Mapping[str, Any] = field(default_factory=lambda: {"preset": "3m"})
+    model: Mapping[str, Any] = field(default_factory=lambda: dict(_DEFAULT_MODEL))
+    checkpoint: str | None = None
     vocabulary: str | None = None
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     layer: str | None = None
@@ -131,12 +137,18 @@ class PretrainConfig:
         for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("parallel", PARALLEL)):
             if getattr(self, name) not in known:
                 raise ValueError(f"config {name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if self.checkpoint is not None and (self.vocabulary is not None or self.model != _DEFAULT_MODEL):
+            given = "vocabulary" if self.vocabulary is not None else "model"
+            raise ValueError(f"config {given}: expected none beside checkpoint, which has its own; leave it out")
         if "num_genes" in self.model:
             raise ValueError("config model.num_genes: expected none, the vocabulary gives it")
-        self.model_config(num_genes=1)
+        if self.checkpoint is None:
+            self.model_config(num_genes=1)
 
     def model_config(self, num_genes: int) -> XTrimoGeneConfig:
-        """The model's own config, for a vocabulary of num_genes genes."""
+        """The model's own config, for a vocabulary of num_genes genes; that of the checkpoint if there is one."""
+        if self.checkpoint is not None:
+            return XTrimoGeneConfig.from_json(Path(self.checkpoint) / CONFIG_FILE)
         values = dict(self.model)
         try:
             if "preset" in values:

@@ -24,33 +24,42 @@ FAST = [
     Case("ragged_attention", "", "sm_90", "bfloat16", 64),
     Case("ragged_attention", "", "gfx942", "bfloat16", 64),
     Case("ragged_attention", "forward", "sm_80", "float16", 64, size=40),
-    Case("ragged_attention", "forward", "sm_100", "bfloat16", 64),
     Case("ragged_attention", "forward", "gfx950", "bfloat16", 128),
-    Case("ragged_attention", "grad_key_value", "default", "float32", 64),
+    Case("ragged_attention", "forward", "sm_80", "float32", 64),
     Case("expression_embedding", "", "sm_90", "bfloat16", 128, size=100),
     Case("expression_embedding", "forward", "gfx942", "float32", 128, size=100),
+    Case("favor_attention", "", "sm_90", "bfloat16", 64),
+    Case("masked_decoder_gather", "", "sm_90", "bfloat16", 256, size=512),
+    Case("masked_decoder_gather", "", "gfx942", "float16", 64, size=40),
+    Case("masked_decoder_gather", "forward", "sm_80", "float32", 256, size=192),
+    Case("masked_head", "", "sm_80", "bfloat16", 512),
+    Case("masked_head", "", "gfx942", "float32", 512, size=192),
+    Case("masked_head", "backward", "sm_90", "bfloat16", 4096),
 ]
 SHIPPED = [case_of(key) for key in keys(OPS)]
 
 
 @pytest.fixture(scope="module", params=["fast", pytest.param("shipped", marks=pytest.mark.gpu_static)])
 def compiled(request: pytest.FixtureRequest) -> list[Report]:
-    """One report for each kernel of each case."""
-    return reports(FAST if request.param == "fast" else SHIPPED)
+    """The reports of all cases, one for each kernel and set of flags."""
+    return [report for found in reports(FAST if request.param == "fast" else SHIPPED) for report in found]
 
 
 def _name(report: Report) -> str:
     return " ".join(str(report[key]) for key in ("op", "kernel", "architecture", "dtype", "size", "config"))
 
 
-def _of(compiled: list[Report], *, op: str | None = None, half: bool = False, dot: bool = False) -> list[Report]:
-    """The reports of one op, in half precision, of kernels with matrix products."""
+def _of(
+    compiled: list[Report], *, op: str | None = None, half: bool = False, dot: bool = False, rows: bool = False
+) -> list[Report]:
+    """The reports of one op, in half precision, of kernels with matrix products, of kernels that read rows."""
     found = [
         report
         for report in compiled
         if (op is None or report["op"] == op)
         and (not half or report["dtype"] != "float32")
         and (not dot or OPS[report["op"]].kernels[report["kernel"]].has_dot)
+        and (not rows or OPS[report["op"]].kernels[report["kernel"]].has_rows)
     ]
     assert found
     return found
@@ -60,7 +69,7 @@ def test_every_kernel_is_compiled(compiled: list[Report]) -> None:
     counts = Counter((report["op"], report["kernel"]) for report in compiled)
     assert set(counts) == {(op, kernel) for op, spec in OPS.items() for kernel in spec.kernels}
     if len(compiled) >= len(SHIPPED):
-        assert all(count == 2 * len(CARDS) * len(OPS[op].sizes) for (op, _), count in counts.items())
+        assert all(count % (2 * len(CARDS) * len(OPS[op].sizes)) == 0 for (op, _), count in counts.items())
 
 
 def test_nothing_spills_and_all_fits(compiled: list[Report]) -> None:
@@ -79,9 +88,10 @@ def test_products_use_the_instructions_of_the_architecture(compiled: list[Report
     assert any(report["fma_dots"] for report in compiled if report["dtype"] == "float32"), "float32 products are exact"
 
 
+@pytest.mark.gpu_static
 def test_hot_loops_load_16_bytes_at_a_time(compiled: list[Report]) -> None:
     """Also where head_dim is no multiple of 16 elements."""
-    assert not [_name(report) for report in _of(compiled, half=True) if not report["hot_loop_wide_loads"]]
+    assert not [_name(report) for report in _of(compiled, half=True, rows=True) if not report["hot_loop_wide_loads"]]
 
 
 def test_tiles_stream_in_where_the_card_can(compiled: list[Report]) -> None:
@@ -91,18 +101,16 @@ def test_tiles_stream_in_where_the_card_can(compiled: list[Report]) -> None:
     assert not [_name(report) for report in half if not report["async_copies"]]
 
 
+@pytest.mark.gpu_static
 def test_the_committed_table_is_what_the_compiler_says(compiled: list[Report]) -> None:
     """Every figure of every kernel that is in the table; python -m benchmarks.static_configs --table makes it anew."""
-    rows = {
-        tuple(row[key] for key in ("op", "kernel", "architecture", "dtype", "width", "size")): row
-        for row in read_rows(TABLE)
-    }
+    columns = ("op", "kernel", "architecture", "dtype", "width", "size", "flags")
+    rows = {tuple(row[name] for name in columns): row for row in read_rows(TABLE)}
     assert {row["triton"] for row in rows.values()} == {triton.__version__}, "made by another Triton"
-    assert len(rows) == len(SHIPPED)
-    compared = 0
-    for report in compiled:
-        row = rows.get(tuple(str(report[key]) for key in ("op", "kernel", "architecture", "dtype", "width", "size")))
-        if row is not None:
-            assert {name: str(value) for name, value in report.items()} == {name: row[name] for name in report}
-            compared += 1
-    assert compared > len(compiled) // 2
+    found = {tuple(str(report[name]) for name in columns): report for report in compiled}
+    if len(compiled) >= len(SHIPPED):
+        assert set(found) == set(rows)
+    both = set(found) & set(rows)
+    assert len(both) > len(found) // 2
+    for name in both:
+        assert {key: str(value) for key, value in found[name].items()} == {key: rows[name][key] for key in found[name]}

@@ -39,8 +39,11 @@ def _small_and_quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _tasks(dtype: str = "float32") -> list[Task]:
     return [
         cases.attention_task("small", LENGTHS, dtype),
+        cases.favor_task("small", LENGTHS, (5, 2, 40), dtype),
         cases.embedding_task("small", LENGTHS, dtype, "3m"),
         cases.encoder_task("3m", LENGTHS, dtype, check_cells=2),
+        cases.gather_task("small", LENGTHS, dtype, 8),
+        cases.head_task("small", LENGTHS, dtype, 8),
     ]
 
 
@@ -96,7 +99,7 @@ def test_a_wrong_provider_gets_no_speed(fault: str) -> None:
         if fault == "backward":
             return _WrongBackward.apply(out)
         factor = torch.ones(len(out), *(1 for _ in out.shape[1:]))
-        factor[3] = torch.nan if fault == "nan" else 1.5
+        factor[2] = torch.nan if fault == "nan" else 1.5
         return out * factor
 
     for task in _tasks():

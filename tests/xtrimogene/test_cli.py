@@ -16,6 +16,7 @@ from anndata import AnnData
 
 from xtrimogene import XTrimoGene, embed
 from xtrimogene.cli import main
+from xtrimogene.vocabulary import Vocabulary
 
 GENES = [f"G{i}" for i in range(30)]
 
@@ -142,7 +143,7 @@ def test_the_default_arguments_are_those_of_the_function() -> None:
     names = {"embed_key": "key_added", "threads": "num_threads"}
     defaults = {name: parameter.default for name, parameter in inspect.signature(embed).parameters.items()}
     for name, value in given.items():
-        if name not in ("run", "checkpoint", "input", "output", "no_progress"):
+        if name not in ("run", "smaller", "checkpoint", "input", "output", "no_progress"):
             assert defaults[names.get(name, name)] == value, name
 
 
@@ -214,3 +215,52 @@ def test_as_a_module(path: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("xtrimogene: error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_genes_and_impute(checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, adata = XTrimoGene.from_pretrained(checkpoint), anndata.read_h5ad(path)
+    output, asked = path.with_name("genes.h5ad"), path.with_name("asked.txt")
+    common = ["--checkpoint", str(checkpoint), "--input", str(path), "--output", str(output), "--no-progress"]
+    capsys.readouterr()
+    assert main(["genes", *common, "--genes", "G3", "G29", "--batch-size", "7"]) == 0
+    out = capsys.readouterr().out
+    assert "20 cells, 0 of them empty, 2 genes asked for" in out
+    assert f"{output}: obsm['gene_embeddings']" in out
+    written = anndata.read_h5ad(output)
+    want = model.gene_embeddings(adata, ["G3", "G29"], progress=False)
+    np.testing.assert_allclose(written.obsm["gene_embeddings"], want, rtol=1e-4, atol=1e-5)
+    asked.write_text("G29\nG3\n")
+    assert main(["impute", *common, "--genes-file", str(asked), "--layer", "half", "--normalized", "--overwrite"]) == 0
+    assert f"{output}: layers['imputed']" in capsys.readouterr().out
+    written = anndata.read_h5ad(output)
+    assert list(written.var_names) == ["G29", "G3"]
+    want = model.predict_expression(adata, ["G29", "G3"], layer="half", normalized=True, progress=False)
+    np.testing.assert_allclose(written.layers["imputed"], want, rtol=1e-4, atol=1e-5)
+    assert main(["impute", *common, "--overwrite", "--dtype", "bfloat16", "--device", "cpu"]) == 0
+    assert anndata.read_h5ad(output).layers["imputed"].shape == (20, 30)
+    capsys.readouterr()
+    assert main(["impute", *common, "--genes", "g3", "--overwrite"]) == 2
+    assert "got 'g3' (near: G3" in error_line(capsys)
+
+
+def test_target_depth_of_models_with_depth_tokens(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = path.with_name("deep")
+    XTrimoGene.from_preset("tiny", Vocabulary(GENES), depth_tokens=True).save_pretrained(folder)
+    adata = anndata.read_h5ad(path)
+    embed(adata, folder, pooling="all", target_depth="fold:2", dtype="float32", progress=False)
+    options = ["--pooling", "all", "--dtype", "float32", "--target-depth"]
+    assert main(arguments(folder, path, *options, "fold:2")) == 0
+    written = anndata.read_h5ad(path.with_name("out.h5ad")).obsm["X_xtrimogene"]
+    assert written.shape == (20, 256)
+    np.testing.assert_allclose(written, adata.obsm["X_xtrimogene"], rtol=1e-4, atol=1e-5)
+    capsys.readouterr()
+    assert main(arguments(folder, path, *options, "deep", "--overwrite")) == 2
+    assert "target_depth: expected the log10 total to aim at" in error_line(capsys)
+    assert main(arguments(folder, path, "--normalized", "--layer", "half", "--overwrite")) == 2
+    assert "expected raw counts, got normalized=True" in error_line(capsys)
+
+
+def test_all_pooling_needs_depth_tokens(checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(arguments(checkpoint, path, "--pooling", "all")) == 2
+    assert "pooling: expected mean or max for a model without depth tokens, got 'all'" in error_line(capsys)

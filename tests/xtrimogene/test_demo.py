@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xtrimogene import demo
+from xtrimogene import XTrimoGene, demo
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.flops import dense_flops, encoder_flops
 
@@ -17,7 +17,7 @@ from xtrimogene.flops import dense_flops, encoder_flops
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "demo_output"
-    demo.main(["--output", str(folder)])
+    demo.main(["--output", str(folder), "--seconds", "2"])
     return folder
 
 
@@ -27,44 +27,81 @@ def figures(output: Path) -> dict[str, Any]:
     return figures
 
 
-def test_the_demo_writes_a_report_with_a_picture(output: Path) -> None:
-    assert {entry.name for entry in output.iterdir()} == {"report.md", "report.json", "umap.png"}
-    assert (output / "umap.png").read_bytes().startswith(b"\x89PNG")
+def test_the_demo_writes_a_report_with_pictures_and_a_model(output: Path) -> None:
+    assert {entry.name for entry in output.iterdir()} == {"report.md", "report.json", "loss.png", "umap.png", "run"}
     report = (output / "report.md").read_text()
-    assert "The model is untrained" in report
-    assert "(umap.png)" in report
+    for picture in ("loss.png", "umap.png"):
+        assert (output / picture).read_bytes().startswith(b"\x89PNG")
+        assert f"({picture})" in report
+    model = XTrimoGene.from_pretrained(output / "run" / "model")
+    assert model.config == XTrimoGeneConfig.preset("tiny", num_genes=765)
 
 
 def test_the_report_and_its_figures_agree(output: Path, figures: dict[str, Any]) -> None:
     report = (output / "report.md").read_text()
     assert f"{figures['speed']['cells_per_second']:,.0f} cells/s" in report
-    for accuracy in figures["neighbour_accuracy"].values():
-        assert f"{accuracy:.3f}" in report
-    assert demo.flop_table(figures["flops"]) in report
+    training = figures["training"]
+    assert f"{training['steps']:,} steps" in report
+    for part in (demo.loss_table(training), demo.loss_verdict(training), demo.flop_table(figures["flops"])):
+        assert part in report
+    scores = {key: figures["agreement"][key] for key in demo.SPACES}
+    assert demo.agreement_verdict(scores, figures["cells"]["held_out"]) in report
+    for score in scores.values():
+        assert f"| {score['neighbours']:.3f}" in report
+        assert f"| {score['probe']:.3f}" in report
 
 
 def test_figures_are_those_of_the_cells(figures: dict[str, Any]) -> None:
     cells = demo.load_cells()
-    assert figures["cells"] == {"num_cells": 700, "num_genes": 765, "tokens": cells.X.nnz}
+    known, asked = demo.split(cells)
+    assert figures["cells"] == {
+        "num_cells": 700, "num_genes": 765, "tokens": cells.X.nnz, "training": len(known), "held_out": len(asked)
+    }  # fmt: skip
+    assert sorted([*known, *asked]) == list(range(700))
+    assert 100 < len(asked) < 180
     speed = figures["speed"]
     assert speed["cells_per_second"] == pytest.approx(700 / speed["seconds"])
     assert speed["tokens_per_second"] == pytest.approx(cells.X.nnz / speed["seconds"])
-    accuracy = figures["neighbour_accuracy"]
-    assert accuracy["largest_label"] == cells.obs["bulk_labels"].value_counts().max() / 700
-    # Ten blood cell types part well in PCA; random weights keep some of it, so both stand above the largest label.
-    assert accuracy["pca_50"] > 0.7
-    assert accuracy["largest_label"] < accuracy["xtrimogene_3m_untrained"] <= 1
+
+
+def test_training_is_seen_in_the_losses(output: Path, figures: dict[str, Any]) -> None:
+    training = figures["training"]
+    steps, losses = zip(*training["validation"], strict=True)
+    assert steps[0] == 0
+    assert steps[-1] == training["steps"] == training["training"][-1][0]
+    assert losses[-1] < losses[0]
+    assert training["baseline_zero_mean"] < training["baseline_mean"] < losses[0]
+    assert training["cells_per_second"] == pytest.approx(training["cells"] / training["seconds"])
+    assert training["seconds"] < 60
+
+
+def test_labels_are_read_off_pca_better_than_by_chance(figures: dict[str, Any]) -> None:
+    agreement = figures["agreement"]
+    labels = demo.load_cells().obs["bulk_labels"].to_numpy()
+    known, asked = demo.split(demo.load_cells())
+    largest = max(set(labels[known]), key=list(labels[known]).count)
+    assert agreement["largest_label"] == np.mean(labels[asked] == largest)
+    # Ten blood cell types part well in PCA; a few steps of training leave much of it, too.
+    for reader in ("neighbours", "probe"):
+        assert agreement["X_pca"][reader] > 0.7
+        assert agreement["largest_label"] < agreement["X_xtrimogene"][reader] <= 1
+
+
+def test_a_second_demo_replaces_the_first(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (output / "run" / "mark").touch()
+    demo.train(demo.load_cells(), output / "run", 0.1)
+    assert not (output / "run" / "mark").exists()
 
 
 def test_flop_rows_cover_these_cells_and_the_real_lengths(figures: dict[str, Any]) -> None:
     these, *real = figures["flops"]
     matrix = demo.load_cells().X.tocsr()
     distinct = [len(set(matrix[cell].data.tolist())) for cell in range(700)]
-    config = XTrimoGeneConfig.preset("3m", num_genes=765)
+    config = XTrimoGeneConfig.preset("tiny", num_genes=765)
     assert these["total"] == encoder_flops(config, np.diff(matrix.indptr), distinct).total
     assert these["dense"] == dense_flops(config, 700).total
     lengths = demo.load_lengths()["lengths"]
-    assert [row["preset"] for row in real] == ["3m", "10m", "100m"]
+    assert [row["preset"] for row in real] == ["tiny", "3m", "10m", "100m"]
     for row in real:
         assert (row["num_cells"], row["num_genes"]) == (len(lengths), 19264)
         assert row["total"] == row["embedding"] + row["linear"] + row["attention"]
@@ -72,12 +109,37 @@ def test_flop_rows_cover_these_cells_and_the_real_lengths(figures: dict[str, Any
         assert row["total"] < row["padded"] < row["dense"]
 
 
-def test_neighbour_accuracy_tells_parted_labels_from_shuffled_ones() -> None:
+def test_agreement_tells_parted_labels_from_shuffled_ones() -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat(["a", "b"], 100)
     points = rng.normal(size=(200, 3)) + 20 * (labels == "b")[:, None]
-    assert demo.neighbour_accuracy(points, labels) == 1
-    assert abs(demo.neighbour_accuracy(points, rng.permutation(labels)) - 0.5) < 0.15
+    known, asked = np.arange(0, 200, 2), np.arange(1, 200, 2)
+    assert demo.agreement(points, labels, known, asked) == {"neighbours": 1.0, "probe": 1.0}
+    for share in demo.agreement(points, rng.permutation(labels), known, asked).values():
+        assert abs(share - 0.5) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [(1.2, "no better than each gene's mean"), (0.6, "40 % less squared error"), (0.1, "It even beats the guess")],
+)
+def test_the_verdict_on_losses(loss: float, words: str) -> None:
+    training = {"validation": [[0, 3.0], [9, loss]], "baseline_mean": 1.0, "baseline_zero_mean": 0.2}
+    assert words in demo.loss_verdict(training)
+    assert ("better still" in demo.loss_verdict(training)) == (loss == 0.6)
+
+
+def test_the_verdict_on_labels_calls_chance_chance() -> None:
+    scores = {
+        "X_xtrimogene": {"neighbours": 0.7, "probe": 0.8},
+        "X_untrained": {"neighbours": 0.5, "probe": 0.79},
+        "X_pca": {"neighbours": 0.9, "probe": 0.81},
+    }
+    assert demo.agreement_verdict(scores, 143) == (
+        "By nearest neighbours, labels are read off the trained embedding better than off the untrained one "
+        "(0.700, 0.500) and worse than off PCA (0.700, 0.900). By a linear probe, labels are read off the trained "
+        "embedding about as well as off the untrained one (0.800, 0.790) and about as well as off PCA (0.800, 0.810)."
+    )
 
 
 def test_tables_line_up() -> None:

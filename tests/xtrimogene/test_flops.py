@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import CPU_BACKENDS
+from tests.xtrimogene.published import PublishedNetwork
 from xtg_kernels import RaggedBatch, distinct_index, use_backend
 from xtrimogene import linear
 from xtrimogene.config import XTrimoGeneConfig
@@ -25,6 +24,7 @@ from xtrimogene.flops import (
     dense_flops,
     encoder_backward_flops,
     encoder_flops,
+    executed_share,
     padded_flops,
     performer_flops,
 )
@@ -141,94 +141,6 @@ def test_dense_equals_the_counter_on_explicit_products() -> None:
     assert encoder_flops(CONFIG, [CONFIG.num_genes]).linear == dense_flops(CONFIG, 1).linear
 
 
-SMALL = XTrimoGeneConfig.preset(
-    "3m",
-    num_genes=40,
-    dim=24,
-    num_heads=3,
-    num_layers=2,
-    num_bins=10,
-    ffn_mult=3,
-    dropout=0.0,
-    decoder_dim=16,
-    decoder_heads=2,
-    decoder_layers=3,
-    favor_features=7,
-)
-PARTS = {"xtg.favor_attention": "favor", "xtg.masked_head": "head", "xtg.masked_mse": "head"}
-
-
-def _decoder_parts(counter: FlopCounterMode, encoder: FlopCount) -> tuple[int, int, int, int]:
-    """Embedding, linear, FAVOR+ and head of what was counted, the encoder's share taken off."""
-    found = {"embedding": -encoder.embedding, "linear": -encoder.linear, "favor": 0, "head": 0}
-    for op, flops in counter.get_flop_counts()["Global"].items():
-        name = str(op).removesuffix(".default").removesuffix(".reference").removesuffix("_backward")
-        if name == "xtg.ragged_attention":
-            continue
-        part = "embedding" if name == "xtg.expression_embedding" else PARTS.get(name, "linear")
-        found[part] += flops
-    return found["embedding"], found["linear"], found["favor"], found["head"]
-
-
-def _by_part(count: DecoderFlopCount) -> tuple[int, int, int, int]:
-    return count.embedding, count.bridge + count.projections + count.ffn, count.favor, count.head
-
-
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("cells", [1, 4])
-def test_decoder_forward_and_backward_equal_the_counter(backend: str, layers: int, cells: int) -> None:
-    config = dataclasses.replace(SMALL, decoder_layers=layers, depth_tokens=cells == 4)
-    model = XTrimoGene(config, Vocabulary(f"g{i}" for i in range(40)))
-    # One cell without expressed genes, whose chosen zero genes are then kept.
-    lengths = [15, 0, 30, 7][:cells]
-    values = torch.randint(1, 6, (sum(lengths),)).float().log1p()
-    ids = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths])
-    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    batch = RaggedBatch(values, ids, cu_seqlens, max(lengths))
-    depth = torch.ones(cells, 2) if config.depth_tokens else None
-    choice = MaskingConfig(zero_rate=0.2)
-    masked = mask_cells(batch, np.arange(cells), choice, epoch=0, num_genes=40, depth=depth)
-    tokens, hidden, chosen = (
-        offsets.diff().tolist()
-        for offsets in (masked.batch.cu_seqlens, masked.masked_cu_seqlens, masked.chosen_cu_seqlens)
-    )
-    distinct = [len(cell.unique()) for cell in masked.batch.values.split(tokens)]
-    with use_backend(backend):
-        with FlopCounterMode(display=False) as forward:
-            loss = model.loss(masked)
-        with FlopCounterMode(display=False) as backward:
-            loss.backward()
-        with FlopCounterMode(display=False) as everything:
-            model.decoder.predictions(model.decode(masked.batch))
-    encoder = encoder_flops(config, tokens, distinct)
-    assert _decoder_parts(forward, encoder) == _by_part(decoder_flops(config, tokens, hidden, chosen))
-    assert forward.get_total_flops() == encoder.total + decoder_flops(config, tokens, hidden, chosen).total
-    expected = decoder_backward_flops(config, tokens, hidden, chosen)
-    encoder_backward = encoder_backward_flops(config, tokens, distinct)
-    assert _decoder_parts(backward, encoder_backward) == _by_part(expected)
-    assert everything.get_total_flops() == encoder.total + decoder_flops(config, tokens).total
-
-
-def test_decoder_without_savings_equals_the_counter_on_explicit_products() -> None:
-    """One cell, all of it spelled out: embedding, bridge, layers and head at every position."""
-    dim, width, positions = SMALL.decoder_dim, SMALL.dim, SMALL.num_genes
-    x = torch.randn(positions, width)
-    features, heads = SMALL.num_features, SMALL.decoder_heads
-    with FlopCounterMode(display=False) as counter:
-        hidden = torch.mm(torch.mm(torch.randn(positions, 1), torch.randn(1, 10)), torch.randn(10, 10))
-        x = torch.mm(x + torch.mm(hidden, torch.randn(10, width)), torch.randn(width, dim))
-        for _ in range(SMALL.decoder_layers):
-            q, k, v = (torch.mm(x, torch.randn(dim, dim)).view(positions, heads, -1).transpose(0, 1) for _ in "qkv")
-            q, k = (torch.bmm(a, torch.randn(heads, dim // heads, features)) for a in (q, k))
-            mixed = torch.bmm(q, torch.bmm(k.transpose(1, 2), v)).transpose(0, 1).reshape(positions, dim)
-            x = x + torch.mm(mixed, torch.randn(dim, dim))
-            x = x + torch.mm(torch.mm(x, torch.randn(dim, 3 * dim)), torch.randn(3 * dim, dim))
-        torch.mm(x, torch.randn(dim, 1))
-    assert counter.get_total_flops() == decoder_flops(SMALL, [5], savings=False).total
-    assert decoder_flops(SMALL, [5, 9], [1, 0], [3, 3], savings=False).total == 2 * counter.get_total_flops()
-
-
 def test_shares_of_the_dense_encoder_are_those_of_the_literature() -> None:
     """Shares computed once by hand from the published shapes: Performer, and encoder with the whole decoder."""
     for preset, performer, by_length in (("3m", 6.5, {500: 3.5, 4000: 8.3}), ("100m", 21.5, {1000: 6.3, 4000: 12.6})):
@@ -246,13 +158,6 @@ def test_dense_autoencoder_written_out() -> None:
     config = XTrimoGeneConfig.preset("100m", num_genes=19264)
     decoder = 19264 * (2 * 768 * 512 + 6 * 24 * 512**2 + 2 * 512) + 6 * 4 * 512 * 19264**2
     assert dense_autoencoder_flops(config, 3).total == 3 * (dense_flops(config, 1).total + decoder)
-
-
-def test_bad_decoder_counts_are_refused() -> None:
-    with pytest.raises(ValueError, match="asked: expected one count for each of 2 cells, got 1"):
-        decoder_flops(SMALL, [3, 4], None, [1])
-    with pytest.raises(ValueError, match="masked: expected at most the 40 positions of a cell, got 41"):
-        decoder_flops(SMALL, [3, 4], [41, 0])
 
 
 def test_large_counts_do_not_overflow() -> None:
@@ -279,3 +184,117 @@ def test_bad_counts_are_refused(lengths: list[int], distinct: list[int] | None, 
 def test_bad_batch_size_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         padded_flops(CONFIG, LENGTHS, batch_size=0)
+
+
+GENES = CONFIG.num_genes
+VOCABULARY = Vocabulary([f"GENE{i}" for i in range(GENES)])
+DECODER_KEYS = ("decoder_dim", "decoder_heads", "decoder_layers", "depth_tokens")
+
+
+def _decoder_counts(counter: FlopCounterMode) -> dict[str, int]:
+    parts = {"expression_embedding": 0, "ragged_attention": 0, "favor_attention": 0, "masked_mse": 0, "linear": 0}
+    for op, flops in counter.get_flop_counts()["Global"].items():
+        name = str(op).removesuffix(".default").removesuffix(".reference").removesuffix("_backward")
+        name = name.removeprefix("xtg.")
+        assert name in ("aten.addmm", "aten.mm", "mkldnn._linear_pointwise", *parts) or flops == 0
+        parts[name if name in parts else "linear"] += flops
+    return parts
+
+
+def _sum_of_parts(encoder: FlopCount, decoder: DecoderFlopCount) -> dict[str, int]:
+    return {
+        "expression_embedding": encoder.embedding + decoder.embedding,
+        "ragged_attention": encoder.attention,
+        "favor_attention": decoder.favor,
+        "masked_mse": decoder.head,
+        "linear": encoder.linear + decoder.bridge + decoder.linear,
+    }
+
+
+@pytest.mark.parametrize("by_blocks", [True, False])
+@pytest.mark.parametrize("lengths", [[7, 0, 40, 1], [33]], ids=["several", "one"])
+@pytest.mark.parametrize(("layers", "depth_tokens"), [(1, False), (3, True)])
+def test_training_step_equals_the_counter(
+    layers: int, depth_tokens: bool, lengths: list[int], by_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_blocks:
+        monkeypatch.setattr(linear, "_LARGE_BYTES", 0)
+        monkeypatch.setattr(linear, "_mkl_is_slow", lambda: True)
+    linear.onednn_takes(torch.float32)  # the example that oneDNN is asked first is nobody's FLOPs
+    keys = dict(zip(DECODER_KEYS, (20, 2, layers, depth_tokens), strict=True))
+    config = XTrimoGeneConfig.from_dict({**CONFIG.to_dict(), **keys})
+    model = XTrimoGene(config, VOCABULARY)
+    values = torch.randint(1, 6, (sum(lengths),)).float().log1p()
+    genes = torch.cat([torch.randperm(GENES)[:n].sort().values for n in lengths]).int()
+    batch = RaggedBatch(values, genes, torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), max(lengths))
+    masking = MaskingConfig(nonzero_rate=0.3, zero_rate=0.0)  # the cell without genes has nothing chosen
+    depth = torch.full((len(lengths), 2), 4.0) if depth_tokens else None
+    masked = mask_cells(batch, torch.arange(len(lengths)), masking, epoch=0, num_genes=GENES, depth=depth)
+    with FlopCounterMode(display=False) as forward:
+        loss = model.loss(masked)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    tokens = masked.batch.lengths.tolist()
+    distinct = [len(cell.unique()) for cell in masked.batch.values.split(tokens)]
+    counts = {"masked": masked.masked_cu_seqlens.diff().tolist(), "asked": masked.chosen_cu_seqlens.diff().tolist()}
+    assert _decoder_counts(forward) == _sum_of_parts(
+        encoder_flops(config, tokens, distinct), decoder_flops(config, tokens, **counts)
+    )
+    assert _decoder_counts(backward) == _sum_of_parts(
+        encoder_backward_flops(config, tokens, distinct), decoder_backward_flops(config, tokens, **counts)
+    )
+
+
+def test_the_plain_decoder_equals_the_counter_on_the_plain_network() -> None:
+    """Counted where its FAVOR+ is written with einsum-like products; the sum of the key features is one of them."""
+    config = XTrimoGeneConfig.from_dict({**CONFIG.to_dict(), "decoder_dim": 20, "decoder_layers": 2})
+    network = PublishedNetwork(config)
+    genes = torch.arange(0, 33, 3)
+    with FlopCounterMode(display=False) as counter:
+        network.predict(torch.ones(11), genes, torch.arange(1, 33, 3))
+    plain = decoder_flops(config, [11], masked=[11], savings=False)
+    encoder = 2 * (10 + 100 + 240) * 11 + encoder_flops(config, [11]).linear
+    # SDPA is counted as 0 on a CPU; the plain network embeds all zeros at first, and divides by one product more.
+    more = 2 * (10 + 100 + 240) * 22 + 2 * 2 * GENES * config.decoder_heads * config.num_features
+    assert counter.get_total_flops() == plain.total + encoder + more
+
+
+def test_the_decoder_written_out() -> None:
+    config = XTrimoGeneConfig.preset("3m", num_genes=1000, depth_tokens=True, decoder_layers=3)
+    square, everything, own, asked = 128 * 128, 4 * 1002, 100 + 200 + 30, 20
+    flops = decoder_flops(config, [100, 200, 0, 0], masked=[0, 0, 30, 0], asked=[0, 0, 20, 0])
+    assert flops.bridge == 2 * square * (1002 + 300 + 2)
+    first = 6 * square * (1002 + own) + 18 * square * everything
+    last = 4 * square * everything + 20 * square * asked
+    assert flops.linear == first + 24 * square * everything + last
+    assert flops.favor == 4 * 128 * 266 * (2 * 2 * everything + 1002 + asked)
+    assert flops.head == 2 * 128 * asked
+    plain = decoder_flops(config, [100, 200, 0, 0], savings=False)
+    assert plain.linear == 3 * 24 * square * everything
+    assert plain.favor == 8 * 128 * 266 * 3 * everything
+    assert decoder_flops(config, [100]).linear == 3 * 24 * square * 1002
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_large_step_executes_at_most_nine_tenths_of_the_plain_network(backward: bool) -> None:
+    """100m, 8 cells of 2,000 expressed genes, masked as published, among 19,264 genes and two depth tokens."""
+    config = XTrimoGeneConfig.preset("100m", num_genes=19264, depth_tokens=True)
+    chosen = round(0.3 * 2000), round(0.03 * 17264)
+    masked, replaced = sum(round(0.8 * n) for n in chosen), round(0.1 * chosen[1])
+    tokens = 2000 - round(0.8 * chosen[0]) + replaced + 2
+    share = executed_share(
+        config, [tokens] * 8, distinct=[100] * 8, masked=[masked] * 8, asked=[sum(chosen)] * 8, backward=backward
+    )
+    assert 0.85 < share <= 0.90
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"masked": [1]}, "masked: expected one count for each of 2 cells, got 1"),
+        ({"asked": [1, -2]}, "asked: expected a list of integers >= 0"),
+    ],
+)
+def test_bad_decoder_counts_are_refused(counts: dict[str, list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decoder_flops(CONFIG, [3, 4], **counts)

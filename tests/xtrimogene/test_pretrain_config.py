@@ -60,7 +60,7 @@ def test_rate_warms_up_then_stays_or_falls() -> None:
     ("change", "message"),
     [
         ("learning_rat=1", r"config learning_rat: unknown key, got 1; did you mean learning_rate\?"),
-        ("zzz=1", r"config zzz: unknown key, got 1; known keys: model, vocabulary"),
+        ("zzz=1", r"config zzz: unknown key, got 1; known keys: model, checkpoint, vocabulary"),
         ("masking.zero_rat=1", r"config masking.zero_rat: unknown key, got 1; did you mean masking.zero_rate\?"),
         ("model.dims=1", r"config model: config dims: unknown key, got 1; did you mean dim\?"),
         ("model.preset=5m", r"config model: preset: expected one of tiny, 3m, 10m, 100m, got '5m'"),

@@ -198,7 +198,7 @@ def test_few_windows_are_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch
 
     original = xtrimogene.training_data._Window
     monkeypatch.setattr(xtrimogene.training_data, "_Window", window)
-    with training_cells(folder, window_blocks=1) as cells:
+    with training_cells(folder) as cells:
         assert sum(batch.batch_size for batch in cells.iterate(0)) == len(cells.training)
     assert 2 <= most <= 3
 
@@ -258,6 +258,30 @@ def test_batches_of_a_cell_or_two(folder: Path, batch_tokens: int, parts: int) -
         for batch in batches:
             assert 1 <= batch.batch_size <= 2
             assert cells.genes_per_cell[batch.cells].sum() <= batch_tokens
+
+
+@pytest.mark.parametrize(
+    ("lengths", "batch_cells", "steps", "parts"),
+    [
+        # The step before gives the last one two cells.
+        ([1] * 7, 2, [0, 4, 7], None),
+        # It has none to give: one cell is left out.
+        ([1] * 4, 1, [0, 3], None),
+        # Of like cost, the first three cells would go to three batches, and none of them has room for the last.
+        ([32, 32, 32, 70], None, [0, 4], [0, 1, 1, 2]),
+    ],
+)
+def test_steps_of_three_batches(
+    lengths: list[int], batch_cells: int | None, steps: list[int], parts: list[int] | None
+) -> None:
+    order = xtrimogene.training_data._Order(
+        np.arange(len(lengths)), np.array([0, len(lengths)]), np.array(lengths), 100, batch_cells, (1.0, 0.0, 0.0)
+    )
+    assert order.steps(3).tolist() == steps
+    for start, stop in itertools.pairwise(steps):
+        part_of = order.parts(start, stop, 3)
+        assert set(part_of.tolist()) == {0, 1, 2}
+        assert parts is None or part_of.tolist() == parts
 
 
 def test_split(folder: Path) -> None:
@@ -531,6 +555,7 @@ def test_prefetching() -> None:
     deadline = time.monotonic() + 5
     while len(made) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
+    time.sleep(0.05)
     assert made == [0, 1, 2, 3]
     early.close()
     assert closed.is_set()
