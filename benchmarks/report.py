@@ -190,7 +190,8 @@ def _flops(report: Report) -> Section:
             ["size", "model", *(PART_NAMES.get(part, part) for part in costs.PARTS)], body,
             "The same closed forms by part. Embedding: values into vectors. Projections: queries, keys, values and "
             "output. Attention: products with queries, keys and values (of the Performer: with random features). "
-            "FAVOR: the decoder's linear attention. Bridge: from encoder to decoder width. Decoder linear: its projections and FFN.",
+            "FAVOR: the decoder's linear attention. Bridge: from encoder to decoder width. Decoder linear: its "
+            "projections and FFN.",
             labels=2,
         )
     )  # fmt: skip
