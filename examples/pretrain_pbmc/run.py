@@ -97,8 +97,8 @@ def evaluated(model: XTrimoGene, cells: TrainingCells) -> dict[str, Any]:
     """Error and correlation of the predictions at the hidden genes of the validation cells, and of three baselines.
 
     Of the chosen genes, those that the encoder sees, with their own or a random value, do not count. "beyond the gene's
-    mean" correlates what is left of truth and prediction when the gene's mean where it is chosen is taken off both (among
-    non-zero genes: its mean over the cells that express it): what is known of the cell, not of the gene.
+    mean" correlates what is left of truth and prediction when the gene's mean where it is chosen is taken off both
+    (among non-zero genes: its mean over the cells that express it): what is known of the cell, not of the gene.
     """
     mean, nonzero_mean = gene_means(cells, len(cells.training))
     chosen_mean = chosen_means(cells)
@@ -187,9 +187,9 @@ def as_table(results: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join(row)} |")
     lines += [
         "",
-        "`gene mean` predicts each gene's mean over the training cells, `gene mean where chosen` over those in which the",
-        "gene is chosen: expressed genes are chosen ten times as often, so this is the one to beat. `told the zeros` knows",
-        "which genes are zero and predicts the mean over expressing cells elsewhere: a mark, no prediction. Beyond the",
+        "`gene mean` predicts each gene's mean over the training cells, `gene mean where chosen` over those in which",
+        "it is chosen: expressed genes are chosen ten times as often, so this is the one to beat. `told the zeros`",
+        "knows which genes are zero and predicts the mean over expressing cells elsewhere: a mark, no prediction. Beyond the",
         "gene's mean: the correlation when the mean where chosen (among non-zero genes: that over expressing cells) is",
         "taken off both sides, what is known of the cell and not of the gene.",
         "Where truth or prediction does not vary there is no correlation.",
