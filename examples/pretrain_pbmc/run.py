@@ -189,9 +189,9 @@ def as_table(results: dict[str, Any]) -> str:
         "",
         "`gene mean` predicts each gene's mean over the training cells, `gene mean where chosen` over those in which",
         "it is chosen: expressed genes are chosen ten times as often, so this is the one to beat. `told the zeros`",
-        "knows which genes are zero and predicts the mean over expressing cells elsewhere: a mark, no prediction. Beyond the",
-        "gene's mean: the correlation when the mean where chosen (among non-zero genes: that over expressing cells) is",
-        "taken off both sides, what is known of the cell and not of the gene.",
+        "knows which genes are zero and predicts the mean over expressing cells elsewhere: a mark, no prediction.",
+        "Beyond the gene's mean: the correlation when the mean where chosen (among non-zero genes: that over",
+        "expressing cells) is taken off both sides, what is known of the cell and not of the gene.",
         "Where truth or prediction does not vary there is no correlation.",
         "",
         f"Measured on {measured['date']} at commit {measured['commit']}: {measured['cpu']}, {measured['isa']} kernels, "
