@@ -183,6 +183,7 @@ def pretrain(
         cells = stack.enter_context(_opened(config, data, ranks, progress))
         run = _Run(config, cells, folder, ranks, progress)
         stack.callback(folder.unlock)
+        stack.callback(run.drop_parallel)
         identity = _identity(config, cells, ranks)
         newest = ranks.first(lambda: folder.begin(config, cells.vocabulary, identity))
         return run.finish_from(newest)
@@ -377,7 +378,7 @@ class _Run:
             self.model = XTrimoGene.from_pretrained(config.checkpoint)
         self.model.to(ranks.device)
         self.model.checkpoint_activations = config.activation_checkpointing
-        self.network = self._parallel(_LossOf(self.model))
+        self.network: nn.Module = self._parallel(_LossOf(self.model))
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -404,6 +405,14 @@ class _Run:
             fully_shard(layer, mesh=mesh)
         fully_shard(network, mesh=mesh)
         return network
+
+    def drop_parallel(self) -> None:
+        """Let go of DDP before the process group ends.
+
+        DDP's reducer would else be the last to hold the group, and its destructor waits for gloo's threads without
+        letting go of the GIL, which such a thread may need to end its last broadcast: a deadlock.
+        """
+        self.network = self.model
 
     def finish_from(self, newest: tuple[Path, int, dict[str, Any]] | None) -> PretrainReport:
         """Train from a checkpoint (None: from the start) to the end, or to a signal."""

@@ -220,11 +220,19 @@ def test_shapes_against_float64(data: st.DataObject) -> None:
     with implementation(data.draw(st.sampled_from(IMPLEMENTATIONS))):
         out, grads = run(ours, op, leaves, chosen_rows(choice, wide))
     exact_out, exact = exactly(op, leaves, chosen_rows(choice))
-    assert relative_error(out, exact_out) < 1e-5
+    plain_out, plain_grads = run(plain, op, leaves, chosen_rows(choice), torch.float32)
+
+    def error(x: Tensor, exact_x: Tensor) -> float:
+        return (x.double() - exact_x).abs().max().item()
+
+    # Sums over few rows may cancel, a prediction may meet its target, and few channels may be nearly alike, which a
+    # norm blows up: what is left is judged by what it is made of, or by what plain PyTorch makes of it.
+    size = max(1.0, exact_out.abs().max().item())
+    assert error(out, exact_out) <= max(1e-5 * size, 2 * error(plain_out, exact_out))
+    scale = max(g.abs().max().item() for g in exact)
+    limit = max(1e-5 * scale, 3 * max(error(g, want) for g, want in zip(plain_grads, exact, strict=True)))
     for what, got, want in zip(("x", *PARAMS), grads, exact, strict=True):
-        # Sums over few rows may cancel; what is left is judged by what they are made of.
-        scale = max(g.abs().max().item() for g in exact)
-        assert (got.double() - want).abs().max().item() <= 1e-5 * scale, what
+        assert error(got, want) <= limit, what
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

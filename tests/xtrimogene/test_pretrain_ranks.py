@@ -83,6 +83,8 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(path: Path, tm
     assert "SIGTERM: saves a checkpoint after this step, then stops" in err
     assert f"stopped, with a checkpoint of step {len(losses(output)):,}" in out
     assert len(list((output / "checkpoints").iterdir())) == 1
+    # torchrun kills a rank that is still there half a minute after the signal.
+    assert "Unable to shutdown process" not in err
 
 
 def test_an_error_is_told_once(path: Path, tmp_path: Path) -> None:
