@@ -7,6 +7,9 @@ backward of each allocates a gradient of the whole.) Padded and dense forms are 
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xtrimogene.config import XTrimoGeneConfig
+from xtrimogene.decoder import GeneRows, PerformerLayer
 from xtrimogene.encoder import RaggedTransformerEncoder
+from xtrimogene.masking import MaskedBatch
+from xtrimogene.model import XTrimoGene
 
 _QUERY_ROWS = 1024  # rows of scores at a time in float64
 
@@ -238,3 +245,50 @@ def _padded(x: Tensor, lengths: Sequence[int], width: int) -> Tensor:
     """(total_nnz, ...) -> (cells, width, ...), zero in unused slots."""
     rows = nn.utils.rnn.pad_sequence(x.split(list(lengths)), batch_first=True)
     return F.pad(rows, [0, 0] * (x.dim() - 1) + [0, width - rows.shape[1]])
+
+
+class PerformerEncoder(nn.Module):
+    """A Performer of the configured width and depth, for cells whose every position is a token."""
+
+    def __init__(self, config: XTrimoGeneConfig) -> None:
+        super().__init__()
+        features = max(1, int(config.head_dim * math.log(config.head_dim)))
+        self.layers = nn.ModuleList(
+            PerformerLayer(config.dim, config.num_heads, config.ffn_dim, features) for _ in range(config.num_layers)
+        )
+        self.norm = nn.LayerNorm(config.dim)
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=x.device)
+        for layer in self.layers:
+            x = layer(x, cu_seqlens, max(lengths))
+        return self.norm(x)
+
+
+def plain_loss(model: XTrimoGene, masked: MaskedBatch) -> Tensor:
+    """model.loss, from the network as it is written down: every value embedded, every row of every layer computed."""
+    batch, decoder, table = masked.batch, model.decoder, model.embedding.gene_table[:-1]
+    positions, cells = len(table), batch.batch_size
+    tokens, hidden, chosen = (
+        GeneRows.of(ids, cu_seqlens, positions).rows
+        for ids, cu_seqlens in (
+            (batch.gene_ids, batch.cu_seqlens),
+            (masked.masked_ids, masked.masked_cu_seqlens),
+            (masked.chosen_ids, masked.chosen_cu_seqlens),
+        )
+    )
+    zero = torch.ones(cells * positions, dtype=torch.bool, device=tokens.device)
+    zero[tokens] = False
+    zero[hidden] = False
+    zeros = zero.nonzero()[:, 0]
+    every = torch.arange(batch.total_nnz, dtype=torch.int32, device=tokens.device)
+    encoded = model(dataclasses.replace(batch, distinct_index=every))
+    zero_rows = model.embedding.value_rows(batch.values.new_zeros(len(zeros)))
+    found = torch.cat([encoded, model.mask_row.expand(len(hidden), -1), zero_rows])
+    order = torch.cat([tokens, hidden, zeros]).argsort()
+    x = decoder.bridge(found.index_select(0, order) + table.repeat(cells, 1)).to(table.dtype)
+    cu_seqlens = torch.arange(0, (cells + 1) * positions, positions, dtype=torch.int32, device=x.device)
+    for layer in decoder.layers:
+        x = layer(x, cu_seqlens, positions)
+    predicted = decoder.head(decoder.normed(x))[:, 0].index_select(0, chosen)
+    return F.mse_loss(predicted.float(), masked.chosen_values, reduction="sum")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import costs, figures, report, timings
+from benchmarks import costs, counting, figures, report, timings
 from benchmarks.cells import Cells, cells_of_file, known_cells
 from benchmarks.run import Row, machine, write_csv
 from xtg_kernels.info import info
@@ -89,7 +89,8 @@ def _rows(
     presets: tuple[str, ...], cells: Cells, size: timings.Size, device: str, quick: bool, measure: bool
 ) -> Iterator[Row]:
     yield from costs.flop_rows(SIZES, cells)
-    yield from costs.counted_rows(presets, cells, 1 if quick else 2)
+    yield from counting.counted_rows(SIZES, cells)
+    yield from counting.savings_rows()
     if not measure:
         return
     yield from timings.encoder(presets, cells, size, device)

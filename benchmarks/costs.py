@@ -1,4 +1,4 @@
-"""FLOPs of `xtrimogene bench`: per cell and model in closed form, by part, and counted on runs of our ops.
+"""FLOPs of `xtrimogene bench`: per cell and model in closed form, and by part (counted: benchmarks.counting).
 
 FLOPs are those of matrix products, two for a multiply-add. The models that are compared, all of one preset:
 
@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cells import Cells, Lengths
 from xtrimogene.config import XTrimoGeneConfig
@@ -33,9 +32,7 @@ from xtrimogene.flops import (
     padded_flops,
     performer_flops,
 )
-from xtrimogene.masking import MaskingConfig, mask_cells
-from xtrimogene.model import XTrimoGene
-from xtrimogene.vocabulary import Vocabulary
+from xtrimogene.masking import MaskingConfig
 
 Row = dict[str, Any]
 PADDED_BATCH = 64
@@ -143,42 +140,14 @@ def _pretraining(config: XTrimoGeneConfig, lengths: Lengths, distinct: Lengths, 
     return {part: flops + total[part] for part, flops in by_part(config, encoder).items()}
 
 
-def counted_rows(presets: Sequence[str], cells: Cells, num_cells: int) -> Iterator[Row]:
-    """Forward FLOPs of real runs as FlopCounterMode counts them on our ops, beside the closed form: they are equal."""
-    chosen = cells.shuffled()[:num_cells]
-    batch = cells.batch(chosen)
-    vocabulary = Vocabulary(f"gene{gene}" for gene in range(cells.num_genes))
-    for preset in presets:
-        model = XTrimoGene.from_preset(preset, vocabulary, dropout=0.0)
-        masked = mask_cells(batch, np.asarray(chosen), MaskingConfig(), epoch=0, num_genes=cells.num_genes)
-        index = masked.batch.distinct_index
-        tokens, hidden, asked = (
-            offsets.diff().numpy().astype(np.int64)
-            for offsets in (masked.batch.cu_seqlens, masked.masked_cu_seqlens, masked.chosen_cu_seqlens)
-        )
-        assert index is not None
-        firsts = np.add.reduceat(index.numpy() == np.arange(len(index)), np.cumsum(tokens) - tokens)
-        expected = {
-            "encoder": encoder_flops(model.config, cells.lengths[chosen], cells.distinct[chosen]).total,
-            "auto-encoder": encoder_flops(model.config, tokens, firsts).total
-            + decoder_flops(model.config, tokens, masked=hidden, asked=asked).total,
-        }
-        for name, closed in expected.items():
-            with FlopCounterMode(display=False) as counter:
-                model(batch) if name == "encoder" else model.loss(masked)
-            counted = counter.get_total_flops()
-            yield {
-                "benchmark": "flops counted", "case": preset, "cells": num_cells, "tokens": batch.total_nnz,
-                "direction": "forward", "provider": name, "correct": counted == closed,
-                "flops_counted": counted, "flops_closed_form": closed,
-            }  # fmt: skip
-
-
-def step_flops(config: XTrimoGeneConfig, tokens: Lengths, distinct: Lengths, masked: Lengths, asked: Lengths) -> int:
-    """Forward and backward FLOPs of a pre-training step."""
+def step_flops(
+    config: XTrimoGeneConfig, tokens: Lengths, distinct: Lengths, masked: Lengths, asked: Lengths, savings: bool = True
+) -> int:
+    """Forward and backward FLOPs of a pre-training step; without savings every token is embedded."""
+    values = distinct if savings else None
     return (
-        encoder_flops(config, tokens, distinct).total
-        + encoder_backward_flops(config, tokens, distinct).total
-        + decoder_flops(config, tokens, masked=masked, asked=asked).total
-        + decoder_backward_flops(config, tokens, masked=masked, asked=asked).total
+        encoder_flops(config, tokens, values).total
+        + encoder_backward_flops(config, tokens, values).total
+        + decoder_flops(config, tokens, masked=masked, asked=asked, savings=savings).total
+        + decoder_backward_flops(config, tokens, masked=masked, asked=asked, savings=savings).total
     )

@@ -20,7 +20,7 @@ are encoded, k masked and a asked for (the rows whose loss, or output, is wanted
     k, v        4 D D      twice the forward         all
     out, ffn    (2 + 4 f) D D  twice the forward     last layer: a
     favor       4 D m      8 D m                     queries and keys, each; last layer: a queries
-    head        2 D        6 D (squared error)       a
+    head        2 D        6 D (squared error; plain: 4 D)  a
 
 The plain network has all rows everywhere, and embeds the value of every position.
 """
@@ -196,7 +196,8 @@ def decoder_backward_flops(
         bridge=2 * 2 * dim * width * rows.bridge,
         linear=2 * width * width * rows.linear(config),
         favor=8 * width * config.num_features * rows.favor,
-        head=6 * width * rows.head,
+        # The plain network keeps its predictions, ours computes them again.
+        head=(6 if savings else 4) * width * rows.head,
     )
 
 

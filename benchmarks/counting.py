@@ -1,0 +1,194 @@
+"""FLOPs as FlopCounterMode counts them, at full size and without the arithmetic, beside their closed forms.
+
+Every model of benchmarks.costs is called as it stands, on real cells; what it calls is counted with the real shapes
+and offsets. Only the results of floating-point ops are left unwritten, so a network of 20 TFLOP is counted in seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import baselines, costs
+from benchmarks.cells import Cells
+from benchmarks.pretraining import prepared
+from xtg_kernels import RaggedBatch
+from xtrimogene.config import XTrimoGeneConfig
+from xtrimogene.flops import (
+    decoder_flops,
+    dense_autoencoder_flops,
+    dense_flops,
+    encoder_flops,
+    padded_flops,
+    performer_flops,
+)
+from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells
+from xtrimogene.model import XTrimoGene
+from xtrimogene.vocabulary import Vocabulary
+
+Row = dict[str, Any]
+
+
+class ShapesOnly(TorchDispatchMode):
+    """Inside it, floating-point results on the CPU are unwritten memory; views and integers are what they are."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = (args, kwargs or {})
+        tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+        if func.is_view or not any(x.is_floating_point() and not x.is_meta for x in tensors):
+            return func(*args, **given[1])
+        shapes = tree_map_only(Tensor, lambda x: torch.empty_like(x, device="meta"), given)
+        shapes = tree_map_only(torch.device, lambda _: torch.device("meta"), shapes)
+        # What an op writes in place, it returns.
+        written = dict(zip(map(id, tree_leaves(shapes)), tree_leaves(given), strict=True))
+
+        def unwritten(x: Tensor) -> Tensor:
+            return written[id(x)] if id(x) in written else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+
+        return tree_map_only(Tensor, unwritten, func(*shapes[0], **shapes[1]))
+
+
+def counted(run: Callable[[], object]) -> int:
+    """FLOPs of what run calls. Linear layers go through addmm: blocks of rows say the same in thousands of calls."""
+    with warnings.catch_warnings():
+        # Setting these flags makes PyTorch warn of a GPU that is not there.
+        warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")
+        with torch.backends.mkldnn.flags(enabled=False), ShapesOnly(), FlopCounterMode(display=False) as counter:
+            run()
+    return counter.get_total_flops()
+
+
+def counted_rows(presets: Sequence[str], cells: Cells, num_cells: int = 2) -> Iterator[Row]:
+    """Forward FLOPs of every model on a few real cells, counted and in closed form: they are equal."""
+    chosen = cells.shuffled()[:num_cells]
+    batch = cells.batch(chosen)
+    lengths, distinct = cells.lengths[chosen], cells.distinct[chosen]
+    vocabulary = Vocabulary(f"gene{gene}" for gene in range(cells.num_genes))
+    masked = mask_cells(batch, np.asarray(chosen), MaskingConfig(), epoch=0, num_genes=cells.num_genes)
+    tokens, values, hidden, asked = counts_of(masked)
+    for preset in presets:
+        model = XTrimoGene.from_preset(preset, vocabulary, dropout=0.0)
+        config = model.config
+        found = {
+            "dense auto-encoder": (_dense_autoencoder(config, num_cells), dense_autoencoder_flops(config, num_cells)),
+            "dense": (_dense(config, num_cells), dense_flops(config, num_cells)),
+            "performer": (_performer(config, num_cells), performer_flops(config, num_cells)),
+            "padded": (_padded(model, batch), padded_flops(config, lengths, num_cells)),
+            "encoder": (lambda model=model: model(batch), encoder_flops(config, lengths, distinct)),
+        }
+        rows = {name: (run, closed.total) for name, (run, closed) in found.items()}
+        for name, savings in (("auto-encoder, plain", False), ("auto-encoder", True)):
+            loss = XTrimoGene.loss if savings else baselines.plain_loss
+            decoder = decoder_flops(config, tokens, masked=hidden, asked=asked, savings=savings).total
+            encoder = encoder_flops(config, tokens, values if savings else None).total
+            rows[name] = (lambda model=model, loss=loss: loss(model, masked), encoder + decoder)
+        for name in costs.MODELS:
+            run, closed = rows[name]
+            yield _row("flops counted", preset, num_cells, batch.total_nnz, "forward", name, counted(run), closed)
+
+
+def savings_rows() -> Iterator[Row]:
+    """A training step of 100m on 8 cells of 2,000 expressed genes, counted with and without the exact savings."""
+    model, masked = prepared("100m", 8)
+    tokens, values, hidden, asked = counts_of(masked)
+    for name, savings in (("auto-encoder, plain", False), ("auto-encoder", True)):
+        loss = XTrimoGene.loss if savings else baselines.plain_loss
+        closed = costs.step_flops(model.config, tokens, values, hidden, asked, savings=savings)
+        flops = counted(lambda loss=loss: loss(model, masked).backward())
+        case, batch = "100m, 8 cells of 2,000 genes", masked.batch
+        yield _row("exact savings", case, batch.batch_size, batch.total_nnz, "training step", name, flops, closed)
+
+
+def counts_of(masked: MaskedBatch) -> tuple[costs.Lengths, costs.Lengths, costs.Lengths, costs.Lengths]:
+    """Tokens, distinct values, masked and chosen genes of each cell of a masked batch."""
+    tokens, hidden, asked = (
+        offsets.diff().numpy().astype(np.int64)
+        for offsets in (masked.batch.cu_seqlens, masked.masked_cu_seqlens, masked.chosen_cu_seqlens)
+    )
+    values = [len(cell.unique()) for cell in masked.batch.values.split(tokens.tolist())]
+    return tokens, np.asarray(values, np.int64), hidden, asked
+
+
+def _row(
+    benchmark: str, case: str, cells: int, tokens: int, direction: str, provider: str, flops: int, closed: int
+) -> Row:
+    return {
+        "benchmark": benchmark, "case": case, "cells": cells, "tokens": tokens, "direction": direction,
+        "provider": provider, "correct": flops == closed, "flops_counted": flops, "flops_closed_form": closed,
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _explicit_attention() -> Iterator[None]:
+    """PyTorch's attention as matrix products: of its fused one on a CPU, FlopCounterMode counts none."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def _transformer(dim: int, heads: int, ffn: int, layers: int, device: str) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(dim, heads, ffn, dropout=0.0, batch_first=True, device=device)
+    return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(dim, device=device), enable_nested_tensor=False)
+
+
+def _dense_encoder(config: XTrimoGeneConfig, device: str = "meta") -> nn.TransformerEncoder:
+    return _transformer(config.dim, config.num_heads, config.ffn_dim, config.num_layers, device)
+
+
+def _dense(config: XTrimoGeneConfig, num_cells: int) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        # Not even addresses for its scores: they are tens of gigabytes.
+        x = torch.empty(num_cells, config.num_genes, config.dim, device="meta")
+        with _explicit_attention():
+            return _dense_encoder(config)(x)
+
+    return run
+
+
+def _dense_autoencoder(config: XTrimoGeneConfig, num_cells: int) -> Callable[[], Tensor]:
+    encode = _dense(config, num_cells)
+
+    def run() -> Tensor:
+        bridge = nn.Linear(config.dim, config.decoder_dim, device="meta")
+        decoder = _transformer(
+            config.decoder_dim, config.decoder_heads, config.decoder_ffn_dim, config.decoder_layers, "meta"
+        )
+        head = nn.Linear(config.decoder_dim, 1, device="meta")
+        x = bridge(encode())
+        with _explicit_attention():
+            return head(decoder(x))
+
+    return run
+
+
+def _performer(config: XTrimoGeneConfig, num_cells: int) -> Callable[[], Tensor]:
+    layers = baselines.PerformerEncoder(config)
+    x = torch.zeros(num_cells * config.num_genes, config.dim)
+    return lambda: layers(x, (config.num_genes,) * num_cells)
+
+
+def _padded(model: XTrimoGene, batch: RaggedBatch) -> Callable[[], Tensor]:
+    config, cells, longest = model.config, batch.batch_size, batch.max_seqlen
+    theirs = _dense_encoder(config, "cpu")
+    values = torch.zeros(cells * longest)
+
+    def run() -> Tensor:
+        x = model.embedding.value_rows(values).unflatten(0, (cells, longest))
+        with _explicit_attention():
+            return theirs(x)
+
+    return run
