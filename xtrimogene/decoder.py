@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xtg_kernels import RaggedBatch, favor_attention, masked_decoder_gather, masked_head, masked_mse
-from xtrimogene.linear import in_autocast_dtype, linear, norm_feed_forward, norm_linear, pays_by_blocks, untouched
+from xtrimogene.linear import in_autocast_dtype, is_large, linear, norm_feed_forward, norm_linear, untouched
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class PerformerLayer(nn.Module):
         if untouched(x, (self.norm1, *layers)):
             operands = in_autocast_dtype(*(layer.weight for layer in layers), *(layer.bias for layer in layers))
             weight, bias = torch.cat(operands[: len(layers)]), torch.cat(operands[len(layers) :])
-            if pays_by_blocks(len(x), weight, bias):
+            if _goes_by_blocks(len(x), weight, bias):
                 return norm_linear(x, self.norm1.weight, self.norm1.bias, self.norm1.eps, weight, bias, len(layers))
         rows = self.norm1(x)
         return tuple(layer(rows) for layer in layers)
@@ -141,14 +141,14 @@ class PerformerLayer(nn.Module):
     def _add_linear(self, x: Tensor, rows: Tensor, layer: nn.Linear) -> Tensor:
         if untouched(rows, (layer,)):
             rows, weight, bias = in_autocast_dtype(rows, layer.weight, layer.bias)
-            if pays_by_blocks(len(rows), weight, bias, rows):
+            if _goes_by_blocks(len(rows), weight, bias, rows):
                 return linear(rows, weight, bias, residual=x)
         return x + layer(rows)
 
     def _add_feed_forward(self, x: Tensor) -> Tensor:
         if untouched(x, (self.norm2, self.linear1, self.linear2)):
             weights = in_autocast_dtype(self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
-            if pays_by_blocks(len(x), *weights):
+            if _goes_by_blocks(len(x), *weights):
                 return norm_feed_forward(x, self.norm2.weight, self.norm2.bias, self.norm2.eps, *weights)
         return x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
 
@@ -265,7 +265,7 @@ class Decoder(nn.Module):
         """bridge(gene_rows)."""
         if untouched(gene_rows, (self.bridge,)):
             rows, weight, bias = in_autocast_dtype(gene_rows, self.bridge.weight, self.bridge.bias)
-            if pays_by_blocks(len(rows), weight, bias, rows):
+            if _goes_by_blocks(len(rows), weight, bias, rows):
                 return linear(rows, weight, bias)
         return self.bridge(gene_rows)
 
@@ -284,6 +284,12 @@ class Decoder(nn.Module):
     def _head(self) -> tuple[Tensor, ...]:
         norms = (self.norm.weight, self.norm.bias, self.final_norm.weight, self.final_norm.bias)
         return (*norms, self.head.weight[0], self.head.bias)
+
+
+def _goes_by_blocks(rows: int, weight: Tensor, *operands: Tensor) -> bool:
+    """Whether layers of so many rows go by blocks, weight being the one of the wider layer: wherever tensors are large,
+    be it faster or not, because less is kept for the backward. Never where the dtypes of the operands differ."""
+    return is_large(rows, len(weight), weight.dtype) and all(x.dtype == weight.dtype for x in operands)
 
 
 def orthogonal_projection(num_features: int, head_dim: int, *, generator: torch.Generator | None = None) -> Tensor:
