@@ -18,11 +18,20 @@ import torch
 from torch import Tensor
 
 from benchmarks import baselines
-from xtg_kernels import distinct_index, expression_embedding, favor_attention, ragged_attention
+from xtg_kernels import (
+    RaggedBatch,
+    distinct_index,
+    expression_embedding,
+    favor_attention,
+    masked_decoder_gather,
+    masked_head,
+    ragged_attention,
+)
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.embedding import ExpressionEmbedding
 from xtrimogene.encoder import RaggedTransformerEncoder
 from xtrimogene.flops import encoder_backward_flops, encoder_flops
+from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells
 
 NUM_HEADS, HEAD_DIM = 12, 64  # attention of the 100m model
 NUM_GENES = 19_264
@@ -53,6 +62,7 @@ class Task:
     flops         closed-form FLOPs of each direction
     plain_again   the plain provider with its sums in other orders: how far rounding alone takes it. Where a rounding
                   moves a row across the kink of a ReLU its gradient changes by the whole, so one run says little
+    moves         whether it moves memory and little else: rows then say its share of the rate of a copy of the output
     """
 
     benchmark: str
@@ -65,6 +75,7 @@ class Task:
     checked_rows: int
     flops: dict[str, int]
     plain_again: tuple[Provider, ...] = ()
+    moves: bool = False
 
 
 def real_lengths(count: int, seed: int = 0) -> Lengths:
@@ -241,6 +252,64 @@ def encoder_task(preset: str, lengths: Lengths, dtype: str, *, dense: bool = Fal
     )  # fmt: skip
 
 
+def gather_task(case: str, lengths: Lengths, dtype: str, dim: int = 512) -> Task:
+    """masked_decoder_gather on cells masked as in pre-training; the rows of all genes of the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+    masked = masked_cells(lengths)
+    ids, cu_seqlens = masked.batch.gene_ids, masked.batch.cu_seqlens
+    shapes = ((NUM_GENES, dim), (dim,), (dim,), (len(ids), dim))
+    inputs = tuple(torch.randn(shape, generator=generator).to(DTYPES[dtype]).requires_grad_() for shape in shapes)
+    grad_out = torch.randn(len(lengths), NUM_GENES, dim, generator=generator).to(DTYPES[dtype])
+    indices = (cu_seqlens, ids, masked.masked_ids, masked.masked_cu_seqlens)
+
+    def exact() -> tuple[Tensor, list[Tensor]]:
+        exactly = [x.detach().double().requires_grad_() for x in inputs]
+        out = baselines.gather_indexed(*exactly, *indices)
+        return out.detach(), list(torch.autograd.grad(out, exactly, grad_out.double()))
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        "plain": lambda: baselines.gather_indexed(*inputs, *indices),
+        "xtg": lambda: masked_decoder_gather(*inputs, *indices),
+    }
+    return Task(
+        "gather", case, lengths, dtype, {name: Provider(run, inputs) for name, run in ways.items()}, grad_out,
+        exact, len(lengths), _with_both(0, 0), moves=True,
+    )  # fmt: skip
+
+
+def head_task(case: str, lengths: Lengths, dtype: str, dim: int = 512) -> Task:
+    """masked_head at the chosen genes of cells masked as in pre-training, out of the rows of all genes."""
+    generator = torch.Generator().manual_seed(0)
+    masked = masked_cells(lengths)
+    cell_of = torch.arange(len(lengths)).repeat_interleave(masked.chosen_cu_seqlens.diff())
+    rows = cell_of * NUM_GENES + masked.chosen_ids
+    shapes = ((len(lengths) * NUM_GENES, dim), (dim,), (dim,), (dim,), (dim,), (dim,), (1,))
+    inputs = tuple(torch.randn(shape, generator=generator).to(DTYPES[dtype]).requires_grad_() for shape in shapes)
+    grad_out = torch.randn(len(rows), generator=generator)
+
+    def exact() -> tuple[Tensor, list[Tensor]]:
+        exactly = [x.detach().double().requires_grad_() for x in inputs]
+        out = baselines.head_indexed(rows, *exactly)
+        return out.detach(), list(torch.autograd.grad(out, exactly, grad_out.double()))
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        "plain": lambda: baselines.head_indexed(rows, *inputs).float(),
+        "xtg": lambda: masked_head(inputs[0], rows, *inputs[1:]),
+    }
+    return Task(
+        "head", case, lengths, dtype, {name: Provider(run, inputs) for name, run in ways.items()}, grad_out,
+        exact, len(rows), _with_both(2 * dim * len(rows), 4 * dim * len(rows)),
+    )  # fmt: skip
+
+
+def masked_cells(lengths: Lengths) -> MaskedBatch:
+    """UMI-like cells of these lengths, masked with the published rates."""
+    counts, ids = umi_counts(lengths)
+    values = torch.from_numpy(np.log1p(counts).astype(np.float32))
+    batch = RaggedBatch(values, torch.from_numpy(ids), offsets(lengths), max(lengths))
+    return mask_cells(batch, np.arange(len(lengths)), MaskingConfig(), epoch=0, num_genes=NUM_GENES)
+
+
 def umi_counts(lengths: Lengths) -> tuple[np.ndarray, np.ndarray]:
     """Counts and gene ids (both (total_nnz,) int32) of cells of these lengths; ids ascend within a cell.
 
@@ -292,10 +361,19 @@ def encoder_tasks(quick: bool) -> Iterator[Task]:
         yield encoder_task("3m", eight[:1], "float32", dense=True)
 
 
+def decoder_tasks(task: Callable[[str, Lengths, str, int], Task], quick: bool) -> Iterator[Task]:
+    """Cells of real lengths, as many as keep the rows of all genes within half a GiB, at the width of a preset."""
+    eight = next(iter(cells(quick).values()))
+    for (preset, count, dim), dtype in itertools.product((("3m", 8, 128), ("100m", 4, 512)), DTYPES):
+        yield task(f"{preset}, {count} cells{' / 8' * quick}", eight[:count], dtype, dim // 8 if quick else dim)
+
+
 # Benchmarks of differentiable ops; run.py adds pack, embed and memory, which are of another kind.
 TASKS: dict[str, Callable[[bool], Iterator[Task]]] = {
     "attention": attention_tasks,
     "favor": favor_tasks,
     "embedding": embedding_tasks,
     "encoder": encoder_tasks,
+    "gather": functools.partial(decoder_tasks, gather_task),
+    "head": functools.partial(decoder_tasks, head_task),
 }

@@ -6,7 +6,7 @@ Shared by all that compiles, tunes or times the Triton kernels. A new op enters 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -20,11 +20,13 @@ from benchmarks.cases import Lengths, offsets
 from benchmarks.static_model import Shape, Work
 from xtg_kernels.ops.expression_embedding import triton_kernel as expression_embedding
 from xtg_kernels.ops.favor_attention import triton_kernel as favor_attention
+from xtg_kernels.ops.masked_decoder_gather import triton_kernel as masked_decoder_gather
+from xtg_kernels.ops.masked_head import triton_kernel as masked_head
 from xtg_kernels.ops.ragged_attention import triton_kernel as ragged_attention
 from xtg_kernels.triton_launch import Config
 
 Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
-Call = Callable[[], Any]
+Call = Callable[[], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,14 @@ class Kernel:
     candidates  (precision, width) -> tile sizes, num_warps and num_stages worth compiling
     work        (config, shape) -> what its programs do, for the static model; None for a kernel with one candidate
     has_dot     whether it has a matrix product
+    has_rows    whether it reads rows of channels, 16 bytes at a time
     """
 
     direction: str
     candidates: Callable[[str, int], list[Config]]
     work: Callable[[Config, Shape], Work] | None = None
     has_dot: bool = True
+    has_rows: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,17 @@ class Op:
 
     kernels  name -> Kernel
     sizes    width that configs.json is keyed by -> a size that models have and that is padded to it
-    calls    (dtype, size, lengths, device) -> forward and backward, to be called in this order
+    calls    (dtype, size, lengths, device) -> forward and backward, to be called in this order; they return tensors
     """
 
     kernels: Mapping[str, Kernel]
     sizes: Mapping[int, int]
     calls: Callable[[torch.dtype, int, Lengths, torch.device], dict[str, Call]]
 
-    def on_small_tensors(self, dtype: torch.dtype, size: int) -> Call:
-        """Forward and backward on few tokens of the CPU, for recording."""
-        calls = self.calls(dtype, size, (100, 156), torch.device("cpu"))
-        return lambda: (calls["forward"](), calls["backward"]())
+    def on_small_tensors(self, dtype: torch.dtype, size: int, device: str = "cpu") -> Call:
+        """Forward and backward on few tokens; on the CPU for recording."""
+        calls = self.calls(dtype, size, (100, 156), torch.device(device))
+        return lambda: [*calls["forward"](), *calls["backward"]()]
 
 
 def record_launches(call: Call) -> list[tuple[str, Launch]]:
@@ -113,12 +117,13 @@ def _attention_calls(dtype: torch.dtype, head_dim: int, lengths: Lengths, device
     cu_seqlens = offsets(lengths).to(device)
     saved: list[Tensor] = []
 
-    def forward() -> None:
+    def forward() -> list[Tensor]:
         saved[:] = ragged_attention.forward(q, k, v, cu_seqlens, longest, scale)
+        return saved
 
-    def backward() -> None:
+    def backward() -> Sequence[Tensor]:
         out, softmax_lse = saved
-        ragged_attention.backward(grad_out, softmax_lse, q, k, v, out, softmax_lse, cu_seqlens, longest, scale)
+        return ragged_attention.backward(grad_out, softmax_lse, q, k, v, out, softmax_lse, cu_seqlens, longest, scale)
 
     return {"forward": forward, "backward": backward}
 
@@ -161,7 +166,7 @@ def _embedding_calls(dtype: torch.dtype, num_bins: int, lengths: Lengths, device
     arguments = (values, w1, b1, w2, b2, bin_table, 1.0, gene_ids, gene_table, index)
     grad_out = torch.randn((total, dim), device=device).to(dtype)
     return {
-        "forward": lambda: expression_embedding.forward(*arguments),
+        "forward": lambda: [expression_embedding.forward(*arguments)],
         "backward": lambda: expression_embedding.backward(grad_out, *arguments, True),
     }
 
@@ -193,14 +198,90 @@ def _favor_calls(dtype: torch.dtype, head_dim: int, lengths: Lengths, device: to
     segments = (cu_seqlens, longest, cu_seqlens, longest, eps)
     saved: list[Tensor] = []
 
-    def forward() -> None:
+    def forward() -> list[Tensor]:
         saved[:] = favor_attention.forward(q, k, v, projection, *segments, False)
+        return saved
 
-    def backward() -> None:
+    def backward() -> Sequence[Tensor]:
         out, context, key_sum, key_max, row_max, row_sum = saved
-        favor_attention.backward(
+        return favor_attention.backward(
             grad_out, q, k, v, projection, out, context, key_sum, key_max, row_max, row_sum, *segments
         )
+
+    return {"forward": forward, "backward": backward}
+
+
+def _gather_source(precision: str, width: int) -> list[Config]:
+    return _configs((256, 4, 2), names="BLOCK")
+
+
+def _gather_forward(precision: str, width: int) -> list[Config]:
+    return _configs((16, width if precision == "half" else min(width, 128), 4, 2), names="BLOCK_R BLOCK_D")
+
+
+def _gather_backward(precision: str, width: int) -> list[Config]:
+    return _configs((16, min(width, 128), 4, 2), names="BLOCK_R BLOCK_D")
+
+
+def _gather_grad_table(precision: str, width: int) -> list[Config]:
+    return _configs((16 if width == 64 else 8, min(width, 128), 4, 2), names="BLOCK_R BLOCK_D")
+
+
+def _gather_calls(dtype: torch.dtype, dim: int, lengths: Lengths, device: torch.device) -> dict[str, Call]:
+    """All genes of every cell, 500 of them masked, and 200 asked genes of every cell."""
+    genes = 600 if device.type == "cpu" else 19_264
+    shapes = ((genes, dim), (dim,), (dim,), (sum(lengths), dim))
+    table, zero_row, mask_row, encoded = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
+
+    def cells(starts: Lengths, ends: Lengths) -> tuple[Tensor, Tensor]:
+        ids = torch.cat([torch.arange(start, end) for start, end in zip(starts, ends, strict=True)])
+        counts = [end - start for start, end in zip(starts, ends, strict=True)]
+        return ids.int().to(device), offsets(counts).to(device)
+
+    none = (0,) * len(lengths)
+    gene_ids, cu_seqlens = cells(none, lengths)
+    masked = cells(lengths, tuple(min(n + 500, genes) for n in lengths))
+    # (out_genes, out_cu_seqlens)
+    asked = cells(none, (200,) * len(lengths))
+    indices = (cu_seqlens, gene_ids, *masked)
+    grad_out = torch.randn((len(lengths), genes, dim), device=device).to(dtype)
+    grad_asked = grad_out.flatten(0, 1)[: asked[0].numel()]
+
+    def forward() -> Sequence[Tensor]:
+        rows = (table, zero_row, mask_row, encoded, *indices)
+        return [masked_decoder_gather.forward(*rows, *genes) for genes in ((None, None), asked)]
+
+    def backward() -> Sequence[Tensor]:
+        of_all = masked_decoder_gather.backward(grad_out, *indices, None, None, genes)
+        return [*of_all, *masked_decoder_gather.backward(grad_asked, *indices, *asked, genes)]
+
+    return {"forward": forward, "backward": backward}
+
+
+def _head(precision: str, width: int) -> list[Config]:
+    return _configs((max(2048 // width, 1), max(width // 512, 4), 2), names="BLOCK_N")
+
+
+def _head_calls(dtype: torch.dtype, dim: int, lengths: Lengths, device: torch.device) -> dict[str, Call]:
+    """Squared error at as many rows as there are tokens, chosen of twice as many, and the predictions there and at all
+    rows; float32 parameters."""
+    n = sum(lengths)
+    x = torch.randn((2 * n, dim), device=device).to(dtype)
+    rows, target = torch.arange(0, 2 * n, 2, dtype=torch.int32, device=device), torch.randn(n, device=device)
+    norm1_weight, norm1_bias, norm2_weight, norm2_bias, weight = (torch.randn(dim, device=device) for _ in range(5))
+    params = (norm1_weight, norm1_bias, norm2_weight, norm2_bias, weight, torch.randn(1, device=device))
+    grad_loss, grad_out = torch.ones((), device=device), torch.randn(2 * n, device=device)
+
+    def forward() -> Sequence[Tensor]:
+        predictions = (masked_head.masked_head(x, chosen, *params, 1e-5) for chosen in (rows, None))
+        return [masked_head.masked_mse(x, rows, target, *params, 1e-5, True), *predictions]
+
+    def backward() -> Sequence[Tensor]:
+        return [
+            *masked_head.masked_mse_backward(grad_loss, x, rows, target, *params, 1e-5, True),
+            *masked_head.masked_head_backward(grad_out[:n], x, rows, *params, 1e-5),
+            *masked_head.masked_head_backward(grad_out, x, None, *params, 1e-5),
+        ]
 
     return {"forward": forward, "backward": backward}
 
@@ -238,4 +319,35 @@ OPS = {
         sizes={16: 16, 32: 32, 64: 64, 128: 128},
         calls=_favor_calls,
     ),
+    "masked_decoder_gather": Op(
+        kernels={
+            "source": Kernel("forward", _gather_source, has_dot=False, has_rows=False),
+            "forward": Kernel("forward", _gather_forward, has_dot=False),
+            "backward": Kernel("backward", _gather_backward, has_dot=False),
+            "grad_table": Kernel("backward", _gather_grad_table, has_dot=False),
+        },
+        sizes={64: 40, 128: 128, 256: 512},
+        calls=_gather_calls,
+    ),
+    "masked_head": Op(
+        kernels={
+            "forward": Kernel("forward", _head, has_dot=False),
+            "backward": Kernel("backward", _head, has_dot=False),
+        },
+        sizes={128: 128, 512: 512, 4096: 4096},
+        calls=_head_calls,
+    ),
 }
+
+
+def main() -> None:
+    """Launches every kernel once for each precision, on small tensors of the GPU: for sanitizers."""
+    for op in OPS.values():
+        for dtype in (torch.bfloat16, torch.float32):
+            for size in op.sizes.values():
+                op.on_small_tensors(dtype, size, "cuda")()
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The benchmark of pre-training: a step of the masked auto-encoder on cells of 2,000 expressed genes, time and memory.
+"""Benchmarks of pre-training: a step of the masked auto-encoder on cells of 2,000 expressed genes, time and memory.
 
 A step is forward, backward and AdamW over all positions of the vocabulary, with read-depth tokens, as scFoundation is
 trained: 19,266 positions. "reference" is the same model with every op of xtg_kernels on its plain PyTorch reference.
@@ -11,13 +11,16 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import anndata
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 from benchmarks.cases import DTYPES, NUM_GENES, offsets, umi_counts
@@ -62,6 +65,54 @@ def step(quick: bool) -> Iterator[dict[str, Any]]:
                         row["speedup"] = _digits(float(np.median(times["reference"])) / median)
                     row["peak_mib"] = _digits(_memory_of(preset, masked.batch_size, dtype, name, quick) / cells)
                 yield row
+
+
+def ranks(quick: bool) -> Iterator[dict[str, Any]]:
+    """Steps of `xtrimogene pretrain` on 3m: one process of two threads, two of one thread (DDP), same batches."""
+    cells, steps = 16, 2 if quick else 8
+    counts, gene_ids = umi_counts((EXPRESSED,) * cells)
+    matrix = sp.csr_matrix(
+        (counts.astype(np.float32), gene_ids, np.arange(cells + 1) * EXPRESSED), shape=(cells, NUM_GENES)
+    )
+    adata = anndata.AnnData(matrix)
+    adata.var_names = [f"gene{gene}" for gene in range(NUM_GENES)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        adata.write_h5ad(folder / "cells.h5ad")
+        logs = {
+            name: _pretrained(folder, name, processes, steps)
+            for name, processes in (("1 process, 2 threads", 1), ("2 processes, 1 thread", 2))
+        }
+    curves = {name: np.array([line["loss"] for line in log]) for name, log in logs.items()}
+    first = next(iter(curves.values()))
+    for name, log in logs.items():
+        error = float(np.abs(curves[name] / first - 1).max())
+        row: dict[str, Any] = {
+            "benchmark": "ranks", "case": f"3m, 4 cells a step, {steps} steps", "cells": 4, "tokens": 4 * EXPRESSED,
+            "dtype": "float32", "direction": "training step", "provider": name, "correct": error <= 1e-5,
+            "error": f"{error:.2e}", "error_limit": 1e-5,
+        }  # fmt: skip
+        if row["correct"]:
+            # The first step warms caches and oneDNN's kernels.
+            times = np.diff([line["seconds"] for line in log])
+            low, median, high = np.quantile(times, [0.2, 0.5, 0.8])
+            row |= {"runs": len(times), "median_ms": _digits(1e3 * median), "q20_ms": _digits(1e3 * low)}
+            row |= {"q80_ms": _digits(1e3 * high), "cells_per_second": _digits(4 / median)}
+        yield row
+
+
+def _pretrained(folder: Path, name: str, processes: int, steps: int) -> list[dict[str, Any]]:
+    """The training lines of a run's log."""
+    launch = ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    command = [
+        sys.executable, "-m", *launch, "xtrimogene", "pretrain", "--data", str(folder / "cells.h5ad"),
+        "--output", str(folder / name), "--device", "cpu", "--threads", str(2 // processes), "--no-progress",
+        "model.preset=3m", "model.dropout=0", "batch_cells=2", f"accumulate={2 // processes}", f"max_steps={steps}",
+        "warmup_steps=0", "validation_share=0", "tensorboard=false",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, check=True)
+    lines = (folder / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if line["event"] == "train"]
 
 
 def prepared(preset: str, cells: int, *, expressed: int = EXPRESSED) -> tuple[XTrimoGene, MaskedBatch]:

@@ -40,13 +40,16 @@ def _memory(rows: Rows) -> str:
     return f"{title}\n\n" + _table(["cells", "peak above the loaded model"], body)
 
 
-def _ops(title: str, *, share: bool = True) -> Callable[[Rows], str]:
+def _ops(title: str, *, share: str = "gemm") -> Callable[[Rows], str]:
+    """share: what the last column compares with, "gemm" or "copy"; "" for no such column."""
+
     def section(rows: Rows) -> str:
-        header = ["case", "dtype", "direction", "time", "against plain PyTorch", "share of GEMM rate"]
+        last = {"gemm": "share of GEMM rate", "copy": "share of copy rate"}.get(share, "")
+        header = ["case", "dtype", "direction", "time", "against plain PyTorch", last]
         body = [
             [
                 r["case"], r["dtype"], r["direction"].replace("+", " + "), _milliseconds(r["median_ms"]),
-                f"{float(r['speedup']):.2f}x", f"{100 * float(r['share_of_gemm']):.0f} %",
+                f"{float(r['speedup']):.2f}x", f"{100 * float(r[f'share_of_{share}']):.0f} %" if share else "",
             ]
             for r in rows
             if r["provider"] == "xtg"
@@ -117,6 +120,12 @@ def _step(rows: Rows) -> str:
     return f"{title} and optimizer:\n\n" + _table(header, body)
 
 
+def _ranks(rows: Rows) -> str:
+    header = ["processes", "time of a step", "largest difference of the loss curve"]
+    body = [[r["provider"], _milliseconds(r["median_ms"]), r["error"]] for r in rows]
+    return f"**Two processes** against one, the same batches ({rows[0]['case']}):\n\n" + _table(header, body)
+
+
 # The embedding is no matrix product of its tokens: few of them have values of their own.
 SECTIONS: dict[str, Callable[[Rows], str]] = {
     "memory": _memory,
@@ -125,10 +134,13 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
     "attention": _ops("Attention**, 12 heads of 64 channels, as in the 100m model:"),
     "favor": _ops("Linear attention (FAVOR+)**, 8 heads of 64 channels and 266 features, against its einsum form:"),
     "favor_memory": _favor_memory,
-    "embedding": _ops("Embedding of expression values**, 768 channels, UMI-like counts:", share=False),
+    "embedding": _ops("Embedding of expression values**, 768 channels, UMI-like counts:", share=""),
+    "gather": _ops("Rows of the decoder** (`masked_decoder_gather`), 19,264 genes a cell:", share="copy"),
+    "head": _ops("Final norms and head** (`masked_head`) at the chosen genes of 19,264:", share=""),
     "pack": _pack,
     "loader": _loader,
     "step": _step,
+    "ranks": _ranks,
 }
 
 

@@ -151,14 +151,18 @@ def _compile(cases: Sequence[Case]) -> list[list[Report]]:
 
 
 def write_configs(chosen: dict[Key, Config]) -> None:
-    """Rewrites configs.json of the ops of these entries, one config a line."""
+    """Rewrites configs.json of the ops of these entries."""
     for op in dict.fromkeys(key[0] for key in chosen):
         tree: dict[str, Any] = {}
         for (_, kernel, architecture, precision, width), config in ((k, c) for k, c in chosen.items() if k[0] == op):
             kinds = tree.setdefault(architecture, {}).setdefault(kernel, {})
             kinds.setdefault(precision, {})[str(width)] = config
-        text = _json(tree, 0)
-        (OPS_FOLDER / op / "configs.json").write_text(text + "\n", encoding="utf-8")
+        (OPS_FOLDER / op / "configs.json").write_text(config_text(tree), encoding="utf-8")
+
+
+def config_text(tables: dict[str, Any]) -> str:
+    """The text of a configs.json, one config a line."""
+    return _json(tables, 0) + "\n"
 
 
 def _json(tree: dict[str, Any], depth: int) -> str:

@@ -15,6 +15,8 @@ import xtg_kernels
 from xtg_kernels import dispatch
 from xtg_kernels.ops.expression_embedding import library as embedding
 from xtg_kernels.ops.favor_attention import library as favor
+from xtg_kernels.ops.masked_decoder_gather import library as gather
+from xtg_kernels.ops.masked_head import library as head
 from xtg_kernels.ops.ragged_attention import library as attention
 
 
@@ -41,6 +43,7 @@ def _op_backends(device: str) -> dict[str, dict[str, Any]]:
         q = torch.empty((1, 1, 64), dtype=dtype, device=device)
         values = torch.empty((1,), device=device)
         bin_table = torch.empty((100, 64), dtype=dtype, device=device)
+        rows = torch.empty((1, 64), dtype=dtype, device=device)
         projection = torch.empty((266, 64), device=device)
         reasons: dict[str, Callable[[str], list[str]]] = {
             "ragged_attention": functools.partial(attention.not_supported_reasons, q=q, k=q, v=q),
@@ -48,6 +51,9 @@ def _op_backends(device: str) -> dict[str, dict[str, Any]]:
                 embedding.not_supported_reasons, values=values, bin_table=bin_table
             ),
             "favor_attention": functools.partial(favor.not_supported_reasons, q=q, k=q, v=q, projection=projection),
+            "masked_decoder_gather": functools.partial(gather.not_supported_reasons, table=rows),
+            "masked_head": functools.partial(head.not_supported_reasons, x=rows),
+            "masked_mse": functools.partial(head.not_supported_reasons, x=rows),
             "distinct_index": functools.partial(embedding.distinct_not_supported_reasons, values=values),
         }
         for op, why in reasons.items():

@@ -30,6 +30,7 @@ Table = Mapping[str, Mapping[str, Mapping[str, Config]]]
 
 _forced_architecture: str | None = None
 _forced_configs: dict[tuple[str, str], Config] = {}
+_forced_tables: dict[str, Mapping[str, Table]] = {}
 
 
 @functools.lru_cache
@@ -55,22 +56,27 @@ def architecture(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def overriding(
-    *, architecture: str | None = None, configs: Mapping[tuple[str, str], Config] | None = None
+    *,
+    architecture: str | None = None,
+    tables: Mapping[str, Mapping[str, Table]] | None = None,
+    configs: Mapping[tuple[str, str], Config] | None = None,
 ) -> Iterator[None]:
-    """Launches inside the block take the configs of another architecture, or those given for (op, kernel).
+    """Launches inside the block take other configs: those of another architecture, of another configs.json for an op,
+    or one for an (op, kernel) whatever its precision and width.
 
-    For whatever compiles, tests or times launches that the device at hand would not choose.
+    For whatever compiles, tests, tunes or times launches that the device at hand would not choose.
     """
-    global _forced_architecture, _forced_configs
+    global _forced_architecture, _forced_tables, _forced_configs
     if architecture is not None and architecture not in ARCHITECTURES:
         raise ValueError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
-    before = _forced_architecture, _forced_configs
+    before = _forced_architecture, _forced_tables, _forced_configs
     _forced_architecture = architecture or _forced_architecture
+    _forced_tables = {**_forced_tables, **(tables or {})}
     _forced_configs = {**_forced_configs, **(configs or {})}
     try:
         yield
     finally:
-        _forced_architecture, _forced_configs = before
+        _forced_architecture, _forced_tables, _forced_configs = before
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -83,13 +89,14 @@ class LaunchConfigs:
 
     def __init__(self, op: str, path: Path) -> None:
         self.op = op
-        self.tables: dict[str, Table] = json.loads(path.read_text(encoding="utf-8"))
+        self.tables: Mapping[str, Table] = json.loads(path.read_text(encoding="utf-8"))
 
     def __call__(self, kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> dict[str, Any]:
         """Tile sizes, num_warps and num_stages of one kernel for one precision and padded width on one device."""
         config = _forced_configs.get((self.op, kernel))
         if config is None:
-            config = self.tables[architecture(device)][kernel][precision(dtype)][str(width)]
+            tables = _forced_tables.get(self.op, self.tables)
+            config = tables[architecture(device)][kernel][precision(dtype)][str(width)]
         # Fusing multiply and add was Triton's default up to 3.9; said here, because the default changes.
         return {"enable_fp_fusion": True, **config}
 

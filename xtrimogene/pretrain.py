@@ -389,6 +389,7 @@ class _Run:
         )
         self.log: TrainingLog | None = None
         self._means: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None = None
+        self._counted: tuple[int, int] | None = None
         self._clock = 0.0
         self.rate = self.norm = math.nan
 
@@ -447,8 +448,13 @@ class _Run:
         return self.progress.epoch + self.progress.epoch_step / self._steps_of_epoch()
 
     def _steps_of_epoch(self) -> int:
-        config = self.config
-        return self.cells.num_steps(self.progress.epoch, world_size=self.ranks.world_size, accumulate=config.accumulate)
+        # Counting them goes through all batches of the epoch, too long for every line of the log.
+        if self._counted is None or self._counted[0] != self.progress.epoch:
+            steps = self.cells.num_steps(
+                self.progress.epoch, world_size=self.ranks.world_size, accumulate=self.config.accumulate
+            )
+            self._counted = self.progress.epoch, steps
+        return self._counted[1]
 
     def _is_over(self) -> bool:
         limit = self.config.max_seconds

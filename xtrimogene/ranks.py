@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import signal
 import threading
@@ -15,6 +16,9 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+
+# The first rank reads every cell of the data once while the others wait: NCCL's ten minutes are too short for that.
+_LONGEST_WAIT = datetime.timedelta(hours=3)
 
 
 class FirstRankFailed(RuntimeError):
@@ -48,7 +52,8 @@ class Ranks:
             torch.cuda.set_device(device)
         joins = not dist.is_initialized()
         if joins:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=_LONGEST_WAIT)
         try:
             yield cls(dist.get_rank(), dist.get_world_size(), device)
         finally:

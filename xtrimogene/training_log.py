@@ -102,4 +102,4 @@ def _summary_writer(folder: Path, after_step: int | None) -> Any:
         )
         return None
     # TensorBoard leaves out what earlier files hold from purge_step on.
-    return SummaryWriter(folder, purge_step=None if after_step is None else after_step + 1)
+    return SummaryWriter(folder, purge_step=0 if after_step is None else after_step + 1)

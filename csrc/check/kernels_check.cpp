@@ -400,6 +400,191 @@ void check_embedding(const Kernels& kernels, int64_t bins, int64_t dim) {
   }
 }
 
+void check_gather(const Kernels& kernels, int64_t dim, bool asked) {
+  // Cell 0 has a bit of everything, cell 1 nothing, cell 2 is masked throughout.
+  const int64_t batch = 3, genes = 70, total = 33;
+  const std::vector<int32_t> cu_seqlens = {0, 30, 30, 30};
+  std::vector<int32_t> gene_ids(static_cast<size_t>(total), -1), masked_cu_seqlens = {0}, masked_ids, out_cu_seqlens = {0}, out_genes;
+  for (int32_t t = 0; t < 30; ++t) gene_ids[size_t(t)] = 2 * t;
+  for (int64_t c = 0; c < batch; ++c) {
+    for (int32_t g = 0; g < genes; ++g) {
+      if (c == 2 || (c == 0 && g % 14 == 1)) masked_ids.push_back(g);
+      if (c != 1 && g % 3) out_genes.push_back(g);
+    }
+    masked_cu_seqlens.push_back(int32_t(masked_ids.size()));
+    out_cu_seqlens.push_back(int32_t(out_genes.size()));
+  }
+  const int64_t rows = asked ? int64_t(out_genes.size()) : batch * genes;
+  const auto table = normal(size_t(genes * dim)), zero_row = normal(size_t(dim)), mask_row = normal(size_t(dim));
+  const auto encoded = normal(size_t(total * dim)), grad_out = normal(size_t(rows * dim));
+  std::vector<float> out(size_t(rows * dim), NAN), grad_table(table.size()), grad_encoded(encoded.size());
+  std::vector<float> grad_zero_row(static_cast<size_t>(dim)), grad_mask_row(static_cast<size_t>(dim));
+  GatherArgs args{};
+  args.dtype = DType::f32;
+  args.batch = batch;
+  args.num_genes = genes;
+  args.dim = dim;
+  args.gene_ids = gene_ids.data();
+  args.cu_seqlens = cu_seqlens.data();
+  args.masked_ids = masked_ids.data();
+  args.masked_cu_seqlens = masked_cu_seqlens.data();
+  args.out_genes = asked ? out_genes.data() : nullptr;
+  args.out_cu_seqlens = asked ? out_cu_seqlens.data() : nullptr;
+  args.table = table.data();
+  args.encoded = encoded.data();
+  args.zero_row = zero_row.data();
+  args.mask_row = mask_row.data();
+  args.out = out.data();
+  args.grad_out = grad_out.data();
+  args.grad_table = grad_table.data();
+  args.grad_encoded = grad_encoded.data();
+  const int64_t block = 16;
+  auto scratch = poisoned(kernels.gather_scratch(args, block) + 64);
+  for (int64_t g = 0; g < genes; g += block) {
+    const GatherUnit unit{0, batch, g, min_of(g + block, genes)};
+    kernels.gather_forward(args, unit);
+    kernels.gather_backward(args, unit, grad_zero_row.data(), grad_mask_row.data(), aligned(scratch));
+  }
+
+  std::vector<double> want_out(out.size()), want_table(table.size()), want_encoded(encoded.size());
+  std::vector<double> want_zero(static_cast<size_t>(dim)), want_mask(want_zero);
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t c = row / genes, gene = row % genes;
+    if (asked) {
+      for (c = 0; row >= out_cu_seqlens[size_t(c) + 1];) ++c;
+      gene = out_genes[size_t(row)];
+    }
+    const bool masked = c == 2 || (c == 0 && gene % 14 == 1), token = !masked && c == 0 && gene % 2 == 0 && gene < 60;
+    for (int64_t d = 0; d < dim; ++d) {
+      const double grad = grad_out[size_t(row * dim + d)];
+      const size_t at = size_t(gene / 2 * dim + d);
+      want_out[size_t(row * dim + d)] =
+          table[size_t(gene * dim + d)] + (token ? encoded[at] : masked ? mask_row[size_t(d)] : zero_row[size_t(d)]);
+      want_table[size_t(gene * dim + d)] += grad;
+      (token ? want_encoded[at] : masked ? want_mask[size_t(d)] : want_zero[size_t(d)]) += grad;
+    }
+  }
+  const std::string name = std::string(kernels.name) + " masked_decoder_gather, dim " + std::to_string(dim) +
+                           (asked ? ", asked genes" : ", all genes");
+  expect(relative_error(out, want_out) < 1e-6, name + ": out");
+  expect(relative_error(grad_table, want_table) < 1e-6, name + ": grad_table");
+  expect(relative_error(grad_zero_row, want_zero) < 1e-6, name + ": grad_zero_row");
+  expect(relative_error(grad_mask_row, want_mask) < 1e-6, name + ": grad_mask_row");
+  expect(relative_error(grad_encoded, want_encoded) < 1e-6, name + ": grad_encoded");
+}
+
+void check_head(const Kernels& kernels, int64_t dim, bool mse) {
+  // Of 50 rows every fifth is not chosen, and every third chosen one is chosen twice.
+  const int64_t all_rows = 50;
+  const double eps = 1e-3, loss_factor = 0.7;
+  std::vector<int64_t> rows, chosen;
+  std::vector<int32_t> offsets = {0}, positions;
+  for (int64_t row = 0; row < all_rows; ++row) {
+    if (row % 5 == 4) continue;
+    chosen.push_back(row);
+    for (int64_t again = 0; again < (row % 3 ? 1 : 2); ++again) {
+      positions.push_back(int32_t(rows.size()));
+      rows.push_back(row);
+    }
+    offsets.push_back(int32_t(rows.size()));
+  }
+  const auto n = int64_t(rows.size());
+  const auto x = normal(size_t(all_rows * dim), 2.0f), target = normal(size_t(n)), grad_out = normal(size_t(n));
+  const int64_t padded = round_up(dim, kernels.width);
+  std::vector<std::vector<float>> parameters;  // norm1_weight, norm1_bias, norm2_weight, norm2_bias, weight; padded
+  for (int p = 0; p < 5; ++p) {
+    parameters.push_back(normal(size_t(dim)));
+    parameters.back().resize(size_t(padded), 0.0f);
+  }
+  const auto &w1 = parameters[0], &b1 = parameters[1], &w2 = parameters[2], &b2 = parameters[3], &weight = parameters[4];
+  const float bias = 0.3f;
+  std::vector<float> scale(static_cast<size_t>(padded));
+  double offset = bias, sum_scale = 0;
+  for (size_t j = 0; j < size_t(dim); ++j) {
+    scale[j] = weight[j] * w2[j];
+    sum_scale += scale[j];
+    offset += weight[j] * b2[j];
+  }
+  std::vector<float> predictions(size_t(n), NAN), grad_x(x.size()), sums(size_t(3 * padded), 0.0f);
+  double sum_grad_out = 0;
+  HeadArgs args{};
+  args.dtype = DType::f32;
+  args.dim = dim;
+  args.padded_dim = padded;
+  args.eps = float(eps);
+  args.x = x.data();
+  args.row_stride = dim;
+  args.rows = rows.data();
+  args.norm1_weight = w1.data();
+  args.norm1_bias = b1.data();
+  args.scale = scale.data();
+  args.mean_scale = float(sum_scale / double(dim));
+  args.offset = float(offset);
+  args.chosen = chosen.data();
+  args.offsets = offsets.data();
+  args.positions = positions.data();
+  args.grad_out = mse ? nullptr : grad_out.data();
+  args.target = mse ? target.data() : nullptr;
+  args.loss_factor = float(loss_factor);
+  args.grad_x = grad_x.data();
+  auto scratch = poisoned(kernels.head_scratch(args) + 64);
+  const HeadSums head_sums{&sum_grad_out, sums.data(), sums.data() + padded, sums.data() + 2 * padded};
+  for (int64_t i = 0; i < n; i += kernels.head_block)
+    kernels.head_forward(args, i, min_of(kernels.head_block, n - i), predictions.data() + i, aligned(scratch));
+  const auto count = int64_t(chosen.size());
+  for (int64_t u = 0; u < count; u += kernels.head_block)
+    kernels.head_backward(args, u, min_of(kernels.head_block, count - u), head_sums, aligned(scratch));
+
+  // The loss is sum(prediction * grad_out) or sum(loss_factor / 2 * error^2); central differences check its gradients.
+  using Vector = std::vector<double>;
+  const auto loss = [&](const Vector& v, const Vector& u1, const Vector& c1, Vector* predicted) {
+    double total = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      Vector row(v.begin() + rows[size_t(i)] * dim, v.begin() + (rows[size_t(i)] + 1) * dim);
+      double prediction = bias;
+      for (int norm = 0; norm < 2; ++norm) {
+        double mean = 0, variance = 0;
+        for (double value : row) mean += value / double(dim);
+        for (double value : row) variance += (value - mean) * (value - mean) / double(dim);
+        for (size_t j = 0; j < size_t(dim); ++j) {
+          row[j] = (row[j] - mean) / std::sqrt(variance + eps);
+          row[j] = norm ? row[j] * w2[j] + b2[j] : row[j] * u1[j] + c1[j];
+        }
+      }
+      for (size_t j = 0; j < size_t(dim); ++j) prediction += row[j] * weight[j];
+      if (predicted) (*predicted)[size_t(i)] = prediction;
+      const double error = prediction - target[size_t(i)];
+      total += mse ? loss_factor / 2 * error * error : prediction * grad_out[size_t(i)];
+    }
+    return total;
+  };
+  std::vector<Vector> at;
+  for (const std::vector<float>* v : {&x, &w1, &b1}) at.emplace_back(v->begin(), v->end());
+  Vector want(static_cast<size_t>(n));
+  loss(at[0], at[1], at[2], &want);
+  const std::string name = std::string(kernels.name) + " masked_" + (mse ? "mse" : "head") + ", dim " + std::to_string(dim);
+  expect(relative_error(predictions, want) < 2e-6, name + ": predictions");
+  // grad_norm1_weight and grad_norm1_bias are two of the sums as they are.
+  const float* got[] = {grad_x.data(), head_sums.product, head_sums.middle};
+  const char* names[] = {"grad_x", "grad_norm1_weight", "grad_norm1_bias"};
+  for (size_t part = 0; part < 3; ++part) {
+    std::vector<float> sampled;
+    Vector slopes;
+    for (int sample = 0; sample < 12; ++sample) {
+      const size_t i = generator() % (part ? size_t(dim) : x.size());
+      const double before = at[part][i], step = 1e-5;
+      at[part][i] = before + step;
+      const double above = loss(at[0], at[1], at[2], nullptr);
+      at[part][i] = before - step;
+      const double below = loss(at[0], at[1], at[2], nullptr);
+      at[part][i] = before;
+      slopes.push_back((above - below) / (2 * step));
+      sampled.push_back(got[part][i]);
+    }
+    expect(relative_error(sampled, slopes) < 2e-5, name + ": " + names[part]);
+  }
+}
+
 void check_half_types() {
   int wrong = 0;
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
@@ -430,6 +615,11 @@ int main() {
     check_favor(active_kernels(), 64, 266, 1e-4);
     check_embedding(active_kernels(), 100, 24);
     check_embedding(active_kernels(), 5, 3);
+    for (int64_t dim : {24, 5})
+      for (bool other : {false, true}) {
+        check_gather(active_kernels(), dim, other);
+        check_head(active_kernels(), dim, other);
+      }
   }
   std::printf("%s\n", failures ? "some kernels are wrong" : "all kernels agree with plain loops in double");
   return failures != 0;

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <optional>
 #include <tuple>
@@ -149,6 +150,14 @@ Tensor masked_mse(const Tensor& x, const std::optional<Tensor>& rows, const Tens
   return out;
 }
 
+void zero_bytes(void* p, size_t bytes) {
+  constexpr int64_t kSlice = int64_t(1) << 21;
+  const auto total = int64_t(bytes);
+  for_each_unit(ceil_div(total, kSlice), 0, [&](int64_t unit, void*) {
+    std::memset(static_cast<char*>(p) + unit * kSlice, 0, size_t(min_of(kSlice, total - unit * kSlice)));
+  });
+}
+
 // Needs args.grad_out, or args.target and args.loss_factor.
 Grads gradients(const Kernels& kernels, Head& h, const Tensor& x, bool all_rows, const Parameters& parameters) {
   HeadArgs& args = h.args;
@@ -172,8 +181,9 @@ Grads gradients(const Kernels& kernels, Head& h, const Tensor& x, bool all_rows,
   args.offsets = h.groups.offsets.data();
   args.positions = h.groups.tokens.data();
   const std::vector<int64_t> shape = {x.size(0), args.dim};
-  Tensor grad_x = all_rows ? torch::stable::new_empty(x, shape) : torch::stable::new_zeros(x, shape);
+  Tensor grad_x = with_large_pages(torch::stable::new_empty(x, shape));
   args.grad_x = grad_x.data_ptr();
+  if (!all_rows) zero_bytes(args.grad_x, size_t(grad_x.numel()) * grad_x.element_size());
 
   const int64_t count = int64_t(h.chosen.size()), block = kernels.head_block, blocks = ceil_div(count, block);
   const int64_t parts = min_of(kHeadParts, max_of<int64_t>(blocks, 1)), padded = args.padded_dim;

@@ -24,6 +24,7 @@ import torch
 
 from xtg_kernels.info import info
 from xtrimogene import XTrimoGene
+from xtrimogene.masking import MaskedBatch
 from xtrimogene.pretrain import gene_means, pretrain
 from xtrimogene.pretrain_config import PretrainConfig
 from xtrimogene.training_data import TrainingCells
@@ -92,31 +93,54 @@ def with_symbols(folder: Path, target: Path) -> list[Path]:
 
 
 def evaluated(model: XTrimoGene, cells: TrainingCells) -> dict[str, Any]:
-    """Error and correlation of the predictions at the chosen genes of the validation cells, and of two baselines."""
+    """Error and correlation of the predictions at the hidden genes of the validation cells, and of two baselines.
+
+    Of the chosen genes, those that the encoder sees, with their own or a random value, do not count. "beyond the gene's
+    mean" correlates what is left of truth and prediction when the gene's mean over the training cells is taken off both
+    (among non-zero genes: its mean over the cells that express it): what is known of the cell, not of the gene.
+    """
     mean, nonzero_mean = gene_means(cells, len(cells.training))
-    found: dict[str, list[Values]] = {"truth": [], "model": [], "gene mean": [], "told the zeros": []}
+    truths, predictions, hidden_genes = [], [], []
     with torch.no_grad():
         for masked in cells.validation():
-            genes, truth = masked.chosen_ids.numpy(), masked.chosen_values.double().numpy()
-            found["truth"].append(truth)
-            found["model"].append(model.masked_predictions(masked).double().numpy())
-            found["gene mean"].append(mean[genes])
-            found["told the zeros"].append(np.where(truth > 0, nonzero_mean[genes], 0.0))
-    truth, *_ = values = {name: np.concatenate(parts) for name, parts in found.items()}.values()
+            hidden = is_hidden(masked, len(cells.vocabulary))
+            hidden_genes.append(masked.chosen_ids.numpy()[hidden])
+            truths.append(masked.chosen_values.double().numpy()[hidden])
+            predictions.append(model.masked_predictions(masked).double().numpy()[hidden])
+    genes, truth = np.concatenate(hidden_genes), np.concatenate(truths)
+    guesses = {
+        "model": np.concatenate(predictions),
+        "gene mean": mean[genes],
+        "told the zeros": np.where(truth > 0, nonzero_mean[genes], 0.0),
+    }
     parts = {"all": truth >= 0, "non-zero": truth > 0, "zero": truth == 0}
+    means = {"all": mean[genes], "non-zero": nonzero_mean[genes]}
     results: dict[str, Any] = {}
-    for name, predicted in zip(found, values, strict=True):
-        if name == "truth":
-            continue
-        results[name] = {
-            part: {
+    for name, predicted in guesses.items():
+        results[name] = {}
+        for part, chosen in parts.items():
+            results[name][part] = {
                 "mean squared error": float(np.square(predicted - truth)[chosen].mean()),
                 "correlation": correlation(predicted[chosen], truth[chosen]),
                 "genes": int(chosen.sum()),
             }
-            for part, chosen in parts.items()
-        }
+            if name == "model" and part in means:
+                of_gene = means[part][chosen]
+                results[name][part]["beyond the gene's mean"] = correlation(
+                    predicted[chosen] - of_gene, truth[chosen] - of_gene
+                )
     return results
+
+
+def is_hidden(masked: MaskedBatch, num_genes: int) -> npt.NDArray[np.bool_]:
+    """(total_chosen,) whether each chosen gene is hidden from the encoder."""
+
+    def numbers(ids: torch.Tensor, cu_seqlens: torch.Tensor) -> npt.NDArray[np.int64]:
+        cells = np.repeat(np.arange(masked.batch_size), cu_seqlens.diff().numpy())
+        return cells * num_genes + ids.numpy()
+
+    chosen = numbers(masked.chosen_ids, masked.chosen_cu_seqlens)
+    return np.isin(chosen, numbers(masked.masked_ids, masked.masked_cu_seqlens))
 
 
 def correlation(x: Values, y: Values) -> float | None:
@@ -134,18 +158,21 @@ def as_table(results: dict[str, Any]) -> str:
         f"{results['genes']:,} genes in {results['seconds'] / 60:.0f} minutes; validated on "
         f"{results['cells']['validation']:,} cells that were not trained on.",
         "",
-        "| prediction | genes | mean squared error | correlation |",
-        "|---|---|---:|---:|",
+        "| prediction | hidden genes | mean squared error | correlation | beyond the gene's mean |",
+        "|---|---|---:|---:|---:|",
     ]
     for name, parts in results["masked prediction"].items():
         for part, figures in parts.items():
-            r = figures["correlation"]
-            error = f"{figures['mean squared error']:.4f}"
-            lines.append(f"| {name} | {part} | {error} | {'' if r is None else f'{r:.3f}'} |")
+            correlations = (figures.get(key) for key in ("correlation", "beyond the gene's mean"))
+            shown = ["" if r is None else f"{r:.3f}" for r in correlations]
+            row = [name, f"{part} ({figures['genes']:,})", f"{figures['mean squared error']:.4f}", *shown]
+            lines.append(f"| {' | '.join(row)} |")
     lines += [
         "",
         "`gene mean` predicts each gene's mean over the training cells. `told the zeros` knows which genes are zero,",
-        "predicts zero there and the mean over expressing cells elsewhere: a mark, no prediction.",
+        "predicts zero there and the mean over expressing cells elsewhere: a mark, no prediction. Beyond the gene's",
+        "mean: the correlation when that mean is taken off both sides, what is known of the cell and not of the gene.",
+        "Where truth or prediction does not vary there is no correlation.",
         "",
         f"Measured on {measured['date']} at commit {measured['commit']}: {measured['cpu']}, {measured['isa']} kernels, "
         f"{measured['threads']} threads, torch {measured['torch']}.",

@@ -29,6 +29,12 @@ FAST = [
     Case("ragged_attention", "grad_key_value", "default", "float32", 64),
     Case("expression_embedding", "", "sm_90", "bfloat16", 128, size=100),
     Case("expression_embedding", "forward", "gfx942", "float32", 128, size=100),
+    Case("masked_decoder_gather", "", "sm_90", "bfloat16", 256, size=512),
+    Case("masked_decoder_gather", "", "gfx942", "float16", 64, size=40),
+    Case("masked_decoder_gather", "forward", "sm_80", "float32", 256, size=192),
+    Case("masked_head", "", "sm_80", "bfloat16", 512),
+    Case("masked_head", "", "gfx942", "float32", 512, size=192),
+    Case("masked_head", "backward", "sm_90", "bfloat16", 4096),
 ]
 SHIPPED = [case_of(key) for key in keys(OPS)]
 
@@ -43,14 +49,17 @@ def _name(report: Report) -> str:
     return " ".join(str(report[key]) for key in ("op", "kernel", "architecture", "dtype", "size", "config"))
 
 
-def _of(compiled: list[Report], *, op: str | None = None, half: bool = False, dot: bool = False) -> list[Report]:
-    """The reports of one op, in half precision, of kernels with matrix products."""
+def _of(
+    compiled: list[Report], *, op: str | None = None, half: bool = False, dot: bool = False, rows: bool = False
+) -> list[Report]:
+    """The reports of one op, in half precision, of kernels with matrix products, of kernels that read rows."""
     found = [
         report
         for report in compiled
         if (op is None or report["op"] == op)
         and (not half or report["dtype"] != "float32")
         and (not dot or OPS[report["op"]].kernels[report["kernel"]].has_dot)
+        and (not rows or OPS[report["op"]].kernels[report["kernel"]].has_rows)
     ]
     assert found
     return found
@@ -81,7 +90,7 @@ def test_products_use_the_instructions_of_the_architecture(compiled: list[Report
 
 def test_hot_loops_load_16_bytes_at_a_time(compiled: list[Report]) -> None:
     """Also where head_dim is no multiple of 16 elements."""
-    assert not [_name(report) for report in _of(compiled, half=True) if not report["hot_loop_wide_loads"]]
+    assert not [_name(report) for report in _of(compiled, half=True, rows=True) if not report["hot_loop_wide_loads"]]
 
 
 def test_tiles_stream_in_where_the_card_can(compiled: list[Report]) -> None:

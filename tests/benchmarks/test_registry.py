@@ -42,6 +42,8 @@ def _tasks(dtype: str = "float32") -> list[Task]:
         cases.favor_task("small", LENGTHS, (5, 2, 40), dtype),
         cases.embedding_task("small", LENGTHS, dtype, "3m"),
         cases.encoder_task("3m", LENGTHS, dtype, check_cells=2),
+        cases.gather_task("small", LENGTHS, dtype, 8),
+        cases.head_task("small", LENGTHS, dtype, 8),
     ]
 
 

@@ -15,6 +15,8 @@ from tests.xtg_kernels.ragged_cases import ISAS, needs_cpp
 from xtg_kernels import RaggedBatch, current_backend, dispatch, info, use_backend
 from xtg_kernels.ops.expression_embedding import library as embedding
 from xtg_kernels.ops.favor_attention import library as favor
+from xtg_kernels.ops.masked_decoder_gather import library as gather
+from xtg_kernels.ops.masked_head import library as head
 from xtg_kernels.ops.ragged_attention import library as attention
 
 PACKAGE = Path(xtg_kernels.__file__).parent
@@ -26,6 +28,12 @@ SCHEMAS = {
     "distinct_index": embedding.DISTINCT_SCHEMA,
     "favor_attention": favor.SCHEMA,
     "favor_attention_backward": favor.BACKWARD_SCHEMA,
+    "masked_decoder_gather": gather.SCHEMA,
+    "masked_decoder_gather_backward": gather.BACKWARD_SCHEMA,
+    "masked_head": head.SCHEMA,
+    "masked_head_backward": head.BACKWARD_SCHEMA,
+    "masked_mse": head.MSE_SCHEMA,
+    "masked_mse_backward": head.MSE_BACKWARD_SCHEMA,
 }
 
 
@@ -148,6 +156,11 @@ cu = torch.tensor([0, 4], dtype=torch.int32)
 xtg_kernels.ragged_attention(q, q, q, cu, 4).sum().backward()
 w = [torch.randn(s) for s in ((5,), (5,), (5, 5), (5,), (5, 3))]
 assert xtg_kernels.expression_embedding(torch.rand(4), *w, cu_seqlens=cu).shape == (4, 3)
+rows, genes = torch.randn(4, 3), torch.arange(4)
+assert xtg_kernels.masked_decoder_gather(rows, rows[0], rows[1], rows, cu, genes, None, None).shape == (1, 4, 3)
+params = [torch.ones(n) for n in (3, 3, 3, 3, 3, 1)]
+assert xtg_kernels.masked_head(rows, None, *params).shape == (4,)
+assert xtg_kernels.masked_mse(rows, genes[:2], torch.zeros(2), *params).shape == ()
 from xtg_kernels import info
 print(info.info()["extension"]); info.main()
 """

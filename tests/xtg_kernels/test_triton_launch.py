@@ -209,6 +209,9 @@ def test_configs_by_device_precision_and_width(tmp_path: Path) -> None:
         assert configs("forward", torch.float32, 16, cpu)["BLOCK"] == 64
         with overriding(configs={("an_op", "forward"): {"BLOCK": 32, "num_warps": 1, "num_stages": 1}}):
             assert configs("forward", torch.float32, 16, cpu)["BLOCK"] == 32
+    tuned = {"default": {"forward": {"float32": {"16": {**one, "BLOCK": 128}}}}}
+    with overriding(tables={"an_op": tuned, "another_op": {}}):
+        assert configs("forward", torch.float32, 16, cpu)["BLOCK"] == 128
     assert configs("forward", torch.float32, 16, cpu)["BLOCK"] == 16
     with (
         pytest.raises(ValueError, match=r"architecture: expected one of sm_80, .* got 'sm_70'"),

@@ -24,6 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.xtg_kernels.test_masked_decoder_gather import Cells, random_cells
+from xtg_kernels.triton_launch import WorkList, overriding, work_list
+
 ROOT = Path(__file__).parents[2]
 Guard = Callable[[Tensor], Tensor]
 _PAGE = mmap.PAGESIZE
@@ -55,51 +58,27 @@ def guarded(x: Tensor) -> Tensor:
     return guarded_empty(tuple(x.shape), x.dtype).copy_(x)
 
 
+def guarded_work_list(guard: Guard) -> Callable[..., WorkList]:
+    """work_list with guarded tensors."""
+
+    def make(*args: Any) -> WorkList:
+        segment_of_slot, segments, num_slots = work_list(*args)
+        return guard(segment_of_slot), guard(segments), num_slots
+
+    return make
+
+
 def run_attention(guard: Guard, lengths: list[int], slack: int, head_dim: int) -> list[Tensor]:
     """Forward and backward with guarded inputs, outputs and work list."""
-    from xtg_kernels import triton_launch
     from xtg_kernels.ops.ragged_attention import triton_kernel
-
-    def guarded_work_list(*args: Any) -> triton_launch.WorkList:
-        segment_of_slot, segments, num_slots = triton_launch.work_list(*args)
-        return guard(segment_of_slot), guard(segments), num_slots
 
     total, heads = sum(lengths) + slack, 2
     q, k, v, grad_out = (guard(_random(i, total, heads, head_dim)) for i in range(4))
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    with mock.patch.object(triton_kernel, "work_list", guarded_work_list):
+    with mock.patch.object(triton_kernel, "work_list", guarded_work_list(guard)):
         out, lse = triton_kernel.forward(q, k, v, cu_seqlens, max(lengths), 0.3)
         grads = triton_kernel.backward(grad_out, guard(lse), q, k, v, out, lse, cu_seqlens, max(lengths), 0.3)
     return [out, lse, *grads]
-
-
-def run_favor(guard: Guard, lengths: list[tuple[int, int]], slack: int, head_dim: int, features: int) -> list[Tensor]:
-    """Forward and backward with guarded inputs, outputs, parts and work list; lengths are (keys, queries)."""
-    from xtg_kernels.ops.favor_attention import triton_kernel
-
-    work_list, scaled = triton_kernel.work_list, triton_kernel._scaled
-
-    def guarded_work_list(*args: Any) -> tuple[Tensor, Tensor, int]:
-        segment_of_slot, segments, num_slots = work_list(*args)
-        return guard(segment_of_slot), guard(segments), num_slots
-
-    def guarded_scaled(*args: Any) -> tuple[Tensor, Any]:
-        projection, factor = scaled(*args)
-        return guard(projection), factor
-
-    keys, queries = (torch.tensor([pair[i] for pair in lengths]) for i in range(2))
-    cu_seqlens, cu_seqlens_q = (guard(F.pad(n.cumsum(0), (1, 0)).int()) for n in (keys, queries))
-    k, v = (guard(_random(i, int(keys.sum()) + slack, 2, head_dim)) for i in range(2))
-    q, grad_out = (guard(_random(2 + i, int(queries.sum()) + slack, 2, head_dim)) for i in range(2))
-    projection = guard(_random(4, features, head_dim))
-    segments = (cu_seqlens, int(keys.max()), cu_seqlens_q, int(queries.max()), 1e-3)
-    with (
-        mock.patch.object(triton_kernel, "work_list", guarded_work_list),
-        mock.patch.object(triton_kernel, "_scaled", guarded_scaled),
-        mock.patch.object(triton_kernel, "_CHUNK", 32),
-    ):
-        saved = triton_kernel.forward(q, k, v, projection, *segments, True)
-        return [*saved, *triton_kernel.backward(grad_out, q, k, v, projection, *saved, *segments)]
 
 
 def run_embedding(guard: Guard, total: int, slack: int, num_bins: int, dim: int) -> list[Tensor]:
@@ -119,6 +98,56 @@ def run_embedding(guard: Guard, total: int, slack: int, num_bins: int, dim: int)
     return [out, *triton_kernel.backward(guard(_random(8, total + slack, dim)), *args, True)]
 
 
+def run_favor(guard: Guard, lengths: list[tuple[int, int]], slack: int, head_dim: int, features: int) -> list[Tensor]:
+    """Forward and backward of cells of (keys, queries), with guarded inputs, outputs, parts and work list."""
+    from xtg_kernels.ops.favor_attention import triton_kernel
+
+    def guarded_projection(projection: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+        rows, half_norm_scale = scaled(projection, dtype)
+        return guard(rows), half_norm_scale
+
+    scaled = triton_kernel._scaled
+    keys, queries = (torch.tensor([pair[i] for pair in lengths]) for i in range(2))
+    cu_seqlens, cu_seqlens_q = (guard(F.pad(n.cumsum(0), (1, 0)).int()) for n in (keys, queries))
+    k, v = (guard(_random(i, int(keys.sum()) + slack, 2, head_dim)) for i in range(2))
+    q, grad_out = (guard(_random(2 + i, int(queries.sum()) + slack, 2, head_dim)) for i in range(2))
+    projection = guard(_random(4, features, head_dim))
+    segments = (cu_seqlens, int(keys.max()), cu_seqlens_q, int(queries.max()), 1e-3)
+    patches = {"work_list": guarded_work_list(guard), "_scaled": guarded_projection, "_CHUNK": 32}
+    with mock.patch.multiple(triton_kernel, **patches):
+        saved = triton_kernel.forward(q, k, v, projection, *segments, True)
+        grads = triton_kernel.backward(grad_out, q, k, v, projection, *saved, *segments)
+    return [saved[0], *grads]
+
+
+def run_gather(guard: Guard, cells: Cells, slack: int, dim: int) -> list[Tensor]:
+    """Forward and backward with guarded inputs, outputs and work tensors."""
+    from xtg_kernels.ops.masked_decoder_gather import triton_kernel
+
+    (cu_seqlens, gene_ids, masked_ids, masked_cu), keywords = cells.indices(slack)
+    asked = (keywords.get("out_genes"), keywords.get("out_cu_seqlens"))
+    indices = [None if x is None else guard(x) for x in (cu_seqlens, gene_ids, masked_ids, masked_cu, *asked)]
+    shapes = [(cells.num_genes, dim), (dim,), (dim,), (cells.total_nnz + slack, dim)]
+    out = triton_kernel.forward(*(guard(_random(i, *shape)) for i, shape in enumerate(shapes)), *indices)
+    return [out, *triton_kernel.backward(guard(_random(5, *out.shape)), *indices, cells.num_genes)]
+
+
+def run_head(guard: Guard, rows: list[int] | None, dim: int) -> list[Tensor]:
+    """Forward and backward of both ops with guarded inputs, outputs and work tensors."""
+    from xtg_kernels.ops.masked_head import triton_kernel
+
+    x, chosen = guard(_random(0, 37, dim)), None if rows is None else guard(torch.tensor(rows))
+    params = [guard(_random(i, size)) for i, size in enumerate((dim, dim, dim, dim, dim, 1))]
+    n = 37 if rows is None else len(rows)
+    target, grad_out, grad_loss = guard(_random(7, n)), guard(_random(8, n)), guard(_random(9, 1)).view(())
+    return [
+        triton_kernel.masked_head(x, chosen, *params, 1e-5),
+        *triton_kernel.masked_head_backward(grad_out, x, chosen, *params, 1e-5),
+        triton_kernel.masked_mse(x, chosen, target, *params, 1e-5, True),
+        *triton_kernel.masked_mse_backward(grad_loss, x, chosen, target, *params, 1e-5, True),
+    ]
+
+
 CASES: list[Callable[[Guard], list[Tensor]]] = [
     functools.partial(run_attention, lengths=[31, 0, 65, 4], slack=3, head_dim=24),
     functools.partial(run_attention, lengths=[7], slack=0, head_dim=64),
@@ -126,6 +155,10 @@ CASES: list[Callable[[Guard], list[Tensor]]] = [
     functools.partial(run_favor, lengths=[(5, 5)], slack=0, head_dim=64, features=32),
     functools.partial(run_embedding, total=70, slack=3, num_bins=20, dim=12),
     functools.partial(run_embedding, total=33, slack=0, num_bins=130, dim=40),
+    functools.partial(run_gather, cells=random_cells(37, [9, 0, 20], [8, 3, 0]), slack=0, dim=12),
+    functools.partial(run_gather, cells=random_cells(37, [9, 0, 20], None, [12, 0, 37]), slack=3, dim=40),
+    functools.partial(run_head, rows=[36, 0, 36, 7, 35], dim=40),
+    functools.partial(run_head, rows=None, dim=12),
 ]
 
 
@@ -133,12 +166,20 @@ def _random(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def _with_guarded_results(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For what the kernels' hosts make of tensors besides torch.empty."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        results = function(*args, **kwargs)
+        return guarded(results) if isinstance(results, Tensor) else tuple(guarded(x) for x in results)
+
+    return call
+
+
 def main(architecture: str) -> None:
     """All cases with the tile sizes of an architecture; a read past an end ends the process with SIGSEGV, one before a
     start shows in the results. Prints the kernels that ran."""
     from triton.runtime.interpreter import InterpretedFunction
-
-    from xtg_kernels.triton_launch import overriding
 
     ran: set[str] = set()
     run = InterpretedFunction.run
@@ -150,6 +191,8 @@ def main(architecture: str) -> None:
     InterpretedFunction.run = noting
     with overriding(architecture=architecture), np.errstate(all="ignore"):
         wanted = [case(lambda x: x) for case in CASES]
+        for module, name in ((torch, "zeros"), (torch, "sort"), (torch, "searchsorted"), (Tensor, "new_zeros")):
+            setattr(module, name, _with_guarded_results(getattr(module, name)))
         torch.empty = guarded_empty
         torch.empty_like = lambda x: guarded_empty(tuple(x.shape), x.dtype)
         for case, want in zip(CASES, wanted, strict=True):

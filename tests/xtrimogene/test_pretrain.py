@@ -102,8 +102,8 @@ def timeless(output: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
 
 
-def losses(output: Path, event: str = "train") -> list[float]:
-    return [line["loss"] for line in read_log(output / "log.jsonl") if line["event"] == event]
+def losses(output: Path, event: str = "train", name: str = "loss") -> list[float]:
+    return [line[name] for line in read_log(output / "log.jsonl") if line["event"] == event]
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_steps_are_adamw_on_the_mean_over_all_chosen_genes(path: Path, tmp_path:
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), weight_decay=0.0)
     last = XTrimoGene.from_pretrained(tmp_path / "run" / "model")
     batches = data.iterate(0, accumulate=2)
-    means = []
+    means, norms = [], []
     for step in range(3):
         if step == 2:
             model.decoder.load_state_dict(
@@ -178,13 +178,14 @@ def test_steps_are_adamw_on_the_mean_over_all_chosen_genes(path: Path, tmp_path:
         squares = torch.cat([model.masked_predictions(each) - each.chosen_values for each in pair]).square()
         means.append(float(squares.detach().mean()))
         squares.mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
         optimizer.param_groups[0]["lr"] = plain.rate(step)
         optimizer.step()
         optimizer.zero_grad()
     batches.close()
     data.close()
     assert losses(tmp_path / "run") == pytest.approx(means, rel=1e-5)
+    assert losses(tmp_path / "run", name="gradient_norm") == pytest.approx(norms, rel=1e-4)
     for name, tensor in last.state_dict().items():
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-3, atol=2e-5, msg=name)
 
@@ -249,7 +250,8 @@ def test_accumulated_batches_are_one_batch(path: Path, tmp_path: Path) -> None:
     changes = {"model": {**MODEL, "dropout": 0.0}, "max_steps": 6}
     run(path, tmp_path / "one", **changes)
     run(path, tmp_path / "four", accumulate=4, batch_cells=2, **changes)
-    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    for name in ("loss", "gradient_norm"):
+        assert losses(tmp_path / "four", name=name) == pytest.approx(losses(tmp_path / "one", name=name), rel=1e-4)
 
 
 def test_checkpointed_activations_change_no_bit(path: Path, tmp_path: Path, uninterrupted: Path) -> None:

@@ -45,13 +45,16 @@ def test_two_ranks_learn_what_one_learns(path: Path, tmp_path: Path) -> None:
     assert out.count("12 steps") == 1
     for event in ("train", "validation"):
         assert losses(tmp_path / "two", event) == pytest.approx(losses(tmp_path / "one", event), rel=1e-5)
+    norms = [losses(tmp_path / name, name="gradient_norm") for name in ("two", "one")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     for name, tensor in weights(tmp_path / "two").items():
         torch.testing.assert_close(tensor, weights(tmp_path / "one")[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_fsdp_saves_loads_and_goes_on(path: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    changes = ["batch_cells=4", "parallel=fsdp", "max_steps=4", "checkpoint_every=2", "validate_every=4"]
+    changes = ["batch_cells=4", "parallel=fsdp", "activation_checkpointing=true"]
+    changes += ["max_steps=4", "checkpoint_every=2", "validate_every=4"]
     process = torchrun(*arguments(path, output, *changes))
     assert process.wait() == 0, process.communicate()[1]
     shutil.move(output / "model", tmp_path / "whole" / "model")

@@ -50,9 +50,11 @@ def test_nothing_is_read_past_a_broken_line(tmp_path: Path) -> None:
 def test_tensorboard_has_each_step_once(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with TrainingLog(tmp_path) as log:
-        for step in range(1, 5):
-            log.write("train", step, loss=1.0, cells=7)
+    # A run that was killed before its first checkpoint begins again.
+    for loss in (9.0, 1.0):
+        with TrainingLog(tmp_path) as log:
+            for step in range(1, 5):
+                log.write("train", step, loss=loss, cells=7)
     with TrainingLog(tmp_path, after_step=2) as log:
         log.write("train", 3, loss=2.0)
         log.sync()

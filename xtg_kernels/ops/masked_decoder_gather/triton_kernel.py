@@ -12,7 +12,6 @@ order. So there are no atomics, and the same bits every time.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CONFIGS = json.loads(Path(__file__).with_name("configs.json").read_text())
+from xtg_kernels.triton_launch import LaunchConfigs
+
+_configs = LaunchConfigs("masked_decoder_gather", Path(__file__).with_name("configs.json"))
 # Upper bound on the parts of zero_row's and mask_row's gradient where only asked genes have rows.
 _ROW_CHUNKS = 1024
 # Sources that are no token.
@@ -215,14 +216,14 @@ def _grad_table_kernel(
     tl.store(grad_table + gene * DIM + dims, grad_gene.to(grad_table.dtype.element_ty), mask=dims < DIM)
 
 
-def _launch_config(kernel: str, dtype: torch.dtype, dim: int) -> dict[str, Any]:
-    """Tile sizes, num_warps and num_stages; a block of channels is no wider than dim and divides it where it can."""
-    config = dict(_CONFIGS[kernel]["float32" if dtype == torch.float32 else "half"])
-    block_d = min(config["BLOCK_D"], triton.next_power_of_2(dim))
+def _launch_config(kernel: str, rows: Tensor) -> dict[str, Any]:
+    """What the kernels take for rows of this dtype and width; a block of channels divides the width where it can."""
+    dim = rows.shape[-1]
+    config = _configs(kernel, rows.dtype, min(max(triton.next_power_of_2(dim), 64), 256), rows.device)
+    block_d = config["BLOCK_D"]
     while block_d > 64 and dim % block_d:
         block_d //= 2
-    # Fusing multiply and add was Triton's default up to 3.9; said here, because the default changes.
-    return {**config, "BLOCK_D": block_d, "DIM": dim, "enable_fp_fusion": True}
+    return {**config, "BLOCK_D": block_d, "DIM": dim}
 
 
 def _sources(
@@ -232,6 +233,7 @@ def _sources(
     masked_cu_seqlens: Tensor | None,
     out_genes: Tensor | None,
     out_cu_seqlens: Tensor | None,
+    rows: Tensor,
     num_genes: int,
 ) -> Tensor:
     """(rows,) int32: token of each output row, _ZERO_ROW, _MASK_ROW, or _NO_ROW in slack rows."""
@@ -240,8 +242,8 @@ def _sources(
     source = torch.empty((num_rows,), dtype=torch.int32, device=cu_seqlens.device)
     indices = [cu_seqlens, gene_ids, masked_cu_seqlens, masked_ids, out_cu_seqlens, out_genes]
     longest = max(x.numel() for x in indices if x is not None)
-    block = 256
-    _source_kernel[(triton.cdiv(num_rows, block),)](
+    config = _configs("source", rows.dtype, 64, rows.device)
+    _source_kernel[(triton.cdiv(num_rows, config["BLOCK"]),)](
         source,
         *(cu_seqlens if x is None else x.contiguous() for x in indices),
         batch_size,
@@ -250,8 +252,7 @@ def _sources(
         longest.bit_length(),
         HAS_MASKED=masked_ids is not None,
         HAS_OUT=out_genes is not None,
-        BLOCK=block,
-        num_warps=4,
+        **config,
     )
     return source
 
@@ -284,9 +285,11 @@ def forward(
     out = torch.empty(shape, dtype=table.dtype, device=table.device)
     if out.numel() == 0:
         return out
-    config = _launch_config("forward", table.dtype, dim)
+    config = _launch_config("forward", table)
     with torch.cuda.device_of(table):
-        source = _sources(cu_seqlens, gene_ids, masked_ids, masked_cu_seqlens, out_genes, out_cu_seqlens, num_genes)
+        source = _sources(
+            cu_seqlens, gene_ids, masked_ids, masked_cu_seqlens, out_genes, out_cu_seqlens, table, num_genes
+        )
         if out_genes is None:
             programs = batch_size * triton.cdiv(num_genes, config["BLOCK_R"])
         else:
@@ -325,9 +328,11 @@ def backward(
         return grad_out.new_zeros((num_genes, dim)), grad_out.new_zeros(dim), grad_out.new_zeros(dim), grad_encoded
     grad_out = grad_out.contiguous()
     grad_table = torch.empty((num_genes, dim), dtype=grad_out.dtype, device=grad_out.device)
-    config = _launch_config("backward", grad_out.dtype, dim)
+    config = _launch_config("backward", grad_out)
     with torch.cuda.device_of(grad_out):
-        source = _sources(cu_seqlens, gene_ids, masked_ids, masked_cu_seqlens, out_genes, out_cu_seqlens, num_genes)
+        source = _sources(
+            cu_seqlens, gene_ids, masked_ids, masked_cu_seqlens, out_genes, out_cu_seqlens, grad_out, num_genes
+        )
         parts, steps = triton.cdiv(num_genes, config["BLOCK_R"]), cu_seqlens.numel() - 1
         if out_genes is not None:
             blocks = triton.cdiv(source.numel(), config["BLOCK_R"])
@@ -354,7 +359,8 @@ def backward(
             first_row = torch.searchsorted(
                 sorted_genes, torch.arange(num_genes + 1, dtype=genes.dtype, device=genes.device)
             )
-            config["BLOCK_R"] = 8
-            _grad_table_kernel[(num_genes * dim_blocks,)](grad_out, row_order, first_row, grad_table, **config)
-    grad_zero_row, grad_mask_row = partial_sums.sum(0).to(grad_out.dtype)
+            config = _launch_config("grad_table", grad_out)
+            programs = num_genes * triton.cdiv(dim, config["BLOCK_D"])
+            _grad_table_kernel[(programs,)](grad_out, row_order, first_row, grad_table, **config)
+    grad_zero_row, grad_mask_row = (partial.sum(0).to(grad_out.dtype) for partial in partial_sums.unbind(1))
     return grad_table, grad_zero_row, grad_mask_row, grad_encoded

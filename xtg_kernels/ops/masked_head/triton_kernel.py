@@ -14,7 +14,6 @@ rows alone, and the chunks are added in order. So there are no atomics, and the 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CONFIGS = json.loads(Path(__file__).with_name("configs.json").read_text())
+from xtg_kernels.triton_launch import LaunchConfigs
+
+_configs = LaunchConfigs("masked_head", Path(__file__).with_name("configs.json"))
 # Upper bound on the chunks of the backward: enough programs to fill a large GPU, few enough for small partial sums.
 _CHUNKS = 512
 
@@ -210,13 +211,11 @@ def _backward_kernel(
     tl.store(partial_grad_out + chunk, tl.sum(sum_grad, 0))
 
 
-def _launch_config(kernel: str, dim: int) -> dict[str, Any]:
-    """Rows and channels of a tile, num_warps and num_stages; wide rows get more warps, narrow ones more rows."""
-    config = dict(_CONFIGS[kernel])
-    tile, block_d = config.pop("TILE"), triton.next_power_of_2(dim)
-    config["num_warps"] *= max(1, block_d // tile)
-    # Fusing multiply and add was Triton's default up to 3.9; said here, because the default changes.
-    return {**config, "DIM": dim, "BLOCK_D": block_d, "BLOCK_N": max(1, tile // block_d), "enable_fp_fusion": True}
+def _launch_config(kernel: str, x: Tensor) -> dict[str, Any]:
+    """What the kernels take for rows of this dtype and width: configs are for up to 128, 512 and 4096 channels."""
+    dim = x.shape[1]
+    width = next(width for width in (128, 512, 4096) if dim <= width)
+    return {**_configs(kernel, x.dtype, width, x.device), "DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -225,8 +224,8 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 def _forward(x: Tensor, rows: Tensor | None, target: Tensor | None, params: Parameters, eps: float) -> Tensor:
     """(n,) predictions, or with a target the squared errors summed over blocks of rows."""
-    n, dim = (x if rows is None else rows).shape[0], x.shape[1]
-    config = _launch_config("forward", dim)
+    n = (x if rows is None else rows).shape[0]
+    config = _launch_config("forward", x)
     blocks = triton.cdiv(n, config["BLOCK_N"])
     out = torch.empty((n if target is None else blocks,), dtype=torch.float32, device=x.device)
     if n == 0:
@@ -263,7 +262,7 @@ def _backward(
     if n == 0:
         g1, g2, g3, g4, g5, g6 = (torch.zeros_like(p) for p in params)
         return grad_x, g1, g2, g3, g4, g5, g6
-    config = _launch_config("backward", dim)
+    config = _launch_config("backward", x)
     blocks = triton.cdiv(n, config["BLOCK_N"])
     blocks_per_chunk = triton.cdiv(blocks, _CHUNKS)
     chunks = triton.cdiv(blocks, blocks_per_chunk)
@@ -296,7 +295,7 @@ def _backward(
             HAS_TARGET=target is not None,
             **config,
         )
-    normed2, product, middle = partial_sums.sum(0)
+    normed2, product, middle = (partial.sum(0) for partial in partial_sums.unbind(1))
     total = partial_grad_out.sum()
     _, _, norm2_weight, norm2_bias, weight, _ = (p.float() for p in params)
     grads = (
