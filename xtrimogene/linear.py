@@ -111,15 +111,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 
 
 def norm_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor, parts: int = 1
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor,
+    parts: int = 1,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """F.linear(F.layer_norm(x, ...), weight, bias), cut into parts of equal width, by blocks of rows.
+
+    With rows (n,) int64 also, last, x[rows]: taken here, their gradient needs no tensor as large as x of its own.
 
     x (rows, in) and norm_weight, norm_bias (in,) of one dtype, weight (parts * out, in) and bias (parts * out,) of that
     one or a narrower one, which the parts (rows, out) have; all on the CPU. Gradients to all five tensors; only x is
     kept for the backward. Differentiable once.
     """
-    return _NormLinear.apply(x, norm_weight, norm_bias, eps, weight, bias, parts)
+    return _NormLinear.apply(x, norm_weight, norm_bias, eps, weight, bias, parts, rows)
 
 
 def norm_feed_forward(
@@ -259,28 +268,32 @@ class _NormLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         parts: int,
+        rows: Tensor | None,
     ) -> tuple[Tensor, ...]:
         norm, layer = _RowNorm(norm_weight, norm_bias, eps), row_linear(weight, bias)
         outs = tuple(weight.new_empty((len(x), len(weight) // parts)) for _ in range(parts))
         for block in row_blocks(len(x), len(weight), weight.dtype):
-            rows = layer(norm(x[block]).to(weight.dtype))
-            for out, part in zip(outs, rows.chunk(parts, dim=1), strict=True):
+            wide = layer(norm(x[block]).to(weight.dtype))
+            for out, part in zip(outs, wide.chunk(parts, dim=1), strict=True):
                 out[block] = part
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight)
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, rows)
         ctx.eps = eps
-        return outs
+        return outs if rows is None else (*outs, x.index_select(0, rows))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outs: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, weight = ctx.saved_tensors
+        x, norm_weight, norm_bias, weight, rows = ctx.saved_tensors
+        grad_parts = grad_outs if rows is None else grad_outs[:-1]
         norm, layer = _RowNorm(norm_weight, norm_bias, ctx.eps), row_linear(weight.t(), None)
         grad_x, grads = x.new_empty(x.shape), _LinearGrads(weight, ctx.needs_input_grad[4:6])
         for block in row_blocks(len(x), len(weight), weight.dtype):
-            grad_rows = torch.cat([grad_out[block] for grad_out in grad_outs], dim=1)
+            grad_rows = torch.cat([grad_part[block] for grad_part in grad_parts], dim=1)
             grads.add(grad_rows, norm(x[block]).to(weight.dtype))
             grad_x[block] = norm.backward(layer(grad_rows).to(x.dtype))
-        return grad_x, *norm.sums(), None, *grads.sums(), None
+        if rows is not None:
+            grad_x.index_add_(0, rows, grad_outs[-1])
+        return grad_x, *norm.sums(), None, *grads.sums(), None, None
 
 
 class _RowNorm:

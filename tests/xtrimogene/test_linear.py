@@ -240,6 +240,21 @@ def _plain_norm_linear(x: Tensor, *leaves: Tensor) -> Tensor:
     return F.linear(_normed(x, *leaves[:2], leaves[2].dtype), *leaves[2:])
 
 
+def _norm_linear_and_rows(x: Tensor, *leaves: Tensor) -> Tensor:
+    *parts, taken = linear.norm_linear(x, *leaves[:2], 1e-3, *leaves[2:], parts=2, rows=_some_rows(x))
+    return torch.cat([*parts, taken.flatten().expand(len(x), -1)], dim=1)
+
+
+def _plain_norm_linear_and_rows(x: Tensor, *leaves: Tensor) -> Tensor:
+    taken = x[_some_rows(x)]
+    return torch.cat([_plain_norm_linear(x, *leaves), taken.flatten().expand(len(x), -1)], dim=1)
+
+
+def _some_rows(x: Tensor) -> Tensor:
+    """The last row, and one in the middle twice."""
+    return torch.tensor([len(x) - 1, len(x) // 2, len(x) // 2])
+
+
 def _norm_feed_forward(x: Tensor, *leaves: Tensor) -> Tensor:
     return linear.norm_feed_forward(x, *leaves[:2], 1e-3, *leaves[2:])
 
@@ -263,6 +278,7 @@ def _plain_linear_residual(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, *l
 PRE_NORM = {
     "linear residual": (_linear_residual, _plain_linear_residual, [0, 1, 2, 3, 4, 5, 6]),
     "norm_linear": (_norm_linear, _plain_norm_linear, [0, 1, 2, 3, 4]),
+    "norm_linear and rows": (_norm_linear_and_rows, _plain_norm_linear_and_rows, [0, 1, 2, 3, 4]),
     "norm_feed_forward": (_norm_feed_forward, _plain_norm_feed_forward, [0, 1, 2, 3, 4, 5, 6]),
 }
 
