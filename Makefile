@@ -6,7 +6,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # GCC 12 warns of uninitialised values inside its own AVX-512 headers.
 CXXFLAGS := -std=c++17 -O2 -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -ffp-contract=off
 
-.PHONY: setup demo test lint check-kernels check-aarch64 bench-steps sanitize benchmarks readme-tables clean
+.PHONY: setup demo test test-gpu-static lint check-kernels check-aarch64 bench-steps sanitize benchmarks readme-tables clean
 
 setup: $(VENV)/.built
 
@@ -26,6 +26,10 @@ demo: setup
 
 test: setup check-kernels
 	$(BIN)/python -m pytest
+
+# The complete ahead-of-time checks of the Triton kernels: every shipped launch config, for every GPU.
+test-gpu-static: setup
+	$(BIN)/python -m pytest -m gpu_static tests/aot
 
 lint: setup
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -258,12 +259,14 @@ def gather_task(case: str, lengths: Lengths, dtype: str, dim: int = 512) -> Task
     masked = masked_cells(lengths)
     ids, cu_seqlens = masked.batch.gene_ids, masked.batch.cu_seqlens
     shapes = ((NUM_GENES, dim), (dim,), (dim,), (len(ids), dim))
-    inputs = tuple(torch.randn(shape, generator=generator).to(DTYPES[dtype]).requires_grad_() for shape in shapes)
+    inputs: tuple[Any, ...] = tuple(
+        torch.randn(shape, generator=generator).to(DTYPES[dtype]).requires_grad_() for shape in shapes
+    )
     grad_out = torch.randn(len(lengths), NUM_GENES, dim, generator=generator).to(DTYPES[dtype])
-    indices = (cu_seqlens, ids, masked.masked_ids, masked.masked_cu_seqlens)
+    indices: tuple[Any, ...] = (cu_seqlens, ids, masked.masked_ids, masked.masked_cu_seqlens)
 
     def exact() -> tuple[Tensor, list[Tensor]]:
-        exactly = [x.detach().double().requires_grad_() for x in inputs]
+        exactly: list[Any] = [x.detach().double().requires_grad_() for x in inputs]
         out = baselines.gather_indexed(*exactly, *indices)
         return out.detach(), list(torch.autograd.grad(out, exactly, grad_out.double()))
 

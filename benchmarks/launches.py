@@ -216,15 +216,17 @@ def _gather_source(precision: str, width: int) -> list[Config]:
 
 
 def _gather_forward(precision: str, width: int) -> list[Config]:
-    return _configs((16, width if precision == "half" else min(width, 128), 4, 2), names="BLOCK_R BLOCK_D")
+    rows, channels = (16, width) if precision == "half" and width > 64 else _gather_tile(width)
+    return _configs((rows, channels, 4, 2), names="BLOCK_R BLOCK_D")
 
 
 def _gather_backward(precision: str, width: int) -> list[Config]:
-    return _configs((16, min(width, 128), 4, 2), names="BLOCK_R BLOCK_D")
+    return _configs((*_gather_tile(width), 4, 2), names="BLOCK_R BLOCK_D")
 
 
-def _gather_grad_table(precision: str, width: int) -> list[Config]:
-    return _configs((16 if width == 64 else 8, min(width, 128), 4, 2), names="BLOCK_R BLOCK_D")
+def _gather_tile(width: int) -> tuple[int, int]:
+    """16 bytes of half precision for each thread of four warps, of 64 threads where a card has those."""
+    return (32, 64) if width == 64 else (16, 128)
 
 
 def _gather_calls(dtype: torch.dtype, dim: int, lengths: Lengths, device: torch.device) -> dict[str, Call]:
@@ -236,7 +238,7 @@ def _gather_calls(dtype: torch.dtype, dim: int, lengths: Lengths, device: torch.
     def cells(starts: Lengths, ends: Lengths) -> tuple[Tensor, Tensor]:
         ids = torch.cat([torch.arange(start, end) for start, end in zip(starts, ends, strict=True)])
         counts = [end - start for start, end in zip(starts, ends, strict=True)]
-        return ids.int().to(device), offsets(counts).to(device)
+        return ids.int().to(device), offsets(tuple(counts)).to(device)
 
     none = (0,) * len(lengths)
     gene_ids, cu_seqlens = cells(none, lengths)
@@ -324,7 +326,7 @@ OPS = {
             "source": Kernel("forward", _gather_source, has_dot=False, has_rows=False),
             "forward": Kernel("forward", _gather_forward, has_dot=False),
             "backward": Kernel("backward", _gather_backward, has_dot=False),
-            "grad_table": Kernel("backward", _gather_grad_table, has_dot=False),
+            "grad_table": Kernel("backward", _gather_backward, has_dot=False),
         },
         sizes={64: 40, 128: 128, 256: 512},
         calls=_gather_calls,

@@ -99,7 +99,7 @@ def test_a_wrong_provider_gets_no_speed(fault: str) -> None:
         if fault == "backward":
             return _WrongBackward.apply(out)
         factor = torch.ones(len(out), *(1 for _ in out.shape[1:]))
-        factor[3] = torch.nan if fault == "nan" else 1.5
+        factor[2] = torch.nan if fault == "nan" else 1.5
         return out * factor
 
     for task in _tasks():

@@ -273,7 +273,8 @@ def test_ragged_shapes_against_the_formula(
     with implementation(name):
         got = case.run()
     out_error, grad_error = overall_errors(got, case.exact())
-    assert out_error < 2e-6
+    plain_error, _ = overall_errors(case.plain(torch.float32), case.exact())
+    assert out_error < max(2e-6, 2 * plain_error)
     assert grad_error < 1e-5
 
 

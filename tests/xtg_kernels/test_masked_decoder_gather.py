@@ -194,12 +194,12 @@ def test_gradcheck_of_the_reference(asked: tuple[int, ...] | None) -> None:
 
 @needs_cpp
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("asked", [None, (400, 0, 900, 1)], ids=["all genes", "asked genes"])
+@pytest.mark.parametrize("asked", [None, (400, 30, 900, 200)], ids=["all genes", "asked genes"])
 def test_same_bits_for_any_thread_count_and_batch(isa: str, asked: tuple[int, ...] | None) -> None:
     """Gradients of table, zero_row and mask_row sum over the batch, so they are compared between thread counts only."""
-    cells = random_cells(1000, [300, 0, 7, 999], [90, 40, 993, 0], asked)
-    leaves = leaves_of(cells, 24, torch.bfloat16)
-    grad_out = gradient_like(plain_rows(leaves, cells, torch.bfloat16).shape, torch.bfloat16)
+    cells = random_cells(1000, [300, 0, 7, 600], [90, 40, 900, 100], asked)
+    leaves = leaves_of(cells, 24)
+    grad_out = gradient_like(plain_rows(leaves, cells, torch.float32).shape)
     with implementation(f"cpp-{isa}"):
         with threads(1):
             one, one_grads = run(leaves, cells, grad_out)
