@@ -1,4 +1,4 @@
-"""The benchmark of favor_attention's memory: the peak above its inputs, each in a process of its own."""
+"""The benchmark of favor_attention's memory: the peak above its inputs and results, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,52 +11,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.cases import BOTH, DTYPES, FORWARD, POSITIONS, favor_task
+from benchmarks.cases import BOTH, DTYPES, FORWARD, POSITIONS, Provider, favor_task
 from benchmarks.end_to_end import _digits, _status
 
 
 def favor_memory(quick: bool) -> Iterator[dict[str, Any]]:
-    """MiB at the peak of favor_attention over all genes of one cell, output included, and of the same by einsum."""
+    """MiB at the peak of favor_attention over all genes of one cell, and of the same by einsum.
+
+    results_mib: output and gradients, which both have to make; share_of_plain: what comes on top by that of einsum.
+    """
     length = POSITIONS // 16 if quick else POSITIONS
     for dtype in DTYPES:
         for direction in (FORWARD, BOTH):
             peaks = {provider: _peak(length, dtype, direction, provider) for provider in ("plain", "xtg")}
-            for provider, peak in peaks.items():
+            on_top = {provider: peak - results for provider, (peak, results) in peaks.items()}
+            for provider, (peak, results) in peaks.items():
                 yield {
                     "benchmark": "favor_memory", "case": f"1 cell of {length:,} positions", "cells": 1,
                     "tokens": length, "dtype": dtype, "direction": direction, "provider": provider, "correct": True,
-                    "runs": 1, "peak_mib": _digits(peak), "share_of_plain": _digits(peak / peaks["plain"]),
+                    "runs": 1, "peak_mib": _digits(peak), "results_mib": _digits(results),
+                    "share_of_plain": _digits(on_top[provider] / on_top["plain"]),
                 }  # fmt: skip
 
 
-def _peak(length: int, dtype: str, direction: str, provider: str) -> float:
+def _peak(length: int, dtype: str, direction: str, provider: str) -> tuple[float, float]:
     case = json.dumps([length, dtype, direction, provider])
     command = [sys.executable, "-m", "benchmarks.favor_memory", case]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    peak, results = done.stdout.split()[-2:]
+    return float(peak), float(results)
 
 
 def _tell_peak(length: int, dtype: str, direction: str, provider: str) -> None:
     # Threads, code and the buffers of oneDNN are there before anything is counted.
-    _run(64, dtype, direction, provider)
-    task = favor_task("", (length,), (length,), dtype)
+    small, task = (favor_task("", (n,), (n,), dtype) for n in (64, length))
+    _results(small.providers[provider], small.grad_out, direction)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
+    results = _results(task.providers[provider], task.grad_out, direction)
+    print(_status("VmHWM") - before, sum(x.nbytes for x in results) / 2**20)
+
+
+def _results(provider: Provider, grad_out: Tensor, direction: str) -> tuple[Tensor, ...]:
     with torch.set_grad_enabled(direction == BOTH):
-        out = task.providers[provider].run()
-        if direction == BOTH:
-            torch.autograd.grad(out, task.providers[provider].inputs, task.grad_out)
-    print(_status("VmHWM") - before)
-
-
-def _run(length: int, dtype: str, direction: str, provider: str) -> None:
-    task = favor_task("", (length,), (length,), dtype)
-    out = task.providers[provider].run()
-    if direction == BOTH:
-        torch.autograd.grad(out, task.providers[provider].inputs, task.grad_out)
+        out = provider.run()
+        return (out, *torch.autograd.grad(out, provider.inputs, grad_out)) if direction == BOTH else (out,)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xtg_kernels import RaggedBatch, favor_attention, masked_decoder_gather, masked_head, masked_mse
-from xtrimogene.linear import in_autocast_dtype, linear, norm_feed_forward, norm_linear, pays_by_blocks, untouched
+from xtrimogene.linear import in_autocast_dtype, is_large, linear, norm_feed_forward, norm_linear, untouched
 
 
 @dataclass(frozen=True)
@@ -102,17 +102,16 @@ class PerformerLayer(nn.Module):
 
         shared holds x with equal rows once.
         """
-        q_rows = x if asked is None else x.index_select(0, asked.rows)
-        if shared is not None and asked is None:
-            projected = self._normed_linear(shared.rows, self.q_proj, self.k_proj, self.v_proj)
-            q, k, v = (F.embedding(shared.index, rows) for rows in projected)
-        elif asked is None:
-            q, k, v = self._normed_linear(x, self.q_proj, self.k_proj, self.v_proj)
+        rows = x if shared is None else shared.rows
+        if asked is None:
+            q_rows = x
+            projected = self._normed_linear(rows, (self.q_proj, self.k_proj, self.v_proj))
         else:
-            (q,) = self._normed_linear(q_rows, self.q_proj)
-            k, v = self._normed_linear(x if shared is None else shared.rows, self.k_proj, self.v_proj)
-            if shared is not None:
-                k, v = F.embedding(shared.index, k), F.embedding(shared.index, v)
+            chosen = asked.rows if shared is None else shared.index[asked.rows]
+            *projected, q_rows = self._normed_linear(rows, (self.k_proj, self.v_proj), chosen)
+        if shared is not None:
+            projected = [F.embedding(shared.index, part) for part in projected]
+        q, k, v = projected if asked is None else (*self._normed_linear(q_rows, (self.q_proj,)), *projected)
         q, k, v = (rows.unflatten(1, (self.num_heads, -1)) for rows in (q, k, v))
         attended = favor_attention(
             q,
@@ -128,27 +127,28 @@ class PerformerLayer(nn.Module):
         )
         return self._add_feed_forward(self._add_linear(q_rows, attended.flatten(1), self.out_proj))
 
-    def _normed_linear(self, x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-        """Each of these layers of the normed rows; the norm is taken once."""
+    def _normed_linear(self, x: Tensor, layers: tuple[nn.Linear, ...], rows: Tensor | None = None) -> list[Tensor]:
+        """Each of these layers of the normed x; the norm is taken once. With rows also x[rows], last."""
         if untouched(x, (self.norm1, *layers)):
             operands = in_autocast_dtype(*(layer.weight for layer in layers), *(layer.bias for layer in layers))
             weight, bias = torch.cat(operands[: len(layers)]), torch.cat(operands[len(layers) :])
-            if pays_by_blocks(len(x), weight, bias):
-                return norm_linear(x, self.norm1.weight, self.norm1.bias, self.norm1.eps, weight, bias, len(layers))
-        rows = self.norm1(x)
-        return tuple(layer(rows) for layer in layers)
+            if _goes_by_blocks(len(x), weight, bias):
+                norm = (self.norm1.weight, self.norm1.bias, self.norm1.eps)
+                return list(norm_linear(x, *norm, weight, bias, len(layers), rows))
+        normed = self.norm1(x)
+        return [layer(normed) for layer in layers] + ([] if rows is None else [F.embedding(rows, x)])
 
     def _add_linear(self, x: Tensor, rows: Tensor, layer: nn.Linear) -> Tensor:
         if untouched(rows, (layer,)):
             rows, weight, bias = in_autocast_dtype(rows, layer.weight, layer.bias)
-            if pays_by_blocks(len(rows), weight, bias, rows):
+            if _goes_by_blocks(len(rows), weight, bias, rows):
                 return linear(rows, weight, bias, residual=x)
         return x + layer(rows)
 
     def _add_feed_forward(self, x: Tensor) -> Tensor:
         if untouched(x, (self.norm2, self.linear1, self.linear2)):
             weights = in_autocast_dtype(self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias)
-            if pays_by_blocks(len(x), *weights):
+            if _goes_by_blocks(len(x), *weights):
                 return norm_feed_forward(x, self.norm2.weight, self.norm2.bias, self.norm2.eps, *weights)
         return x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
 
@@ -241,12 +241,19 @@ class Decoder(nn.Module):
             ).flatten(0, 1)
         shared = None
         if cells > 1:
-            own = GeneRows.of(batch.gene_ids, batch.cu_seqlens, positions).rows
+            own, gene_ids, known = (
+                GeneRows.of(batch.gene_ids, batch.cu_seqlens, positions).rows,
+                batch.gene_ids,
+                encoded,
+            )
             if masked_ids is not None and masked_cu_seqlens is not None:
                 own = torch.cat([own, GeneRows.of(masked_ids, masked_cu_seqlens, positions).rows])
+                gene_ids = torch.cat([gene_ids, masked_ids])
+                known = torch.cat([known, mask_row.expand(len(masked_ids), -1)])
+            # One cell more takes the slack, whose ids may be anything.
             index = torch.arange(positions, device=x.device).repeat(cells + 1)
             index[own] = torch.arange(positions, positions + len(own), device=x.device)
-            own_rows = x.index_select(0, own.clamp(max=len(x) - 1))
+            own_rows = F.embedding(gene_ids.clamp(0, positions - 1), table) + known
             shared = SharedRows(torch.cat([table + zero_row, own_rows]), index[: len(x)])
         asked = None
         if asked_ids is not None and asked_cu_seqlens is not None:
@@ -265,7 +272,7 @@ class Decoder(nn.Module):
         """bridge(gene_rows)."""
         if untouched(gene_rows, (self.bridge,)):
             rows, weight, bias = in_autocast_dtype(gene_rows, self.bridge.weight, self.bridge.bias)
-            if pays_by_blocks(len(rows), weight, bias, rows):
+            if _goes_by_blocks(len(rows), weight, bias, rows):
                 return linear(rows, weight, bias)
         return self.bridge(gene_rows)
 
@@ -284,6 +291,12 @@ class Decoder(nn.Module):
     def _head(self) -> tuple[Tensor, ...]:
         norms = (self.norm.weight, self.norm.bias, self.final_norm.weight, self.final_norm.bias)
         return (*norms, self.head.weight[0], self.head.bias)
+
+
+def _goes_by_blocks(rows: int, weight: Tensor, *operands: Tensor) -> bool:
+    """Whether layers of so many rows go by blocks, weight being the one of the wider layer: wherever tensors are large,
+    be it faster or not, because less is kept for the backward. Never where the dtypes of the operands differ."""
+    return is_large(rows, len(weight), weight.dtype) and all(x.dtype == weight.dtype for x in operands)
 
 
 def orthogonal_projection(num_features: int, head_dim: int, *, generator: torch.Generator | None = None) -> Tensor:

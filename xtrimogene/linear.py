@@ -111,15 +111,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 
 
 def norm_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor, parts: int = 1
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor,
+    parts: int = 1,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """F.linear(F.layer_norm(x, ...), weight, bias), cut into parts of equal width, by blocks of rows.
+
+    With rows (n,) int64 also, last, x[rows]: taken here, their gradient needs no tensor as large as x of its own.
 
     x (rows, in) and norm_weight, norm_bias (in,) of one dtype, weight (parts * out, in) and bias (parts * out,) of that
     one or a narrower one, which the parts (rows, out) have; all on the CPU. Gradients to all five tensors; only x is
     kept for the backward. Differentiable once.
     """
-    return _NormLinear.apply(x, norm_weight, norm_bias, eps, weight, bias, parts)
+    return _NormLinear.apply(x, norm_weight, norm_bias, eps, weight, bias, parts, rows)
 
 
 def norm_feed_forward(
@@ -131,7 +140,7 @@ def norm_feed_forward(
     and b2 (dim,) of that one or a narrower one; all on the CPU. Gradients to all; x and the hidden rows before the GELU
     are kept for the backward. Differentiable once.
     """
-    return _NormFeedForward.apply(x, norm_weight, norm_bias, eps, w1, b1, w2, b2)
+    return _FeedForward.apply(x, norm_weight, norm_bias, eps, w1, b1, w2, b2, 0.0, "gelu", torch.is_grad_enabled())
 
 
 def feed_forward(
@@ -155,7 +164,7 @@ def feed_forward(
     """
     if dropout and activation != "relu":
         raise ValueError(f"dropout: expected 0 with activation {activation!r}, got {dropout}")
-    return _FeedForward.apply(x, w1, b1, w2, b2, dropout, activation)
+    return _FeedForward.apply(x, None, None, 0.0, w1, b1, w2, b2, dropout, activation, torch.is_grad_enabled())
 
 
 class _Linear(torch.autograd.Function):
@@ -190,34 +199,46 @@ class _FeedForward(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        eps: float,
         w1: Tensor,
         b1: Tensor | None,
         w2: Tensor,
         b2: Tensor | None,
         dropout: float,
         activation: str,
+        has_backward: bool,
     ) -> Tensor:
+        norm = _RowNorm.given(norm_weight, norm_bias, eps)
         linear1, linear2 = row_linear(w1, b1, activation="relu" if activation == "relu" else "none"), row_linear(w2, b2)
-        hidden, out = x.new_empty((len(x), len(w1))), x.new_empty((len(x), len(w2)))
-        for block in row_blocks(len(x), len(w1), x.dtype):
-            rows = linear1(x[block])
+        hidden, out = w1.new_empty((len(x) if has_backward else 0, len(w1))), x.new_empty((len(x), len(w2)))
+        for block in row_blocks(len(x), _live_width(w1, activation), w1.dtype):
+            rows = linear1(x[block] if norm is None else norm(x[block]).to(w1.dtype))
             if dropout:
                 rows = F.dropout(rows, dropout)
-            hidden[block] = rows
-            out[block] = linear2(rows if activation == "relu" else activate(rows, activation))
-        ctx.save_for_backward(x, hidden, w1, w2)
-        ctx.dropout, ctx.activation = dropout, activation
+            if has_backward:
+                hidden[block] = rows
+            rows = linear2(rows if activation == "relu" else activate(rows, activation))
+            if norm is None:
+                out[block] = rows
+            else:
+                torch.add(x[block], rows, out=out[block])
+        ctx.save_for_backward(x, norm_weight, norm_bias, hidden, w1, w2)
+        ctx.eps, ctx.dropout, ctx.activation = eps, dropout, activation
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, w1, w2 = ctx.saved_tensors
+        x, norm_weight, norm_bias, hidden, w1, w2 = ctx.saved_tensors
+        norm = _RowNorm.given(norm_weight, norm_bias, ctx.eps)
         linear1, linear2 = row_linear(w1.t(), None), row_linear(w2.t(), None)
-        grad_x = x.new_empty(x.shape)
-        grads1, grads2 = _LinearGrads(w1, ctx.needs_input_grad[1:3]), _LinearGrads(w2, ctx.needs_input_grad[3:5])
-        for block in row_blocks(len(x), len(w1), x.dtype):
-            grad_rows, activated = grad_out[block], hidden[block]
+        needs_grad_x = ctx.needs_input_grad[0] or norm is not None
+        grad_x = x.new_empty(x.shape if needs_grad_x else (0,))
+        grads1, grads2 = _LinearGrads(w1, ctx.needs_input_grad[4:6]), _LinearGrads(w2, ctx.needs_input_grad[6:8])
+        for block in row_blocks(len(x), _live_width(w1, ctx.activation), w1.dtype):
+            grad_rows, activated = grad_out[block].to(w2.dtype), hidden[block]
             if ctx.activation == "relu":
                 grad_hidden = torch.ops.aten.threshold_backward(linear2(grad_rows), activated, 0)
             else:
@@ -226,11 +247,19 @@ class _FeedForward(torch.autograd.Function):
                 activated = activate(activated, ctx.activation)
             if ctx.dropout:
                 grad_hidden.mul_(1 / (1 - ctx.dropout))
-            if ctx.needs_input_grad[0]:
-                grad_x[block] = linear1(grad_hidden)
-            grads1.add(grad_hidden, x[block])
+            grads1.add(grad_hidden, x[block] if norm is None else norm(x[block]).to(w1.dtype))
             grads2.add(grad_rows, activated)
-        return grad_x if ctx.needs_input_grad[0] else None, *grads1.sums(), *grads2.sums(), None, None
+            if norm is not None:
+                torch.add(grad_out[block], norm.backward(linear1(grad_hidden).to(x.dtype)), out=grad_x[block])
+            elif needs_grad_x:
+                grad_x[block] = linear1(grad_hidden)
+        grad_norm = (None, None) if norm is None else norm.sums()
+        return grad_x if needs_grad_x else None, *grad_norm, None, *grads1.sums(), *grads2.sums(), None, None, None
+
+
+def _live_width(w1: Tensor, activation: str) -> int:
+    """Channels of a block that live at one time: ReLU works in place, other activations make a second wide tensor."""
+    return len(w1) * (1 if activation == "relu" else 2)
 
 
 class _NormLinear(torch.autograd.Function):
@@ -244,70 +273,32 @@ class _NormLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         parts: int,
+        rows: Tensor | None,
     ) -> tuple[Tensor, ...]:
         norm, layer = _RowNorm(norm_weight, norm_bias, eps), row_linear(weight, bias)
         outs = tuple(weight.new_empty((len(x), len(weight) // parts)) for _ in range(parts))
         for block in row_blocks(len(x), len(weight), weight.dtype):
-            rows = layer(norm(x[block]).to(weight.dtype))
-            for out, part in zip(outs, rows.chunk(parts, dim=1), strict=True):
+            wide = layer(norm(x[block]).to(weight.dtype))
+            for out, part in zip(outs, wide.chunk(parts, dim=1), strict=True):
                 out[block] = part
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight)
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, rows)
         ctx.eps = eps
-        return outs
+        return outs if rows is None else (*outs, x.index_select(0, rows))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outs: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, weight = ctx.saved_tensors
+        x, norm_weight, norm_bias, weight, rows = ctx.saved_tensors
+        grad_parts = grad_outs if rows is None else grad_outs[:-1]
         norm, layer = _RowNorm(norm_weight, norm_bias, ctx.eps), row_linear(weight.t(), None)
         grad_x, grads = x.new_empty(x.shape), _LinearGrads(weight, ctx.needs_input_grad[4:6])
         for block in row_blocks(len(x), len(weight), weight.dtype):
-            grad_rows = torch.cat([grad_out[block] for grad_out in grad_outs], dim=1)
+            grad_rows = torch.cat([grad_part[block] for grad_part in grad_parts], dim=1)
             grads.add(grad_rows, norm(x[block]).to(weight.dtype))
             grad_x[block] = norm.backward(layer(grad_rows).to(x.dtype))
-        return grad_x, *norm.sums(), None, *grads.sums(), None
-
-
-class _NormFeedForward(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        eps: float,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-    ) -> Tensor:
-        norm, linear1, linear2 = _RowNorm(norm_weight, norm_bias, eps), row_linear(w1, b1), row_linear(w2, b2)
-        kept = any(ctx.needs_input_grad)
-        hidden, out = w1.new_empty((len(x) if kept else 0, len(w1))), x.new_empty(x.shape)
-        for block in row_blocks(len(x), len(w1), w1.dtype):
-            rows = linear1(norm(x[block]).to(w1.dtype))
-            if kept:
-                hidden[block] = rows
-            torch.add(x[block], linear2(F.gelu(rows)), out=out[block])
-        ctx.save_for_backward(x, norm_weight, norm_bias, hidden, w1, w2)
-        ctx.eps = eps
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, hidden, w1, w2 = ctx.saved_tensors
-        norm = _RowNorm(norm_weight, norm_bias, ctx.eps)
-        linear1, linear2 = row_linear(w1.t(), None), row_linear(w2.t(), None)
-        grad_x = x.new_empty(x.shape)
-        grads1, grads2 = _LinearGrads(w1, ctx.needs_input_grad[4:6]), _LinearGrads(w2, ctx.needs_input_grad[6:8])
-        for block in row_blocks(len(x), len(w1), w1.dtype):
-            grad_rows = grad_out[block].to(w2.dtype)
-            grads2.add(grad_rows, F.gelu(hidden[block]))
-            grad_hidden = torch.ops.aten.gelu_backward(linear2(grad_rows), hidden[block])
-            grads1.add(grad_hidden, norm(x[block]).to(w1.dtype))
-            torch.add(grad_out[block], norm.backward(linear1(grad_hidden).to(x.dtype)), out=grad_x[block])
-        return grad_x, *norm.sums(), None, *grads1.sums(), *grads2.sums()
+        if rows is not None:
+            grad_x.index_add_(0, rows, grad_outs[-1])
+        return grad_x, *norm.sums(), None, *grads.sums(), None, None
 
 
 class _RowNorm:
@@ -317,6 +308,11 @@ class _RowNorm:
         self.weight, self.bias, self.eps = weight, bias, eps
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.grads = [torch.zeros_like(weight, dtype=wide), torch.zeros_like(bias, dtype=wide)]
+
+    @classmethod
+    def given(cls, weight: Tensor | None, bias: Tensor | None, eps: float) -> _RowNorm | None:
+        """None for no weight and bias."""
+        return None if weight is None or bias is None else cls(weight, bias, eps)
 
     def __call__(self, x: Tensor) -> Tensor:
         normed, *moments = torch.native_layer_norm(x, list(self.weight.shape), self.weight, self.bias, self.eps)

@@ -127,6 +127,19 @@ def _go_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_mkl_is_slow", lambda: True)
 
 
+def test_the_triton_kernels_agree_in_their_interpreter() -> None:
+    model, masked = _model(dim=32, num_heads=2, decoder_layers=2), _masked(cells=3)
+    results = []
+    for backend in ("reference", "triton"):
+        model.zero_grad()
+        with use_backend(backend):
+            loss = model.loss(masked)
+            loss.backward()
+        results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for got, want in zip(results[1], results[0], strict=True):
+        assert (got - want).norm() < 1e-4 * want.norm() + 1e-5
+
+
 def test_each_saving_alone_equals_the_plain_decoder() -> None:
     """All rows of the last layer without asking, and asked genes in any order and twice."""
     model, masked = _model(decoder_layers=2).double(), _double(_masked())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from xtrimogene import linear
@@ -221,6 +224,136 @@ def test_training_errors_within_plain_pytorch(
     for got, other, want in zip(grads, plain_grads, exact_grads, strict=True):
         assert got.dtype == dtype
         assert _error(got, want) <= 3 * _error(other, want) + floor
+
+
+def _normed(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, dtype: torch.dtype) -> Tensor:
+    return F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, 1e-3).to(dtype)
+
+
+def _norm_linear(x: Tensor, *leaves: Tensor) -> Tensor:
+    parts = linear.norm_linear(x, *leaves[:2], 1e-3, *leaves[2:], parts=2)
+    assert len(parts) == 2
+    return torch.cat(parts, dim=1)
+
+
+def _plain_norm_linear(x: Tensor, *leaves: Tensor) -> Tensor:
+    return F.linear(_normed(x, *leaves[:2], leaves[2].dtype), *leaves[2:])
+
+
+def _norm_linear_and_rows(x: Tensor, *leaves: Tensor) -> Tensor:
+    *parts, taken = linear.norm_linear(x, *leaves[:2], 1e-3, *leaves[2:], parts=2, rows=_some_rows(x))
+    return torch.cat([*parts, taken.flatten().expand(len(x), -1)], dim=1)
+
+
+def _plain_norm_linear_and_rows(x: Tensor, *leaves: Tensor) -> Tensor:
+    taken = x[_some_rows(x)]
+    return torch.cat([_plain_norm_linear(x, *leaves), taken.flatten().expand(len(x), -1)], dim=1)
+
+
+def _some_rows(x: Tensor) -> Tensor:
+    """The last row, and one in the middle twice."""
+    return torch.tensor([len(x) - 1, len(x) // 2, len(x) // 2])
+
+
+def _norm_feed_forward(x: Tensor, *leaves: Tensor) -> Tensor:
+    return linear.norm_feed_forward(x, *leaves[:2], 1e-3, *leaves[2:])
+
+
+def _plain_norm_feed_forward(x: Tensor, *leaves: Tensor) -> Tensor:
+    w1, b1, w2, b2 = leaves[2:]
+    return x + F.linear(F.gelu(F.linear(_normed(x, *leaves[:2], w1.dtype), w1, b1)), w2, b2)
+
+
+def _linear_residual(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, *leaves: Tensor) -> Tensor:
+    weight, _, back, bias = leaves
+    return linear.linear(F.linear(x.to(weight.dtype), weight), back, bias, residual=x)
+
+
+def _plain_linear_residual(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, *leaves: Tensor) -> Tensor:
+    weight, _, back, bias = leaves
+    return x + F.linear(F.linear(x.to(weight.dtype), weight), back, bias)
+
+
+# With the leaves x, norm weight and bias, then w1, b1, w2, b2 of _leaves: those that a function takes.
+PRE_NORM = {
+    "linear residual": (_linear_residual, _plain_linear_residual, [0, 1, 2, 3, 4, 5, 6]),
+    "norm_linear": (_norm_linear, _plain_norm_linear, [0, 1, 2, 3, 4]),
+    "norm_linear and rows": (_norm_linear_and_rows, _plain_norm_linear_and_rows, [0, 1, 2, 3, 4]),
+    "norm_feed_forward": (_norm_feed_forward, _plain_norm_feed_forward, [0, 1, 2, 3, 4, 5, 6]),
+}
+
+
+def _pre_norm_leaves(rows: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> list[Tensor]:
+    x, *weights = (leaf.detach() for leaf in _leaves(rows, 48, 130, torch.float32))
+    generator = torch.Generator().manual_seed(2)
+    norm = [1 + 0.3 * torch.randn(48, generator=generator), 0.3 * torch.randn(48, generator=generator)]
+    leaves = [leaf.to(dtype) for leaf in (x + 0.5, *norm)] + [leaf.to(weight_dtype) for leaf in weights]
+    return [leaf.requires_grad_() for leaf in leaves]
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2], ids=str
+)
+@pytest.mark.parametrize("function", PRE_NORM)
+@pytest.mark.parametrize("rows", [1, 150, 2000])
+def test_pre_norm_errors_within_plain_pytorch(
+    route: str, function: str, dtypes: tuple[torch.dtype, torch.dtype], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward 2x and gradients 3x, as above; the sum over the layers may be in a wider dtype than the weights."""
+    monkeypatch.setattr(linear, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(linear, "_MIN_UNITS", 1)
+    ours, plain, used = PRE_NORM[function]
+    leaves = [_pre_norm_leaves(rows, *dtypes)[i] for i in used]
+    exact_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    out, plain_out, exact = ours(*leaves), plain(*leaves), plain(*exact_leaves)
+    assert out.dtype == plain_out.dtype
+    floor = torch.finfo(torch.float32).eps
+    assert _error(out, exact) <= 2 * _error(plain_out, exact) + floor
+    grad_out = torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    grads, plain_grads, exact_grads = (
+        torch.autograd.grad(y, xs, grad_out.to(y.dtype), allow_unused=True)
+        for y, xs in ((out, leaves), (plain_out, leaves), (exact, exact_leaves))
+    )
+    for leaf, got, other, want in zip(leaves, grads, plain_grads, exact_grads, strict=True):
+        assert (got is None) == (want is None)
+        if got is not None and other is not None:
+            assert got.dtype == leaf.dtype
+            assert _error(got, want) <= 3 * _error(other, want) + floor
+
+
+def test_gradcheck_of_the_pre_norm_functions() -> None:
+    leaves = [leaf.detach().double()[:3].clone() for leaf in _pre_norm_leaves(5, torch.float32, torch.float32)]
+    x, norm_weight, norm_bias = torch.randn(5, 3, dtype=torch.float64), leaves[1], leaves[2]
+    _, w1, b1, w2, b2 = (leaf.detach() for leaf in _leaves(5, 3, 8, torch.float64))
+    inputs = [leaf.requires_grad_() for leaf in (x, norm_weight, norm_bias, w1, b1, w2, b2)]
+    for ours, _, used in PRE_NORM.values():
+        assert torch.autograd.gradcheck(ours, [inputs[i] for i in used])
+
+
+def test_flops_of_pre_norm_training_are_those_of_linear_layers(route: str) -> None:
+    linear.onednn_takes(torch.float32)  # the example that oneDNN is asked first is nobody's FLOPs
+    x, *leaves = _pre_norm_leaves(150, torch.float32, torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        _norm_feed_forward(x, *leaves).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 2 * 150 * 48 * 130
+
+
+def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
+    """The hidden rows are the widest tensor of a layer: without gradients no room is made for them."""
+    x, *leaves = _pre_norm_leaves(300, torch.float32, torch.float32)
+    made: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.new_empty.default:
+                made.append(math.prod(args[1]))
+            return func(*args, **(kwargs or {}))
+
+    for wanted in (True, False):
+        made.clear()
+        with Watch(), torch.set_grad_enabled(wanted):
+            _norm_feed_forward(x, *leaves)
+        assert (300 * 130 in made) == wanted
 
 
 def test_gradients_that_nobody_needs_are_not_made() -> None:

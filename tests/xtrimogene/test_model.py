@@ -63,6 +63,8 @@ def test_pool_gradient(how: str) -> None:
     rows = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
     cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
     assert torch.autograd.gradcheck(lambda x: pool(x, cu_seqlens, how), rows)
+    bounds = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    assert torch.autograd.gradcheck(lambda x: pool(x, bounds, how, depth_tokens=True)[[0, 2]], rows)
 
 
 def test_pool_keeps_its_bits_on_one_and_two_threads() -> None:
@@ -75,6 +77,38 @@ def test_pool_keeps_its_bits_on_one_and_two_threads() -> None:
         assert torch.equal(one, pool(rows, cu_seqlens, "mean"))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("how", ["mean", "max", "all"])
+@pytest.mark.parametrize("slack", [0, 9])
+def test_pool_with_depth_tokens(how: str, slack: int) -> None:
+    """T and S, the last two rows of a cell, are no genes; "all" is S, T, max, mean. The last cell has no gene."""
+    lengths = [0, 5, 0, 3, 40, 2]
+    rows = torch.randn(sum(lengths) + slack, 16)
+    rows[sum(lengths) :] = torch.nan
+    cu_seqlens = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+    pooled = pool(rows, cu_seqlens, how, depth_tokens=True)
+    assert pooled.shape == (6, 64 if how == "all" else 16)
+    for cell, length in enumerate(lengths):
+        tokens = rows[int(cu_seqlens[cell]) :][:length]
+        if length <= 2:
+            assert pooled[cell].isnan().all()
+            continue
+        genes = tokens[:-2]
+        parts = {"mean": [genes.mean(0)], "max": [genes.amax(0)]}
+        parts["all"] = [tokens[-1], tokens[-2], genes.amax(0), genes.mean(0)]
+        torch.testing.assert_close(pooled[cell], torch.cat(parts[how]))
+
+
+def test_pool_of_all_needs_depth_tokens() -> None:
+    with pytest.raises(ValueError, match="pooling: expected mean or max for a model without depth tokens, got 'all'"):
+        pool(torch.zeros(2, 3), torch.tensor([0, 2], dtype=torch.int32), "all")
+
+
+def test_pool_of_no_tokens_at_all() -> None:
+    pooled = pool(torch.zeros(0, 3), torch.zeros(3, dtype=torch.int32), "all", depth_tokens=True)
+    assert pooled.shape == (2, 12)
+    assert pooled.isnan().all()
 
 
 def test_pool_refuses_what_it_does_not_know() -> None:
@@ -180,6 +214,7 @@ def test_a_saved_model_comes_back_the_same(model: XTrimoGene, checkpoint: Path) 
     assert loaded.vocabulary == VOCABULARY
     assert not loaded.training
     assert list(loaded.state_dict()) == list(model.state_dict())
+    assert "decoder.layers.1.projection" in loaded.state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert all(parameter.requires_grad for parameter in loaded.parameters())
