@@ -7,6 +7,7 @@ and offsets. Only the results of floating-point ops are left unwritten, so a net
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from benchmarks.pretraining import prepared
 from xtg_kernels import RaggedBatch
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.flops import (
+    FlopCount,
     decoder_flops,
     dense_autoencoder_flops,
     dense_flops,
@@ -79,19 +81,21 @@ def counted_rows(presets: Sequence[str], cells: Cells, num_cells: int = 2) -> It
     for preset in presets:
         model = XTrimoGene.from_preset(preset, vocabulary, dropout=0.0)
         config = model.config
-        found = {
+        found: dict[str, tuple[Callable[[], object], FlopCount]] = {
             "dense auto-encoder": (_dense_autoencoder(config, num_cells), dense_autoencoder_flops(config, num_cells)),
             "dense": (_dense(config, num_cells), dense_flops(config, num_cells)),
             "performer": (_performer(config, num_cells), performer_flops(config, num_cells)),
             "padded": (_padded(model, batch), padded_flops(config, lengths, num_cells)),
-            "encoder": (lambda model=model: model(batch), encoder_flops(config, lengths, distinct)),
+            "encoder": (functools.partial(model, batch), encoder_flops(config, lengths, distinct)),
         }
-        rows = {name: (run, closed.total) for name, (run, closed) in found.items()}
+        rows: dict[str, tuple[Callable[[], object], int]] = {
+            name: (run, closed.total) for name, (run, closed) in found.items()
+        }
         for name, savings in (("auto-encoder, plain", False), ("auto-encoder", True)):
             loss = XTrimoGene.loss if savings else baselines.plain_loss
             decoder = decoder_flops(config, tokens, masked=hidden, asked=asked, savings=savings).total
             encoder = encoder_flops(config, tokens, values if savings else None).total
-            rows[name] = (lambda model=model, loss=loss: loss(model, masked), encoder + decoder)
+            rows[name] = (functools.partial(loss, model, masked), encoder + decoder)
         for name in costs.MODELS:
             run, closed = rows[name]
             yield _row("flops counted", preset, num_cells, batch.total_nnz, "forward", name, counted(run), closed)
@@ -102,11 +106,15 @@ def savings_rows() -> Iterator[Row]:
     model, masked = prepared("100m", 8)
     tokens, values, hidden, asked = counts_of(masked)
     for name, savings in (("auto-encoder, plain", False), ("auto-encoder", True)):
-        loss = XTrimoGene.loss if savings else baselines.plain_loss
+        loss = functools.partial(XTrimoGene.loss if savings else baselines.plain_loss, model, masked)
         closed = costs.step_flops(model.config, tokens, values, hidden, asked, savings=savings)
-        flops = counted(lambda loss=loss: loss(model, masked).backward())
+        flops = counted(functools.partial(_step, loss))
         case, batch = "100m, 8 cells of 2,000 genes", masked.batch
         yield _row("exact savings", case, batch.batch_size, batch.total_nnz, "training step", name, flops, closed)
+
+
+def _step(loss: Callable[[], Tensor]) -> None:
+    loss().backward()
 
 
 def counts_of(masked: MaskedBatch) -> tuple[costs.Lengths, costs.Lengths, costs.Lengths, costs.Lengths]:

@@ -15,9 +15,11 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench, costs, readme, report, timings
+from benchmarks import baselines, bench, costs, counting, readme, report, timings
 from benchmarks.cells import Cells, cells_of_file, known_cells
+from benchmarks.pretraining import prepared
 from xtg_kernels import RaggedBatch
 from xtrimogene.cli import main
 from xtrimogene.masking import MaskingConfig, mask_cells
@@ -94,6 +96,15 @@ def test_flops_per_cell_by_hand() -> None:
         assert not parts or sum(parts) == pytest.approx(row["gflop_per_cell"])
 
 
+def test_counting_without_arithmetic_counts_the_same_and_the_plain_network_is_the_same() -> None:
+    model, masked = prepared("tiny", 2, expressed=60)
+    with FlopCounterMode(display=False) as counter:
+        loss = model.loss(masked)
+        loss.backward()
+    assert counting.counted(lambda: model.loss(masked).backward()) == counter.get_total_flops() > 0
+    torch.testing.assert_close(baselines.plain_loss(model, masked), loss, rtol=1e-5, atol=0)
+
+
 def test_masked_counts_are_those_of_the_masks(path: Path) -> None:
     cells = cells_of_file(path)
     chosen = [0, 5, 9, 20]
@@ -157,11 +168,13 @@ def test_a_run_writes_everything_and_all_of_it_is_right(run: tuple[Path, str]) -
     rows = readme.read_rows(folder / "results.csv")
     assert all(row["correct"] == "True" and row["quick"] == "True" and row["torch"] for row in rows)
     assert {row["benchmark"] for row in rows} == {
-        "flops", "flops of a cell", "flops counted", "encoder", "dense", "peak", "step", "length", "unevenness",
+        "flops", "flops of a cell", "flops counted", "exact savings", "encoder", "dense", "peak", "step", "length", "unevenness",
         "threads", "drop-in",
     }  # fmt: skip
     counted = [row for row in rows if row["benchmark"] == "flops counted"]
-    assert {row["provider"] for row in counted} == {"encoder", "auto-encoder"}
+    assert {row["provider"] for row in counted} == set(costs.MODELS)
+    saved = {row["provider"]: int(row["flops_counted"]) for row in rows if row["benchmark"] == "exact savings"}
+    assert 0.85 < saved["auto-encoder"] / saved["auto-encoder, plain"] <= 0.90
     assert all(row["flops_counted"] == row["flops_closed_form"] != "" for row in counted)
     dense = [row for row in rows if row["benchmark"] == "dense" and row["direction"] == "forward"]
     assert {int(row["x"]) for row in dense} == {4, 8, 15, 30, 60, 120}
@@ -216,8 +229,8 @@ def test_readme_shows_the_committed_run(run: tuple[Path, str]) -> None:
 def test_wrong_counts_end_the_run_with_an_error(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(costs, "encoder_flops", lambda *a: costs.FlopCount(1, 2, 3))
-    monkeypatch.setattr(bench, "_rows", lambda presets, cells, *a: costs.counted_rows(presets, cells, 1))
+    monkeypatch.setattr(counting, "encoder_flops", lambda *a: costs.FlopCount(1, 2, 3))
+    monkeypatch.setattr(bench, "_rows", lambda presets, cells, *a: counting.counted_rows(presets, cells))
     monkeypatch.setattr(bench.figures, "draw", lambda *a: {})
     monkeypatch.setattr(bench.report, "markdown", lambda *a: "")
     monkeypatch.setattr(bench.report, "page", lambda *a: "")
