@@ -103,7 +103,12 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 
 def dense_seconds(report: Report, preset: str, dtype: str, direction: str) -> tuple[float, bool] | None:
-    """Seconds of the dense encoder for a cell with all genes, and whether they are extrapolated."""
+    """Seconds of the dense encoder for a cell with all genes, and whether they are extrapolated.
+
+    None where measured cells were made shorter: a ratio to the whole of a dense cell would flatter.
+    """
+    if report.size.shorter > 1:
+        return None
     row = report.one("dense", preset=preset, dtype=dtype, direction=direction, x=report.num_genes)
     return None if row is None else (row["median_ms"] / 1e3, bool(row.get("extrapolated")))
 
@@ -228,8 +233,9 @@ def _flops(report: Report) -> Section:
     if len(saved) == 2:
         ours, plain = (saved[name]["flops_counted"] for name in ("auto-encoder", "auto-encoder, plain"))
         parts.append(
-            f"Exact savings: a training step ({saved['auto-encoder']['case']}, masked, with read-depth tokens) executes "
-            f"{ours:,} FLOPs, {ours / plain:.3f} of the {plain:,} of the same network as it is written down; both counted."
+            f"Exact savings: a training step ({saved['auto-encoder']['case']}, masked, with read-depth tokens) "
+            f"executes {ours:,} FLOPs, {ours / plain:.3f} of the {plain:,} of the same network as it is written down; "
+            "both counted."
         )
     return Section("FLOPs per cell", parts)
 

@@ -113,7 +113,8 @@ def dense(presets: Sequence[str], cells: Cells, size: Size, device: str) -> Iter
                     times[row["direction"]].append((n, row["median_ms"] / 1e3))
                     yield _with_rates(row) | {"preset": preset, "x": n}
         for direction, points in times.items():
-            if points and points[-1][0] < cells.num_genes:
+            # One point is no curve.
+            if len(points) > 1 and points[-1][0] < cells.num_genes:
                 config = XTrimoGeneConfig.preset(preset, num_genes=1)
                 flops = dense_flops(config, 1)
                 seconds, deviation = extrapolated(points, cells.num_genes, (flops.linear, flops.attention))
