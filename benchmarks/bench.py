@@ -31,26 +31,24 @@ def bench(
     vocabulary: Vocabulary | None = None,
     layer: str | None = None,
     gene_symbols: str | None = None,
-    preset: str | None = None,
+    preset: str = SIZES[0],
     device: str = "cpu",
     quick: bool = False,
-    measure: bool = True,
     progress: bool = True,
 ) -> report.Report:
     """Measure, and write the report into the folder ``output``.
 
     input, vocabulary, layer, gene_symbols   cells of a file instead of the project's, see cells_of_file
-    preset    the one size that is measured; None for all (with quick: the smallest). FLOPs are those of all sizes.
+    preset    the size that is measured, or "all"; FLOPs are those of all sizes
     device    "cpu" or "cuda"
-    quick     small shapes and few runs, under a minute: does it work, not how fast
-    measure   False: FLOPs only
+    quick     small shapes and few runs: does it work, not how fast
     progress  print a line for every measured row
 
     Raises ValueError for a file, preset or device that cannot be, ImportError without matplotlib, and RuntimeError
     where a way gave wrong numbers, after the report, which leaves it out, is written.
     """
-    if preset is not None and preset not in SIZES:
-        raise ValueError(f"preset: expected one of {', '.join(SIZES)}, got {preset!r}")
+    if preset not in (*SIZES, "all"):
+        raise ValueError(f"preset: expected one of {', '.join(SIZES)}, or all, got {preset!r}")
     kind = choose_device(device).type
     figures.check_matplotlib()
     started = time.perf_counter()
@@ -59,11 +57,11 @@ def bench(
     )  # fmt: skip
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    presets = (preset,) if preset is not None else SIZES[:1] if quick else SIZES
+    presets = SIZES if preset == "all" else (preset,)
     size = timings.QUICK if quick else timings.FULL
     where = {**machine(), "gpus": ", ".join(info()["gpus"]) if kind == "cuda" else ""}
     rows: list[Row] = []
-    for row in _rows(presets, cells, size, kind, quick, measure):
+    for row in _rows(presets, cells, size, kind):
         rows.append({**row, "quick": quick, **where})
         if progress:
             _tell(row)
@@ -85,21 +83,21 @@ def bench(
     return made
 
 
-def _rows(
-    presets: tuple[str, ...], cells: Cells, size: timings.Size, device: str, quick: bool, measure: bool
-) -> Iterator[Row]:
+def _rows(presets: tuple[str, ...], cells: Cells, size: timings.Size, device: str) -> Iterator[Row]:
     yield from costs.flop_rows(SIZES, cells)
     yield from counting.counted_rows(SIZES, cells)
     yield from counting.savings_rows()
-    if not measure:
-        return
-    yield from timings.encoder(presets, cells, size, device)
     longest: dict[str, int] = {}
+    wrong = set()
+    for row in timings.encoder(presets, cells, size, device):
+        if not row["correct"]:
+            wrong.add((row["preset"], row["provider"]))
+        yield row
     for row in timings.dense(presets, cells, size, device):
-        if not row.get("extrapolated") and row["dtype"] == "float32":
+        if row["correct"] and not row.get("extrapolated") and row["dtype"] == "float32":
             longest[row["preset"]] = max(longest.get(row["preset"], 0), row["x"])
         yield row
-    yield from timings.memory(presets, cells, size, device, longest)
+    yield from timings.memory(presets, cells, size, device, longest, wrong)
     yield from timings.step(presets, cells, size, device)
     yield from timings.by_length(presets[0], size, device)
     yield from timings.by_unevenness(presets[0], size, device)

@@ -13,6 +13,7 @@ FLOPs are those of matrix products, two for a multiply-add. The models that are 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -91,10 +92,9 @@ def flop_rows(presets: Sequence[str], cells: Cells) -> Iterator[Row]:
     for preset in presets:
         config = XTrimoGeneConfig.preset(preset, num_genes=cells.num_genes)
         dense = dense_flops(config, count)
-        wide = dense_autoencoder_flops(config, count)
         ours = encoder_flops(config, lengths, distinct)
         found = {
-            "dense auto-encoder": by_part(config, wide),
+            "dense auto-encoder": _dense_autoencoder(config, count),
             "dense": by_part(config, dense),
             "performer": by_part(config, performer_flops(config, count)),
             "padded": by_part(config, padded_flops(config, lengths, PADDED_BATCH)),
@@ -104,13 +104,11 @@ def flop_rows(presets: Sequence[str], cells: Cells) -> Iterator[Row]:
         }
         for model in MODELS:
             total = sum(found[model].values())
-            # The linear layers of the dense auto-encoder are not those of one width: they are shown together.
-            split = {f"gflop_{part}": per_cell for part, per_cell in _gflop(found[model], count).items()}
+            split = {f"gflop_{part}": flops / count / 1e9 for part, flops in found[model].items()}
             yield {
                 "benchmark": "flops", "case": preset, "cells": count, "tokens": int(lengths.sum()),
                 "direction": "forward", "provider": model, "correct": True, "gflop_per_cell": total / count / 1e9,
-                "share_of_dense": total / dense.total,
-                **({} if model == "dense auto-encoder" else split),
+                "share_of_dense": total / dense.total, "genes": cells.num_genes, **split,
             }  # fmt: skip
         for level in QUANTILES:
             length = int(np.quantile(lengths, level, method="nearest"))
@@ -122,8 +120,14 @@ def flop_rows(presets: Sequence[str], cells: Cells) -> Iterator[Row]:
             }  # fmt: skip
 
 
-def _gflop(parts: dict[str, int], count: int) -> dict[str, float]:
-    return {part: flops / count / 1e9 for part, flops in parts.items()}
+def _dense_autoencoder(config: XTrimoGeneConfig, count: int) -> dict[str, int]:
+    """Encoder and softmax decoder; the attention of both is one part."""
+    encoder, whole = dense_flops(config, count), dense_autoencoder_flops(config, count)
+    rows = count * config.num_genes
+    bridge, head = 2 * config.dim * config.decoder_dim * rows, 2 * config.decoder_dim * rows
+    linear = whole.linear - encoder.linear - bridge - head
+    decoder = DecoderFlopCount(embedding=0, bridge=bridge, linear=linear, favor=0, head=head)
+    return by_part(config, dataclasses.replace(encoder, attention=whole.attention), decoder)
 
 
 def _pretraining(config: XTrimoGeneConfig, lengths: Lengths, distinct: Lengths, *, savings: bool) -> dict[str, int]:

@@ -136,16 +136,20 @@ def _unevenness(report: Report, cells: Cells, figure: Any) -> str | None:
     axes = figure.subplots()
     for provider in ("padded", "plain", "xtg"):
         rows = report.of("unevenness", provider=provider, direction=FORWARD)
-        if rows:
-            axes.plot([row["x"] for row in rows], [row["median_ms"] for row in rows], marker="o", markersize=4,
-                      color=COLORS[provider], label=NAMES[provider])  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="longest cell by mean", ylabel="ms of a batch, forward, float32")
+        if len(rows) > 1:
+            points = [(row["x"], row["median_ms"]) for row in rows]
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=COLORS[provider],
+                      label=f"{NAMES[provider]} (exponent {exponent(points):.2f})")  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="longest cell, in mean cells", ylabel="ms per batch, forward, float32")
     ticks = report.values("unevenness", "x")
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    return "A batch of 16 cells with always the same number of genes, more and more unevenly spread over the cells."
+    return (
+        "Measured time of a batch of 16 cells with always the same number of genes, more and more unevenly spread over "
+        "the cells. Padded batches of more than four times as many positions as genes were not run."
+    )
 
 
 def _threads(report: Report, cells: Cells, figure: Any) -> str | None:
@@ -157,15 +161,16 @@ def _threads(report: Report, cells: Cells, figure: Any) -> str | None:
     for provider in ("xtg", "plain"):
         for dtype, dash in DASHES.items():
             rows = report.of("threads", provider=provider, dtype=dtype, direction=FORWARD)
-            if rows:
-                gains = [rows[0]["median_ms"] / row["median_ms"] for row in rows]
-                axes.plot([row["x"] for row in rows], gains, dash, marker="o", markersize=4, color=COLORS[provider],
-                          label=f"{NAMES[provider]}, {dtype}")  # fmt: skip
-    axes.plot(numbers, numbers, ":", color="black", linewidth=0.8, label="ideal")
-    axes.set(xlabel="threads", ylabel="times as fast as one, forward", xticks=numbers)
+            if len(rows) > 1:
+                points = [(row["x"], row["median_ms"] / row["cells"]) for row in rows]
+                axes.plot(*zip(*points, strict=True), dash, marker="o", markersize=4, color=COLORS[provider],
+                          label=f"{NAMES[provider]}, {dtype} (exponent {exponent(points):.2f})")  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="threads", ylabel="ms per cell, forward")
+    axes.set_xticks(numbers, map(str, numbers))
+    axes.xaxis.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return "Speed by number of threads, against one thread."
+    return "Measured time per cell by number of threads; an exponent of -1 would be ideal."
 
 
 def _sizes(report: Report, cells: Cells, figure: Any) -> str | None:
@@ -182,10 +187,10 @@ def _sizes(report: Report, cells: Cells, figure: Any) -> str | None:
                           label=f"{NAMES[provider]}, {dtype} (exponent {exponent(points):.2f})")  # fmt: skip
     for row in report.of("encoder", provider="xtg", dtype="float32", direction=FORWARD):
         axes.annotate(row["preset"], per_cell(row), textcoords="offset points", xytext=(4, 6))
-    axes.set(xscale="log", yscale="log", xlabel="GFLOP per cell, forward", ylabel="ms per cell")
+    axes.set(xscale="log", yscale="log", xlabel="GFLOP per cell, forward", ylabel="ms per cell, forward")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return "Time per cell by size of the model, real cells."
+    return "Measured time per cell by size of the model, with fitted exponents; cells of real lengths."
 
 
 def _dropin(report: Report, cells: Cells, figure: Any) -> str | None:

@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.report import MODEL_NAMES
+from benchmarks.report import Report, summary_table
+from benchmarks.timings import FULL, QUICK
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -69,17 +70,29 @@ def _ops(title: str, *, share: str = "gemm") -> Callable[[Rows], str]:
     return section
 
 
-def _bench(rows: Rows) -> str:
-    flops = [row for row in rows if row["benchmark"] == "flops" and row["correct"] == "True"]
-    sizes = list(dict.fromkeys(row["case"] for row in flops))
-    body = []
-    for model, name in MODEL_NAMES.items():
-        by_size = {row["case"]: row for row in flops if row["provider"] == model}
-        shares = [f"{100 * float(by_size[size]['share_of_dense']):.1f} %" for size in sizes]
-        body.append([name, *(f"{float(by_size[size]['gflop_per_cell']):,.3g}" for size in sizes), *shares])
-    header = ["model", *(f"{size}, GFLOP" for size in sizes), *(f"{size}, of dense" for size in sizes)]
-    cells = f"{int(flops[0]['cells']):,} cells, {int(flops[0]['tokens']) / int(flops[0]['cells']):,.0f} genes each"
-    return f"**Forward FLOPs per cell** in closed form ({cells} on average):\n\n" + _table(header, body)
+def _report(rows: Rows) -> str:
+    """The headline of `xtrimogene bench`."""
+    flops, quick = rows[0], rows[0]["quick"] == "True"
+    found = [{name: _value(text) for name, text in row.items() if text} for row in rows]
+    table = summary_table(Report(found, {}, {}, "", int(flops["genes"]), QUICK if quick else FULL, quick))
+    mean = int(flops["tokens"]) / int(flops["cells"])
+    return (
+        "**Against dense Transformers** of the same width and depth over all genes (`xtrimogene bench`, "
+        f"{int(flops['cells']):,} cells with {mean:,.0f} of {int(flops['genes']):,} genes on average):\n\n"
+        f"{_table(table.header, table.body)}\n\n{table.how}\n\n"
+        "The whole report, with every model, part and curve: "
+        "[benchmarks/results/report/report.md](benchmarks/results/report/report.md)."
+    )
+
+
+def _value(text: str) -> str | float | bool:
+    """What stood in a row before it was written to a CSV file."""
+    if text in ("True", "False"):
+        return text == "True"
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _favor_memory(rows: Rows) -> str:
@@ -153,7 +166,7 @@ def _ranks(rows: Rows) -> str:
 
 # The embedding is no matrix product of its tokens: few of them have values of their own.
 SECTIONS: dict[str, Callable[[Rows], str]] = {
-    "bench/results": _bench,
+    "report/results": _report,
     "memory": _memory,
     "embed": _embed,
     "encoder": _ops("Layers of the encoder**, cells of real lengths:"),

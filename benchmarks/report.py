@@ -118,7 +118,8 @@ def per_cell(row: Row) -> tuple[float, float]:
     return row["gflops"] * row["median_ms"] / 1e3 / row["cells"], row["median_ms"] / row["cells"]
 
 
-def _summary(report: Report) -> Section:
+def summary_table(report: Report) -> Table:
+    """The headline: what a cell costs beside a dense one, by size of the model."""
     body = []
     for row in report.of("flops", provider="encoder"):
         size, line = row["case"], [row["case"]]
@@ -145,13 +146,17 @@ def _summary(report: Report) -> Section:
         header, body = header[:5], [line[:5] for line in body]
     how = (
         "FLOPs in closed form, forward, mean over the cells; the dense encoder and auto-encoder have the same width "
-        "and depth over all genes. Speed of the encoder's layers, forward, measured in this run, against the dense "
-        f"encoder on this machine. The tables below say more. {DAGGER} the dense time is extrapolated."
+        "and depth over all genes. Speed of the encoder's layers, forward, measured, against the dense encoder in "
+        f"the same run; empty where a size was not measured. {DAGGER} the dense time is extrapolated."
     )
+    return Table(header, body, how)
+
+
+def _summary(report: Report) -> Section:
     parts: list[str | Table | Picture] = [
         "xTrimoGene runs a Transformer over the genes that a cell expresses instead of all genes of the vocabulary. "
         "This report says what that saves, in arithmetic, time and memory, on this machine.",
-        Table(header, body, how),
+        summary_table(report),
     ]
     if report.quick:
         parts.append("This was a quick run on small shapes: it shows that everything works, not how fast it is.")
@@ -184,7 +189,7 @@ def _flops(report: Report) -> Section:
 
     body = []
     for preset in presets:
-        for model in ("encoder", "padded", "performer", "auto-encoder, plain", "auto-encoder"):
+        for model in costs.MODELS:
             row = report.one("flops", case=preset, provider=model)
             assert row is not None
             split = [row[f"gflop_{part}"] for part in costs.PARTS]
@@ -194,7 +199,8 @@ def _flops(report: Report) -> Section:
         Table(
             ["size", "model", *(PART_NAMES.get(part, part) for part in costs.PARTS)], body,
             "The same closed forms by part. Embedding: values into vectors. Projections: queries, keys, values and "
-            "output. Attention: products with queries, keys and values (of the Performer: with random features). "
+            "output. Attention: products with queries, keys and values (of the Performer: with random features; of "
+            "the dense auto-encoder: those of its decoder too). "
             "FAVOR: the decoder's linear attention. Bridge: from encoder to decoder width. Decoder linear: its "
             "projections and FFN.",
             labels=2,

@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         "the same size, on the project's cell lengths or on your cells. Writes report.html, report.md, results.csv and "
         "pictures, and prints the short table.",
     )
-    command.set_defaults(run=_bench, smaller="; try --preset 3m, or --quick")
+    command.set_defaults(run=_bench, smaller="; try a smaller --preset, or --quick")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     command.add_argument("--input", metavar="FILE", help="cells, .h5ad or .zarr (default: lengths of real cells)")
     command.add_argument(
@@ -184,12 +184,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--layer", metavar="L", help="layer of the input (default: X; raw: .raw)")
     command.add_argument("--gene-symbols", metavar="COL", help="var column with gene names (default: var_names)")
-    command.add_argument("--preset", choices=("3m", "10m", "100m"), help="measure this size (default: all)")
+    command.add_argument(
+        "--preset", choices=("3m", "10m", "100m", "all"), default="3m", help="size to measure (default: %(default)s)"
+    )
     command.add_argument("--device", default="cpu", metavar="D", help="cpu or cuda (default: %(default)s)")
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    command.add_argument(
-        "--quick", action="store_true", help="small shapes, under a minute: does it work, not how fast"
-    )
+    command.add_argument("--quick", action="store_true", help="small shapes and few runs: does it work, not how fast")
     return parser
 
 
