@@ -27,7 +27,7 @@ from xtrimogene.vocabulary import Vocabulary
 
 GENES = 120
 TINY = timings.Size(
-    cells=3, shorter=2, task_gflop=1.0, dense_seconds=5.0, expressed=(10, 20, 40), rounds=1, step_gflop=2.0
+    cells=3, shorter=2, task_gflop=1.0, dense_seconds=5.0, expressed=(10, 20, 40), rounds=2, step_gflop=2.0
 )
 
 
@@ -49,6 +49,7 @@ def run(path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
     folder = tmp_path_factory.mktemp("bench") / "made"
     patch, threads = pytest.MonkeyPatch(), torch.get_num_threads()
     patch.setattr(timings, "QUICK", TINY)
+    patch.setattr(bench, "SIZES", ("3m",))
     patch.setattr("benchmarks.run.GEMM_SIZE", 64)
     patch.setenv("OMP_NUM_THREADS", "1")
     printed: list[str] = []
