@@ -148,7 +148,7 @@ def _unevenness(report: Report, cells: Cells, figure: Any) -> str | None:
     axes.legend()
     return (
         "Measured time of a batch of 16 cells with always the same number of genes, more and more unevenly spread over "
-        "the cells. Padded batches of more than four times as many positions as genes were not run."
+        "the cells, with fitted exponents."
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -607,9 +608,17 @@ def _render_table(table: Table) -> str:
 
 
 def _render_picture(picture: Picture, folder: Path) -> str:
-    data = base64.b64encode((folder / f"{picture.name}.svg").read_bytes()).decode()
-    caption = html.escape(picture.caption)
-    image = f'<div class="scroll"><img src="data:image/svg+xml;base64,{data}" alt="{caption}" /></div>'
+    svg = (folder / f"{picture.name}.svg").read_bytes()
+    data, caption = base64.b64encode(svg).decode(), html.escape(picture.caption)
+    found = re.search(rb'<svg [^>]*?width="([0-9.]+)pt"', svg)
+    assert found is not None
+    # Letters of the size of those in tables.
+    rem = float(found[1]) / 11.5
+    kind = "wide" if rem > 40 else "small"
+    image = (
+        f'<div class="scroll"><img class="{kind}" style="width: {rem:.0f}rem" src="data:image/svg+xml;base64,{data}" '
+        f'alt="{caption}" /></div>'
+    )
     return f"<figure>\n{image}\n<figcaption>{caption}</figcaption>\n</figure>"
 
 
@@ -641,12 +650,14 @@ th {{ background: var(--band); font-weight: 600; vertical-align: bottom; }}
 th.n, td.n {{ text-align: right; }}
 tbody tr:last-child td {{ border-bottom: 0; }}
 tbody tr:hover {{ background: var(--band); }}
-img {{ display: block; width: 100%; max-width: 56rem; height: auto; }}
+img {{ display: block; max-width: 100%; height: auto; }}
 @media (max-width: 40rem) {{
   main {{ padding: 1.25rem .9rem 3rem; }}
   h1 {{ font-size: 1.5rem; }}
   th, td {{ padding: .32rem .5rem; font-size: .8rem; }}
-  .scroll img {{ min-width: 38rem; }}
+  td:first-child {{ white-space: normal; min-width: 5.5rem; background: #fff; }}
+  th:first-child, td:first-child {{ position: sticky; left: 0; border-right: 1px solid var(--line); }}
+  img.wide {{ min-width: 38rem; }}
 }}
 </style>
 </head>
