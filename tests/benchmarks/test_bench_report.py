@@ -95,7 +95,9 @@ def test_flops_per_cell_by_hand() -> None:
     assert rows["encoder"]["share_of_dense"] == pytest.approx(total["encoder"] / total["dense"])
     for row in rows.values():
         parts = [value for name, value in row.items() if name.startswith("gflop_") and name != "gflop_per_cell"]
-        assert not parts or sum(parts) == pytest.approx(row["gflop_per_cell"])
+        assert sum(parts) == pytest.approx(row["gflop_per_cell"])
+    for part, flops in (("bridge", 2 * 128 * 128), ("decoder linear", decoder), ("head", 2 * 128)):
+        assert rows["dense auto-encoder"][f"gflop_{part}"] * 2e9 == pytest.approx(20 * flops)
 
 
 def test_counting_without_arithmetic_counts_the_same_and_the_plain_network_is_the_same() -> None:
@@ -220,13 +222,27 @@ def test_both_reports_hold_the_same_numbers(run: tuple[Path, str]) -> None:
 
 def test_readme_shows_the_committed_run(run: tuple[Path, str]) -> None:
     made = readme.with_tables(f"{readme.OPENING}\n{readme.CLOSING}", run[0].parent / "none")
-    assert "dense Transformer encoder" not in made
-    (run[0].parent / "results" / "bench").mkdir(parents=True)
-    (run[0].parent / "results" / "bench" / "results.csv").write_bytes((run[0] / "results.csv").read_bytes())
+    assert "dense Transformers" not in made
+    (run[0].parent / "results" / "report").mkdir(parents=True)
+    (run[0].parent / "results" / "report" / "results.csv").write_bytes((run[0] / "results.csv").read_bytes())
     made = readme.with_tables(f"{readme.OPENING}\n{readme.CLOSING}", run[0].parent / "results")
-    assert "dense Transformer encoder" in made
-    assert "100.0 %" in made
+    assert "dense Transformers" in made
+    (line,) = (line for line in made.splitlines() if line.startswith("| 3m |"))
+    assert line in (run[0] / "report.md").read_text()
+    assert "29 cells with" in made
     assert "Quick shapes: not for comparison." in made
+
+
+def test_memory_is_told_of_right_ways_and_extrapolated_by_a_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = cells_of_file(path)
+    monkeypatch.setattr(timings, "_memory_of", lambda preset, lengths, *a: 5.0 + 2 * sum(lengths))
+    rows = list(timings.memory(["3m"], cells, TINY, "cpu", {"3m": 60}, set()))
+    assert {row["provider"] for row in rows} == {"xtg", "padded", "dense"}
+    dense = [row for row in rows if row["provider"] == "dense"]
+    assert [row["peak_mib"] for row in dense] == [5.0 + 2 * GENES] * 2
+    assert all(row["extrapolated"] and row["fit_up_to"] == 60 for row in dense)
+    rows = list(timings.memory(["3m"], cells, TINY, "cpu", {}, {("3m", "padded")}))
+    assert {row["provider"] for row in rows} == {"xtg"}
 
 
 def test_wrong_counts_end_the_run_with_an_error(
