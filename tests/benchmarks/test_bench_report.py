@@ -254,7 +254,10 @@ def test_wrong_counts_end_the_run_with_an_error(
     monkeypatch.setattr(bench.report, "markdown", lambda *a: "")
     monkeypatch.setattr(bench.report, "page", lambda *a: "")
     assert main(["bench", "--quick", "--preset", "3m", "--input", str(path), "--output", str(tmp_path / "out")]) == 1
-    assert "wrong numbers, which got no time: flops counted, 3m, encoder" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "wrong numbers, which got no time: flops counted, 3m, auto-encoder, plain; " in message
+    assert "; flops counted, 3m, encoder" in message
+    assert "performer" not in message
 
 
 @pytest.mark.parametrize(
