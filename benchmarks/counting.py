@@ -101,15 +101,15 @@ def counted_rows(presets: Sequence[str], cells: Cells, num_cells: int = 2) -> It
             yield _row("flops counted", preset, num_cells, batch.total_nnz, "forward", name, counted(run), closed)
 
 
-def savings_rows() -> Iterator[Row]:
-    """A training step of 100m on 8 cells of 2,000 expressed genes, counted with and without the exact savings."""
-    model, masked = prepared("100m", 8)
+def savings_rows(preset: str) -> Iterator[Row]:
+    """A training step on 8 cells of 2,000 expressed genes, counted with and without the exact savings."""
+    model, masked = prepared(preset, 8)
     tokens, values, hidden, asked = counts_of(masked)
     for name, savings in (("auto-encoder, plain", False), ("auto-encoder", True)):
         loss = functools.partial(XTrimoGene.loss if savings else baselines.plain_loss, model, masked)
         closed = costs.step_flops(model.config, tokens, values, hidden, asked, savings=savings)
         flops = counted(functools.partial(_step, loss))
-        case, batch = "100m, 8 cells of 2,000 genes", masked.batch
+        case, batch = f"{preset}, 8 cells of 2,000 genes", masked.batch
         yield _row("exact savings", case, batch.batch_size, batch.total_nnz, "training step", name, flops, closed)
 
 
