@@ -23,9 +23,10 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from benchmarks.cases import DTYPES, NUM_GENES, offsets, umi_counts
+from benchmarks.cases import DTYPES, FORWARD, NUM_GENES, offsets, umi_counts
 from xtg_kernels import RaggedBatch, use_backend
 from xtrimogene import Vocabulary, XTrimoGene
+from xtrimogene.flops import executed_share
 from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells
 
 EXPRESSED = 2000
@@ -99,6 +100,26 @@ def ranks(quick: bool) -> Iterator[dict[str, Any]]:
             row |= {"runs": len(times), "median_ms": _digits(1e3 * median), "q20_ms": _digits(1e3 * low)}
             row |= {"q80_ms": _digits(1e3 * high), "cells_per_second": _digits(4 / median)}
         yield row
+
+
+def savings(quick: bool) -> Iterator[dict[str, Any]]:
+    """FLOPs on 8 cells as a share of those of the network that saves nothing, by the closed forms of xtrimogene.flops,
+    which tests hold equal to what FlopCounterMode counts."""
+    for preset in ("tiny",) if quick else ("3m", "10m", "100m"):
+        model, masked = prepared(preset, 8)
+        tokens, hidden, asked = (
+            offsets.diff().tolist()
+            for offsets in (masked.batch.cu_seqlens, masked.masked_cu_seqlens, masked.chosen_cu_seqlens)
+        )
+        distinct = [len(values.unique()) for values in masked.batch.values.split(tokens)]
+        for direction in (FORWARD, "training step"):
+            share = executed_share(
+                model.config, tokens, distinct=distinct, masked=hidden, asked=asked, backward=direction != FORWARD
+            )
+            yield {
+                "benchmark": "savings", "case": f"{preset}, 8 cells", "cells": 8, "tokens": sum(tokens),
+                "direction": direction, "provider": "xtg", "correct": True, "share_of_plain": _digits(share),
+            }  # fmt: skip
 
 
 def _pretrained(folder: Path, name: str, processes: int, steps: int) -> list[dict[str, Any]]:

@@ -266,6 +266,7 @@ OTHERS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "favor_memory": favor_memory.favor_memory,
     "step": pretraining.step,
     "ranks": pretraining.ranks,
+    "savings": pretraining.savings,
 }
 
 

@@ -25,6 +25,7 @@ SET_UP = [
     "pip install torch 'setuptools>=77' ninja 'pybind11>=2.13'",
     "pip install --no-build-isolation .",
     "xtrimogene convert --from-scfoundation models.ckpt --part cell --vocabulary genes.tsv --output checkpoint",
+    "xtrimogene pretrain --data cells.h5ad --output tuned checkpoint=checkpoint max_steps=1000 learning_rate=1e-5",
     "xtrimogene bench --input cells.h5ad --output bench",
 ]
 

@@ -84,7 +84,7 @@ class Checkpoints:
                     if (path / name).stat().st_size != size or _size_and_crc(path / name) != (size, crc):
                         raise ValueError(f"{name} is not the file that was written")
                 return path, int(complete["step"]), complete["progress"]
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 warnings.warn(f"{path}: broken checkpoint passed over: {error}", stacklevel=2)
         return None
 

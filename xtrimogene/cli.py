@@ -142,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
         usage="%(prog)s --data PATH [PATH ...] --output DIR [--config FILE] [key=value ...] [--resume]",
         description="Train the masked auto-encoder on the cells of h5ad files, zarr stores and folders of them. The "
         "config is a YAML file with the keys of PretrainConfig; key=value changes single ones (model.dim=64 one of a "
-        "section). SIGTERM and SIGINT save a checkpoint and stop; an interrupted or killed run goes on with --resume. "
+        "section); checkpoint=DIR begins with the weights of a model. SIGTERM and SIGINT save a checkpoint and stop; "
+        "an interrupted or killed run goes on with --resume. "
         "With several processes: torchrun --nproc-per-node N -m xtrimogene pretrain ...",
         epilog="Exit status: 0 trained to the end; 1 training had begun and cannot go on; 2 something was wrong before "
         "it began; 143 or 130 stopped by SIGTERM or SIGINT, with a checkpoint.",
@@ -294,7 +295,8 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     if report.rank == 0:
         print(report)
         if report.model is None:
-            print(f"{report.output}: stopped, with a checkpoint of step {report.steps:,}; --resume goes on")
+            with_what = f"with a checkpoint of step {report.steps:,}" if report.steps else "before the first step"
+            print(f"{report.output}: stopped, {with_what}; --resume goes on")
         else:
             print(f"{report.model}: the trained model")
     return 128 + report.signal if report.signal else 0
@@ -314,7 +316,10 @@ def _impute(arguments: argparse.Namespace) -> None:
 
 def _asked(arguments: argparse.Namespace) -> Sequence[str] | None:
     if arguments.genes_file is not None:
-        return Vocabulary.from_tsv(arguments.genes_file).genes
+        try:
+            return Vocabulary.from_tsv(arguments.genes_file).genes
+        except ValueError as error:
+            raise ValueError(f"--genes-file: {error}") from None
     return arguments.genes
 
 

@@ -24,6 +24,7 @@ flag, not a value.
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,11 +75,14 @@ def _read(path: Path) -> Mapping[str, Any]:
         # The parts that are not asked for stay on disk. Files of torch < 1.6 cannot be mapped into memory.
         released = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
+        # PyTorch's text advises to load it all the same; which thing it refused stands in its middle.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise ValueError(
             f"{path}: expected a checkpoint of tensors and plain values, as released, got something that torch.load"
-            f"(weights_only=True) refuses: {str(error).splitlines()[0]}"
+            f"(weights_only=True) refuses{': ' + found[1] if found else ''}"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
+    # What is no checkpoint fails in whatever way its bytes happen to read as a pickle.
+    except Exception as error:
         raise ValueError(f"{path}: expected a PyTorch checkpoint, got a damaged file: {error}") from error
     if not isinstance(released, Mapping):
         raise ValueError(f"{path}: expected a dict with the parts {', '.join(PARTS)}, got {type(released).__name__}")
@@ -106,6 +110,11 @@ def _convert(part: Any, vocabulary: Vocabulary) -> XTrimoGene:
         f"model.{name}: expected a float dtype, got {theirs[name].dtype}"
         for name in names.values()
         if name in theirs and not theirs[name].is_floating_point()
+    ]
+    problems += [
+        f"model.{name}: expected finite numbers, got NaN or infinite ones (a damaged file?)"
+        for name in names.values()
+        if name in theirs and not theirs[name].isfinite().all()
     ]
     if problems:
         raise ValueError("the tensors are not those of the published network: " + "; ".join(problems))
@@ -186,7 +195,7 @@ def _config(part: Mapping[str, Any], state: Mapping[str, Tensor], vocabulary: Vo
 
 def _value(config: Any, *keys: Any) -> Any:
     for i, key in enumerate(keys):
-        if not isinstance(config, Mapping) or key not in config:
+        if not (isinstance(config, Mapping) and isinstance(key, str) and key in config):
             raise ValueError(f"config {'.'.join(map(str, keys[: i + 1]))}: expected a value, got none")
         config = config[key]
     return config

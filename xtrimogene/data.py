@@ -460,7 +460,8 @@ def check_counts(source: CellSource, normalized: bool) -> None:
     wanted = "X" if source.layer is None else f"layer {source.layer!r}"
     raise ValueError(
         f"{source.name}: expected raw counts in {wanted}, got numbers that are not whole; {hint}"
-        "if they are log1p(count / total * 10,000) already, pass normalized=True (--normalized)"
+        "if they are log1p(count / total * 10,000) already, pass normalized=True (--normalized; of pretrain, "
+        "normalized=true)"
     )
 
 

@@ -140,8 +140,8 @@ def embed(
         output: file to write when a path is given (h5ad for h5ad, zarr for zarr). None: the embedding is only returned,
             as ``report.embedding``.
         layer: matrix to embed, None for X; "raw" for ``.raw``.
-        pooling: "mean" or "max" over the encoder's rows of a cell's genes; for a model with depth tokens also "all",
-            scFoundation's cell embedding (4 dim): row of S, row of T, max, mean, one after the other.
+        pooling: "mean" or "max" over the encoder's rows of a cell; for a model with depth tokens over T and S too, as
+            scFoundation does, and also "all", its cell embedding (4 dim): row of S, row of T, max and mean over genes.
         max_tokens: most expressed genes in a batch. More is faster, up to a point, and takes more memory.
         key_added: key in obsm; a key that is there already is replaced.
         dtype: arithmetic of the encoder: "float32", "bfloat16", or "auto". Auto takes bfloat16 where the GPU or the CPU

@@ -78,7 +78,7 @@ class ModelCells:
         if normalized and network.config.depth_tokens:
             raise ValueError(
                 f"{source.name}: expected raw counts, got normalized=True: this model reads each cell's total "
-                "(config depth_tokens)"
+                "(config depth_tokens); give it the counts"
             )
         column_map = map_genes(source, network.vocabulary, normalized=normalized)
         check_counts(source, normalized)

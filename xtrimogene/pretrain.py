@@ -226,6 +226,11 @@ def _opened(config: PretrainConfig, data: Data | Sequence[Data], ranks: Ranks, p
             vocabulary = genes_of_data(data, layer=config.layer, gene_symbols=config.gene_symbols)
         own.append(opened(vocabulary, None))
         own[0].num_steps(0, world_size=ranks.world_size, accumulate=config.accumulate)
+        if 0 < len(own[0].validation_cells) < ranks.world_size:
+            raise ValueError(
+                f"config validation_share, validation_cells: expected a validation cell for each of {ranks.world_size} "
+                f"ranks, or none, got {len(own[0].validation_cells)} of {own[0].num_cells} cells"
+            )
         return vocabulary, own[0].genes_per_cell
 
     vocabulary, genes_per_cell = ranks.first(counted)
@@ -245,7 +250,8 @@ def _identity(config: PretrainConfig, cells: TrainingCells, ranks: Ranks) -> dic
     content = hashlib.sha256(cells.fingerprint.encode())
     content.update(sample.values.numpy().tobytes())
     fixed = config.fixed()
-    del fixed["accumulate"]
+    # The first is told by another name, the second by its genes, wherever the file lies.
+    del fixed["accumulate"], fixed["vocabulary"]
     return {
         **fixed,
         "data sets": [[Path(source.name).name, source.n_obs] for source in cells.sources],
@@ -299,10 +305,19 @@ class _RunFolder:
         run_file = self.path / RUN_FILE
         machine = _machine()
         if run_file.exists():
-            earlier = json.loads(run_file.read_text(encoding="utf-8"))
-            self._check_same(earlier["run"], identity)
-            changed = [f"{name} was {earlier['machine'].get(name)}, is {value}" for name, value in machine.items()
-                       if earlier["machine"].get(name) != value]  # fmt: skip
+            try:
+                earlier = json.loads(run_file.read_text(encoding="utf-8"))
+                earlier_run, earlier_machine = dict(earlier["run"]), dict(earlier["machine"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{run_file}: expected what a run writes there, got a damaged file ({error}); name another folder"
+                ) from error
+            self._check_same(earlier_run, identity)
+            changed = [
+                f"{name} was {earlier_machine.get(name)}, is {value}"
+                for name, value in machine.items()
+                if earlier_machine.get(name) != value
+            ]
             if changed:
                 warnings.warn(
                     f"{self.path}: {'; '.join(changed)}: the run goes on, but its weights can differ in their last "
@@ -472,7 +487,6 @@ class _Run:
     def _train(self, checkpoints: Checkpoints) -> int:
         """Steps, validations and checkpoints in turn; the signal that ended them, or 0."""
         config, progress = self.config, self.progress
-        number = 0
         with (
             StopSignals(self.ranks, "saves a checkpoint after this step, then stops; --resume goes on") as signals,
             contextlib.closing(self._batches()) as batches,
@@ -485,14 +499,15 @@ class _Run:
             ) as bar,
         ):
             self._clock = time.perf_counter()
-            self._validate_where_due(bar)
+            # Broken off here, a run has nothing to save: it has made no step, or is where its checkpoint is.
+            number = self._validate_where_due(bar, signals)
             while not (number or self._is_over()):
                 number = self._step(batches, signals)
                 bar.update()
                 if progress.step % config.log_every == 0 or self._is_over():
                     self._log_step(bar)
                 if not number:
-                    self._validate_where_due(bar)
+                    number = self._validate_where_due(bar, signals)
                 if number or self._is_over() or progress.step % config.checkpoint_every == 0:
                     if self.log is not None:
                         self.log.sync()
@@ -517,6 +532,7 @@ class _Run:
     def _step(self, batches: Iterator[MaskedBatch], signals: StopSignals) -> int:
         """One optimizer step; the number of a signal that any rank has got, or 0."""
         config, ranks, progress = self.config, self.ranks, self.progress
+        began = time.perf_counter()
         if progress.step and progress.step % config.redraw_every == 0:
             seed = _seed_of(config.seed, _PROJECTIONS, progress.step)
             self.model.redraw_projections(torch.Generator().manual_seed(seed))
@@ -538,10 +554,15 @@ class _Run:
             tokens += masked.batch.total_nnz
         now = time.perf_counter()
         # The first rank's clock and the signals of all: when a run ends has to be the same everywhere.
-        seconds = now - self._clock if ranks.is_first else 0.0
+        seconds, passed = (now - began, now - self._clock) if ranks.is_first else (0.0, 0.0)
         self._clock = now
-        got = [float(signals.number == number) for number in StopSignals.NUMBERS]
-        *sums, term, interrupt = ranks.sums([squares, chosen, cells, tokens, seconds, *got])
+        got = signals.counts()
+        *sums, passed, term, interrupt = ranks.sums([squares, chosen, cells, tokens, seconds, passed, *got])
+        if not sums[1]:
+            raise TrainingFailed(
+                f"step {progress.step + 1:,}: no gene was chosen; raise masking.nonzero_rate, masking.zero_rate or "
+                "the number of cells in a step, and start again"
+            )
         if not math.isfinite(sums[0]):
             raise TrainingFailed(
                 f"step {progress.step + 1:,}: the loss is {sums[0]}; lower learning_rate, or raise warmup_steps, and "
@@ -566,10 +587,10 @@ class _Run:
         progress.step += 1
         progress.epoch_step += 1
         progress.cells += int(sums[2])
-        progress.seconds += sums[4]
+        progress.seconds += passed
         for name, value in zip(_SINCE_LOG, sums, strict=True):
             progress.since_log[name] += value
-        return StopSignals.NUMBERS[0] if term else StopSignals.NUMBERS[1] if interrupt else 0
+        return signals.first([term, interrupt])
 
     def _exchanging(self, now: bool) -> contextlib.AbstractContextManager[Any]:
         """Whether the ranks exchange gradients in the backward pass of a batch: in the last one of a step."""
@@ -602,15 +623,19 @@ class _Run:
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         progress.since_log = dict.fromkeys(_SINCE_LOG, 0.0)
 
-    def _validate_where_due(self, bar: tqdm) -> None:
+    def _validate_where_due(self, bar: tqdm, signals: StopSignals) -> int:
+        """Validate after some steps; the number of a signal that broke it off, or 0."""
         step = self.progress.step
         if not len(self.cells.validation_cells):
-            return
+            return 0
         if not (self._is_over() or step % self.config.validate_every == 0):
-            return
+            return 0
         if self.ranks.first(lambda: self.log is not None and self.log.has("validation", step)):
-            return
-        loss, baseline_mean, baseline_zero_mean = self._validate()
+            return 0
+        validated = self._validate(signals)
+        if isinstance(validated, int):
+            return validated
+        loss, baseline_mean, baseline_zero_mean = validated
         if self.log is not None:
             self.log.write(
                 "validation",
@@ -622,9 +647,14 @@ class _Run:
             )
         if self.show_progress:
             bar.write(f"step {step:,}: validation loss {loss:.4f}", file=sys.stderr)
+        return 0
 
-    def _validate(self) -> tuple[float, float, float]:
-        """Mean squared errors at the chosen genes of the validation cells: the model's, and those of two baselines."""
+    def _validate(self, signals: StopSignals) -> tuple[float, float, float] | int:
+        """Mean squared errors at the chosen genes of the validation cells: the model's, and those of two baselines.
+
+        Or the number of a signal: a validation of many cells takes longer than a batch system waits, and a resumed run
+        does it again.
+        """
         mean, nonzero_mean = self._gene_means()
         squares = np.zeros(4)
         self.network.eval()
@@ -638,7 +668,12 @@ class _Run:
                 squares += [
                     float(loss), np.square(values - mean[genes]).sum(), np.square(values - told).sum(), len(genes)
                 ]  # fmt: skip
+                # Every rank has as many batches.
+                if number := signals.first(self.ranks.sums(signals.counts())):
+                    return number
         *sums, chosen = self.ranks.sums(squares.tolist())
+        if not chosen:
+            raise TrainingFailed("validation: no gene was chosen; raise masking.nonzero_rate or masking.zero_rate")
         loss, baseline_mean, baseline_zero_mean = (each / chosen for each in sums)
         return loss, baseline_mean, baseline_zero_mean
 

@@ -137,6 +137,8 @@ class PretrainConfig:
         for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("parallel", PARALLEL)):
             if getattr(self, name) not in known:
                 raise ValueError(f"config {name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if not (self.masking.nonzero_rate or self.masking.zero_rate):
+            raise ValueError("config masking.nonzero_rate, zero_rate: expected one above 0, got 0 and 0")
         if self.checkpoint is not None and (self.vocabulary is not None or self.model != _DEFAULT_MODEL):
             given = "vocabulary" if self.vocabulary is not None else "model"
             raise ValueError(f"config {given}: expected none beside checkpoint, which has its own; leave it out")

@@ -118,6 +118,14 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
+    def counts(self) -> list[float]:
+        """For each of NUMBERS 1.0 if this rank has got it, else 0.0: to be added up over all ranks."""
+        return [float(self.number == number) for number in self.NUMBERS]
+
+    def first(self, counts: Sequence[float]) -> int:
+        """The first of NUMBERS that any rank has got, by the sums of their counts; 0 for none."""
+        return next((int(number) for number, count in zip(self.NUMBERS, counts, strict=True) if count), 0)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number == 0 and self._ranks.is_first:
             # print is not safe in a handler that may have interrupted a print.

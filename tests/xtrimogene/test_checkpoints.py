@@ -63,7 +63,7 @@ def test_the_newest_are_kept(checkpoints: Checkpoints) -> None:
     assert newest[1] == 100
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "incomplete", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "incomplete", "empty", "list"])
 def test_a_broken_checkpoint_is_passed_over(checkpoints: Checkpoints, damage: str) -> None:
     model, optimizer = network(0)
     train(model, optimizer, 1)
@@ -80,7 +80,7 @@ def test_a_broken_checkpoint_is_passed_over(checkpoints: Checkpoints, damage: st
     elif damage == "incomplete":
         (path / "complete.json").unlink()
     else:
-        (path / "complete.json").write_text("{}")
+        (path / "complete.json").write_text("[]" if damage == "list" else "{}")
     with pytest.warns(UserWarning, match=r"step-000000002: broken checkpoint passed over"):
         newest = checkpoints.newest()
     assert newest is not None

@@ -161,7 +161,7 @@ def test_the_default_arguments_are_those_of_the_function() -> None:
         (["--output", "{folder}/cells.h5ad", "--overwrite"], "the input is never changed"),
         (["--max-tokens", "3"], "raise max_tokens to"),
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
-        (["--layer", "half"], "pass normalized=True (--normalized)"),
+        (["--layer", "half"], "pass normalized=True (--normalized; of pretrain, normalized=true)"),
         (["--layer", "none"], "expected layer 'none'"),
         (["--gene-symbols", "none"], "expected a column of var, got 'none'"),
         (["--device", "abacus"], "device: expected 'auto'"),

@@ -187,7 +187,7 @@ def test_target_depth(
         values, gene_ids = _tokens(cells, 2, 0.0)
         values[-2] = aimed(10 ** float(values[-1]))
         encoded = networks["cell"].encode(values, gene_ids)
-        assert _error(cells.obsm["X_xtrimogene"][2], encoded[:-2].mean(0)) < 1e-5
+        assert _error(cells.obsm["X_xtrimogene"][2], encoded.mean(0)) < 1e-5
         want = networks["cell"].predict(values, gene_ids, torch.zeros(0, dtype=torch.int64))
         assert _error(predictions[2], want[:GENES]) < 1e-5
 
@@ -230,6 +230,8 @@ def test_every_tensor_that_does_not_fit_is_named(networks: dict[str, PublishedNe
     state["model.decoder.surplus"] = torch.zeros(2, 3)
     state["model.pos_emb.weight"] = torch.zeros(GENES + 2, CONFIG.dim)
     state["model.to_final.bias"] = torch.zeros(1, dtype=torch.int32)
+    state["model.norm.bias"] = state["model.norm.bias"].clone()
+    state["model.norm.bias"][3] = torch.nan
     torch.save({"cell": part}, tmp_path / "broken.ckpt")
     with pytest.raises(ValueError, match=r"broken.ckpt, part cell: the tensors are not those") as refused:
         from_scfoundation(tmp_path / "broken.ckpt", "cell", VOCABULARY)
@@ -239,6 +241,7 @@ def test_every_tensor_that_does_not_fit_is_named(networks: dict[str, PublishedNe
         "unknown model.decoder.surplus (2, 3)",
         "model.pos_emb.weight: expected shape (93, 24), got (92, 24)",
         "model.to_final.bias: expected a float dtype, got torch.int32",
+        "model.norm.bias: expected finite numbers, got NaN or infinite ones",
     ):
         assert problem in str(refused.value)
 
@@ -263,6 +266,7 @@ MODEL = ("config", "model_config", "some_model")
     [
         (_set("config", value=None), "config model: expected a value, got none"),
         (_set("config", "model", value="other"), "config model_config.other: expected a value, got none"),
+        (_set("config", "model", value=["some_model"]), "config model_config.* expected a value, got none"),
         (_set(*MODEL, "bin_alpha", value=None), "config bin_alpha: expected a value, got none"),
         (_set(*MODEL, "bin_alpha", value="high"), "config alpha: expected a finite number, got 'high'"),
         (_set(*MODEL, "encoder", "depth", value="two"), "config encoder.depth: expected an integer >= 1, got 'two'"),
@@ -300,6 +304,9 @@ def test_a_file_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: py
     with pytest.raises(ValueError, match=r"bomb.ckpt: expected a checkpoint of tensors and plain values"):
         from_scfoundation(tmp_path / "bomb.ckpt", "cell", VOCABULARY)
     assert not Path("exploded").exists()
+    torch.save({"cell": Path("x")}, tmp_path / "path.ckpt")
+    with pytest.raises(ValueError, match=r"refuses: pathlib.PosixPath$"):
+        from_scfoundation(tmp_path / "path.ckpt", "cell", VOCABULARY)
     pickle.loads(pickle.dumps(_Bomb()))
     assert Path("exploded").exists()  # the bomb is live: the check above could have failed
 
@@ -308,9 +315,11 @@ def test_other_files_are_refused_by_name(checkpoint: Path, tmp_path: Path) -> No
     with pytest.raises(FileNotFoundError, match=r"nowhere.ckpt: no such file"):
         from_scfoundation(tmp_path / "nowhere.ckpt", "cell", VOCABULARY)
     (tmp_path / "text.ckpt").write_text("no checkpoint")
+    (tmp_path / "hello.ckpt").write_text("hello")
+    (tmp_path / "page.ckpt").write_text("<!DOCTYPE html>")
     (tmp_path / "cut.ckpt").write_bytes(checkpoint.read_bytes()[:-3000])
     (tmp_path / "empty.ckpt").write_bytes(b"")
-    for name in ("text.ckpt", "cut.ckpt", "empty.ckpt"):
+    for name in ("text.ckpt", "hello.ckpt", "page.ckpt", "cut.ckpt", "empty.ckpt"):
         with pytest.raises(ValueError, match=f"{name}: expected a"):
             from_scfoundation(tmp_path / name, "cell", VOCABULARY)
     torch.save([1], tmp_path / "list.ckpt")

@@ -82,7 +82,7 @@ def test_pool_keeps_its_bits_on_one_and_two_threads() -> None:
 @pytest.mark.parametrize("how", ["mean", "max", "all"])
 @pytest.mark.parametrize("slack", [0, 9])
 def test_pool_with_depth_tokens(how: str, slack: int) -> None:
-    """T and S, the last two rows of a cell, are no genes; "all" is S, T, max, mean. The last cell has no gene."""
+    """T and S, the last two rows of a cell, are no genes; "all" is S, T, max, mean of genes. Three cells have none."""
     lengths = [0, 5, 0, 3, 40, 2]
     rows = torch.randn(sum(lengths) + slack, 16)
     rows[sum(lengths) :] = torch.nan
@@ -95,7 +95,7 @@ def test_pool_with_depth_tokens(how: str, slack: int) -> None:
             assert pooled[cell].isnan().all()
             continue
         genes = tokens[:-2]
-        parts = {"mean": [genes.mean(0)], "max": [genes.amax(0)]}
+        parts = {"mean": [tokens.mean(0)], "max": [tokens.amax(0)]}
         parts["all"] = [tokens[-1], tokens[-2], genes.amax(0), genes.mean(0)]
         torch.testing.assert_close(pooled[cell], torch.cat(parts[how]))
 
@@ -238,7 +238,7 @@ def test_a_half_precision_model_is_saved_so_and_loads_as_float32(tmp_path: Path)
 
 def test_saving_does_not_overwrite_unasked(model: XTrimoGene, checkpoint: Path) -> None:
     before = (checkpoint / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(FileExistsError, match="not empty; name another one, or pass overwrite=True"):
+    with pytest.raises(FileExistsError, match="not empty; name another one, or in Python pass overwrite=True"):
         model.save_pretrained(checkpoint)
     assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
     other = XTrimoGene.from_preset("3m", VOCABULARY, seed=9)

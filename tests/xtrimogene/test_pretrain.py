@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from xtrimogene import Vocabulary, XTrimoGene
 from xtrimogene.cli import main
 from xtrimogene.masking import MaskingConfig
-from xtrimogene.pretrain import PretrainReport, _Run, gene_means, pretrain
+from xtrimogene.pretrain import PretrainReport, TrainingFailed, _Run, gene_means, pretrain
 from xtrimogene.pretrain_config import PretrainConfig
+from xtrimogene.ranks import StopSignals
 from xtrimogene.training_data import TrainingCells
 from xtrimogene.training_log import read_log
 
@@ -323,6 +324,83 @@ def test_a_signal_saves_and_stops(
     assert "12 steps (6 of them by an earlier run)" in capfd.readouterr().out
     assert_same_weights(output, uninterrupted)
     assert timeless(output) == timeless(uninterrupted)
+
+
+@pytest.mark.parametrize("step", [0, 6])
+def test_a_signal_breaks_a_validation_off(
+    step: int,
+    path: Path,
+    tmp_path: Path,
+    uninterrupted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "run"
+    validate = _Run._validate
+
+    def signal_and_validate(self: _Run, signals: StopSignals) -> Any:
+        if self.progress.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, signals)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "_validate", signal_and_validate)
+        # The second time, the run goes on from the checkpoint that the first one left, and comes no further.
+        for more in ((), ("--resume",)):
+            assert main(arguments(path, output, *more)) == 143
+            with_what = f"with a checkpoint of step {step}" if step else "before the first step"
+            assert f"stopped, {with_what}; --resume goes on" in capfd.readouterr().out
+            present = sorted(entry.name for entry in (output / "checkpoints").glob("*"))
+            assert present[-1:] == ([f"step-{step:09}"] if step else [])
+            validated = [line["step"] for line in read_log(output / "log.jsonl") if line["event"] == "validation"]
+            assert validated == list(range(0, step, 6))
+    assert main(arguments(path, output, "--resume")) == 0
+    assert_same_weights(output, uninterrupted)
+    assert timeless(output) == timeless(uninterrupted)
+
+
+def test_validations_and_checkpoints_do_not_slow_the_rate_of_steps(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate = _Run._validate
+
+    def validate_slowly(self: _Run, signals: StopSignals) -> Any:
+        time.sleep(3)
+        return validate(self, signals)
+
+    monkeypatch.setattr(_Run, "_validate", validate_slowly)
+    report = run(path, tmp_path / "run", max_steps=1)
+    (line,) = [line for line in read_log(tmp_path / "run" / "log.jsonl") if line["event"] == "train"]
+    assert line["seconds"] >= 3
+    assert report.cells / line["cells_per_second"] < 3
+
+
+@pytest.mark.parametrize("text", ["{}", '{"run"', "[]", '{"run": {}, "machine": 3}'])
+def test_a_damaged_run_file_is_named(text: str, path: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run.json: expected what a run writes there, got a damaged file"):
+        run(path, output, resume=True)
+
+
+def test_a_step_without_a_chosen_gene_says_so(path: Path, tmp_path: Path) -> None:
+    # Of a handful of genes, so small a share rounds to none.
+    rates = MaskingConfig(nonzero_rate=1e-6, zero_rate=0.0)
+    with pytest.raises(TrainingFailed, match=r"step 1: no gene was chosen; raise masking.nonzero_rate"):
+        run(path, tmp_path / "run", masking=rates, validation_share=0.0)
+    with pytest.raises(TrainingFailed, match=r"validation: no gene was chosen"):
+        run(path, tmp_path / "other", masking=rates)
+
+
+def test_a_vocabulary_may_move(path: Path, tmp_path: Path) -> None:
+    report = run(path, tmp_path / "run", max_steps=1)
+    assert report.model is not None
+    for name in ("one.tsv", "other.tsv"):
+        shutil.copy(report.model / "vocabulary.tsv", tmp_path / name)
+    run(path, tmp_path / "moved", max_steps=1, vocabulary=str(tmp_path / "one.tsv"))
+    again = run(path, tmp_path / "moved", max_steps=1, vocabulary=str(tmp_path / "other.tsv"), resume=True)
+    assert again.resumed_steps == 1
 
 
 def killed(path: Path, output: Path, lines: int, *more: str) -> None:

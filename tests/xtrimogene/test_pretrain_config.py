@@ -68,6 +68,7 @@ def test_rate_warms_up_then_stays_or_falls() -> None:
         ("model=3m", r"config model: expected keys and values, got '3m'"),
         ("masking=3", r"config masking: expected keys and values, got 3"),
         ("masking.zero_rate=2", r"config masking: masking zero_rate: expected a number from 0 to 1, got 2"),
+        ("masking={zero_rate: 0, nonzero_rate: 0}", r"config masking.nonzero_rate, zero_rate: expected one above 0"),
         ("max_steps=0", r"config max_steps: expected at least 1, got 0"),
         ("max_steps=1.5", r"config max_steps: expected an integer, got 1.5"),
         ("accumulate=yes", r"config accumulate: expected an integer, got True"),
