@@ -483,8 +483,8 @@ def _how(report: Report) -> Section:
         "with a fixed seed too.",
         "All rows, with the runs and quantiles of each, are in results.csv beside this page. A way whose numbers are "
         "not right gets no time: the error is that of the output (in training also of every gradient) against "
-        "float64, and at most twice (gradients: three times) that of plain PyTorch in the same dtype. The dense encoder "
-        "and the points of a scaling series are held against plain PyTorch in their own dtype instead.",
+        "float64, and at most twice (gradients: three times) that of plain PyTorch in the same dtype. The dense "
+        "encoder and the points of a scaling series are held against plain PyTorch in their own dtype instead.",
     ]
     if noise:
         parts.append(
