@@ -7,17 +7,17 @@ backward of each allocates a gradient of the whole.) Padded and dense forms are 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xtrimogene.config import XTrimoGeneConfig
+from xtrimogene.config import XTrimoGeneConfig, num_favor_features
 from xtrimogene.decoder import GeneRows, PerformerLayer
 from xtrimogene.encoder import RaggedTransformerEncoder
 from xtrimogene.masking import MaskedBatch
@@ -36,7 +36,7 @@ def attention_split(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> 
 
 def attention_padded(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
     """(total_nnz, num_heads, head_dim): one SDPA on the batch padded to its longest cell, with a mask."""
-    used = _used_slots(lengths, max(lengths), q.device)
+    used = used_slots(lengths, max(lengths), q.device)
     q, k, v = (_padded(x, lengths, max(lengths)).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=used[:, None, None])
     return out.transpose(1, 2)[used]
@@ -154,23 +154,26 @@ def encoder_padded(theirs: nn.TransformerEncoder, x: Tensor, lengths: Sequence[i
 
     With the longest cell as width this is the usual padded batch, with all genes of the vocabulary the dense form.
     """
-    used = _used_slots(lengths, width, x.device)
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused inference path stores all scores
-    try:
+    used = used_slots(lengths, width, x.device)
+    with without_fastpath():
         return theirs(_padded(x, lengths, width), src_key_padding_mask=~used)[used]
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def encoder_dense(theirs: nn.TransformerEncoder, x: Tensor) -> Tensor:
     """(positions, dim): torch's encoder on one cell whose every position is a token; no mask."""
-    fused = torch.backends.mha.get_fastpath_enabled()
+    with without_fastpath():
+        return theirs(x[None])[0]
+
+
+@contextlib.contextmanager
+def without_fastpath() -> Iterator[None]:
+    """torch.nn.TransformerEncoder as a composition of PyTorch's calls: its fused inference path stores all scores."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        return theirs(x[None])[0]
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def exact_attention(
@@ -236,7 +239,7 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
-def _used_slots(lengths: Sequence[int], width: int, device: torch.device) -> Tensor:
+def used_slots(lengths: Sequence[int], width: int, device: torch.device) -> Tensor:
     """(cells, width) bool: the first slots of each row, as many as the cell has tokens."""
     return torch.arange(width, device=device) < torch.tensor(lengths, device=device)[:, None]
 
@@ -252,7 +255,7 @@ class PerformerEncoder(nn.Module):
 
     def __init__(self, config: XTrimoGeneConfig) -> None:
         super().__init__()
-        features = max(1, int(config.head_dim * math.log(config.head_dim)))
+        features = num_favor_features(config.head_dim)
         self.layers = nn.ModuleList(
             PerformerLayer(config.dim, config.num_heads, config.ffn_dim, features) for _ in range(config.num_layers)
         )

@@ -14,14 +14,17 @@ from pathlib import Path
 
 from benchmarks import costs, counting, figures, report, timings
 from benchmarks.cells import Cells, cells_of_file, known_cells
+from benchmarks.costs import SIZES
 from benchmarks.run import Row, machine, write_csv
 from xtg_kernels.info import info
-from xtrimogene.config import PRESETS
 from xtrimogene.model_cells import choose_device
 from xtrimogene.vocabulary import Vocabulary
 
 TITLE = "What ragged attention over expressed genes saves"
-SIZES = tuple(name for name in PRESETS if name != "tiny")
+
+
+class WrongNumbers(RuntimeError):
+    """A way that was measured or counted is not right."""
 
 
 def bench(
@@ -44,8 +47,8 @@ def bench(
     quick     small shapes and few runs: does it work, not how fast
     progress  print a line for every measured row
 
-    Raises ValueError for a file, preset or device that cannot be, ImportError without matplotlib, and RuntimeError
-    where a way gave wrong numbers, after the report, which leaves it out, is written.
+    Raises ValueError for a file, preset or device that cannot be, ImportError without matplotlib, and WrongNumbers
+    where a way gave them, after the report, which leaves it out, is written.
     """
     if preset not in (*SIZES, "all"):
         raise ValueError(f"preset: expected one of {', '.join(SIZES)}, or all, got {preset!r}")
@@ -79,7 +82,7 @@ def bench(
     wrong = [row for row in rows if not row["correct"]]
     if wrong:
         cases = "; ".join(f"{row['benchmark']}, {row['case']}, {row['provider']}" for row in wrong)
-        raise RuntimeError(f"{folder / 'results.csv'}: wrong numbers, which got no time: {cases}")
+        raise WrongNumbers(f"{folder / 'results.csv'}: wrong numbers, which got no time: {cases}")
     return made
 
 

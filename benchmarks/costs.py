@@ -20,15 +20,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cells import Cells, Lengths
-from xtrimogene.config import XTrimoGeneConfig
+from xtrimogene.config import PRESETS, XTrimoGeneConfig
 from xtrimogene.flops import (
     DecoderFlopCount,
     FlopCount,
-    decoder_backward_flops,
     decoder_flops,
     dense_autoencoder_flops,
     dense_flops,
-    encoder_backward_flops,
     encoder_flops,
     padded_flops,
     performer_flops,
@@ -37,6 +35,7 @@ from xtrimogene.masking import MaskingConfig
 
 Row = dict[str, Any]
 PADDED_BATCH = 64
+SIZES = tuple(name for name in PRESETS if name != "tiny")
 # Cells of a step, among which the savings of the decoder are shared.
 STEP_CELLS = 8
 PARTS = ("embedding", "projections", "attention", "ffn", "bridge", "favor", "decoder linear", "head")
@@ -142,16 +141,3 @@ def _pretraining(config: XTrimoGeneConfig, lengths: Lengths, distinct: Lengths, 
         for part, flops in by_part(config, FlopCount(0, 0, 0), decoder).items():
             total[part] += flops
     return {part: flops + total[part] for part, flops in by_part(config, encoder).items()}
-
-
-def step_flops(
-    config: XTrimoGeneConfig, tokens: Lengths, distinct: Lengths, masked: Lengths, asked: Lengths, savings: bool = True
-) -> int:
-    """Forward and backward FLOPs of a pre-training step; without savings every token is embedded."""
-    values = distinct if savings else None
-    return (
-        encoder_flops(config, tokens, values).total
-        + encoder_backward_flops(config, tokens, values).total
-        + decoder_flops(config, tokens, masked=masked, asked=asked, savings=savings).total
-        + decoder_backward_flops(config, tokens, masked=masked, asked=asked, savings=savings).total
-    )

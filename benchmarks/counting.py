@@ -27,18 +27,23 @@ from xtg_kernels import RaggedBatch
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.flops import (
     FlopCount,
-    decoder_flops,
     dense_autoencoder_flops,
     dense_flops,
     encoder_flops,
     padded_flops,
     performer_flops,
+    step_flops,
 )
 from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells
 from xtrimogene.model import XTrimoGene
 from xtrimogene.vocabulary import Vocabulary
 
 Row = dict[str, Any]
+# Loss, and whether it has the exact savings, in the order in which they are counted.
+AUTO_ENCODERS: dict[str, tuple[Callable[[XTrimoGene, MaskedBatch], Tensor], bool]] = {
+    "auto-encoder, plain": (baselines.plain_loss, False),
+    "auto-encoder": (XTrimoGene.loss, True),
+}
 
 
 class ShapesOnly(TorchDispatchMode):
@@ -89,26 +94,31 @@ def counted_rows(presets: Sequence[str], cells: Cells, num_cells: int = 2) -> It
             "encoder": (functools.partial(model, batch), encoder_flops(config, lengths, distinct)),
         }
         rows: dict[str, tuple[Callable[[], object], int]] = {
-            name: (run, closed.total) for name, (run, closed) in found.items()
+            name: (run, flops.total) for name, (run, flops) in found.items()
         }
-        for name, savings in (("auto-encoder, plain", False), ("auto-encoder", True)):
-            loss = XTrimoGene.loss if savings else baselines.plain_loss
-            decoder = decoder_flops(config, tokens, masked=hidden, asked=asked, savings=savings).total
-            encoder = encoder_flops(config, tokens, values if savings else None).total
-            rows[name] = (functools.partial(loss, model, masked), encoder + decoder)
+        for name, (loss, savings) in AUTO_ENCODERS.items():
+            closed = step_flops(
+                config, tokens, distinct=values, masked=hidden, asked=asked, savings=savings, backward=False
+            )
+            rows[name] = (functools.partial(loss, model, masked), closed)
         for name in costs.MODELS:
             run, closed = rows[name]
             yield _row("flops counted", preset, num_cells, batch.total_nnz, "forward", name, counted(run), closed)
 
 
+def savings(quick: bool) -> Iterator[Row]:
+    """savings_rows of every size."""
+    for preset in ("tiny",) if quick else costs.SIZES:
+        yield from savings_rows(preset)
+
+
 def savings_rows(preset: str) -> Iterator[Row]:
-    """A training step on 8 cells of 2,000 expressed genes, counted with and without the exact savings."""
+    """A training step on 8 cells of 2,000 expressed genes, counted without and with the exact savings."""
     model, masked = prepared(preset, 8)
     tokens, values, hidden, asked = counts_of(masked)
-    for name, savings in (("auto-encoder, plain", False), ("auto-encoder", True)):
-        loss = functools.partial(XTrimoGene.loss if savings else baselines.plain_loss, model, masked)
-        closed = costs.step_flops(model.config, tokens, values, hidden, asked, savings=savings)
-        flops = counted(functools.partial(_step, loss))
+    for name, (loss, savings) in AUTO_ENCODERS.items():
+        closed = step_flops(model.config, tokens, distinct=values, masked=hidden, asked=asked, savings=savings)
+        flops = counted(functools.partial(_step, functools.partial(loss, model, masked)))
         case, batch = f"{preset}, 8 cells of 2,000 genes", masked.batch
         yield _row("exact savings", case, batch.batch_size, batch.total_nnz, "training step", name, flops, closed)
 
@@ -139,13 +149,8 @@ def _row(
 @contextlib.contextmanager
 def _explicit_attention() -> Iterator[None]:
     """PyTorch's attention as matrix products: of its fused one on a CPU, FlopCounterMode counts none."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    with baselines.without_fastpath(), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def _transformer(dim: int, heads: int, ffn: int, layers: int, device: str) -> nn.TransformerEncoder:

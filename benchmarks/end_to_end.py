@@ -24,6 +24,7 @@ import torch
 
 import xtrimogene
 from benchmarks.cases import NUM_GENES, umi_counts
+from benchmarks.measured import digits, status_mib
 from xtg_kernels import RaggedBatch, dispatch
 from xtrimogene.data import pack_csr_numpy, pack_rows
 from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells, mask_cells_numpy
@@ -77,7 +78,7 @@ def pack(quick: bool) -> Iterator[dict[str, Any]]:
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(2 if quick else 7):
         for name, way in ways.items():
-            # Not timed: takes back from the system the memory that the packer before has let go, as no run of one does.
+            # Not timed: this call gets its memory anew from the system, since the other packer has given it back.
             way()
             clock = time.perf_counter()
             way()
@@ -89,8 +90,8 @@ def pack(quick: bool) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
         if row["correct"]:
             low, median, high = np.quantile(times[name], [0.2, 0.5, 0.8]) * 1e3
-            row |= {"runs": len(times[name]), "median_ms": _digits(median), "q20_ms": _digits(low)}
-            row |= {"q80_ms": _digits(high), "cells_per_second": _digits(cells / (median / 1e3))}
+            row |= {"runs": len(times[name]), "median_ms": digits(median), "q20_ms": digits(low)}
+            row |= {"q80_ms": digits(high), "cells_per_second": digits(cells / (median / 1e3))}
         yield row
 
 
@@ -202,8 +203,8 @@ def _loader_row(
     }  # fmt: skip
     if right:
         low, median, high = np.quantile(times, [0.2, 0.5, 0.8]) * 1e3
-        row |= {"runs": len(times), "median_ms": _digits(median), "q20_ms": _digits(low), "q80_ms": _digits(high)}
-        row["cells_per_second"] = _digits(cells / (median / 1e3))
+        row |= {"runs": len(times), "median_ms": digits(median), "q20_ms": digits(low), "q80_ms": digits(high)}
+        row["cells_per_second"] = digits(cells / (median / 1e3))
     return row
 
 
@@ -231,12 +232,12 @@ def embed_share(quick: bool) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
             if row["correct"]:
                 low, high = np.quantile([report.seconds for report in reports], [0.2, 0.8]) * 1e3
-                row |= {"runs": len(reports), "median_ms": _digits(1e3 * median.seconds)}
-                row |= {"q20_ms": _digits(low), "q80_ms": _digits(high)}
-                row["cells_per_second"] = _digits(median.cells / median.seconds)
+                row |= {"runs": len(reports), "median_ms": digits(1e3 * median.seconds)}
+                row |= {"q20_ms": digits(low), "q80_ms": digits(high)}
+                row["cells_per_second"] = digits(median.cells / median.seconds)
                 for part in ("encoder", "packing", "reading"):
                     shares = [getattr(report, f"seconds_{part}") / report.seconds for report in reports]
-                    row[f"{part}_share"] = _digits(statistics.median(shares))
+                    row[f"{part}_share"] = digits(statistics.median(shares))
             yield row
 
 
@@ -277,8 +278,8 @@ def memory(quick: bool) -> Iterator[dict[str, Any]]:
                 "dtype": "auto", "provider": "xtg", "correct": _embeds(written, repeated, model, "auto"),
             }  # fmt: skip
             if row["correct"]:
-                row |= {"runs": 1, "median_ms": _digits(1e3 * seconds), "loaded_mib": _digits(loaded)}
-                row["peak_mib"] = _digits(peak - loaded)
+                row |= {"runs": 1, "median_ms": digits(1e3 * seconds), "loaded_mib": digits(loaded)}
+                row["peak_mib"] = digits(peak - loaded)
             yield row
 
 
@@ -287,21 +288,10 @@ def _embed_and_tell_memory(folder: Path) -> None:
     model = xtrimogene.XTrimoGene.from_pretrained(folder / "model")
     # The peak so far is that of the imports: start again from what is in use now.
     Path("/proc/self/clear_refs").write_text("5")
-    loaded = _status("VmRSS")
+    loaded = status_mib("VmRSS")
     clock = time.perf_counter()
     xtrimogene.embed(folder / "cells.h5ad", model, output=folder / "out.h5ad", progress=False)
-    print(loaded, _status("VmHWM"), time.perf_counter() - clock)
-
-
-def _status(key: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status: no {key}; memory is measured on Linux only")
-
-
-def _digits(x: float) -> float:
-    return float(f"{x:.4g}")
+    print(loaded, status_mib("VmHWM"), time.perf_counter() - clock)
 
 
 if __name__ == "__main__":

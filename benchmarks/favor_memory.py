@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import BOTH, DTYPES, FORWARD, POSITIONS, Provider, favor_task
-from benchmarks.end_to_end import _digits, _status
+from benchmarks.measured import digits, status_mib
 
 
 def favor_memory(quick: bool) -> Iterator[dict[str, Any]]:
@@ -31,8 +31,8 @@ def favor_memory(quick: bool) -> Iterator[dict[str, Any]]:
                 yield {
                     "benchmark": "favor_memory", "case": f"1 cell of {length:,} positions", "cells": 1,
                     "tokens": length, "dtype": dtype, "direction": direction, "provider": provider, "correct": True,
-                    "runs": 1, "peak_mib": _digits(peak), "results_mib": _digits(results),
-                    "share_of_plain": _digits(on_top[provider] / on_top["plain"]),
+                    "runs": 1, "peak_mib": digits(peak), "results_mib": digits(results),
+                    "share_of_plain": digits(on_top[provider] / on_top["plain"]),
                 }  # fmt: skip
 
 
@@ -51,9 +51,9 @@ def _tell_peak(length: int, dtype: str, direction: str, provider: str) -> None:
     small, task = (favor_task("", (n,), (n,), dtype) for n in (64, length))
     _results(small.providers[provider], small.grad_out, direction)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status_mib("VmRSS")
     results = _results(task.providers[provider], task.grad_out, direction)
-    print(_status("VmHWM") - before, sum(x.nbytes for x in results) / 2**20)
+    print(status_mib("VmHWM") - before, sum(x.nbytes for x in results) / 2**20)
 
 
 def _results(provider: Provider, grad_out: Tensor, direction: str) -> tuple[Tensor, ...]:

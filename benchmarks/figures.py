@@ -107,14 +107,7 @@ def _time_by_length(report: Report, cells: Cells, figure: Any) -> str | None:
         return None
     figure.set_size_inches(9, 3.6)
     for axes, direction in zip(figure.subplots(1, 2, sharey=True), (FORWARD, BOTH), strict=True):
-        for provider in ("xtg", "plain"):
-            for dtype, dash in DASHES.items():
-                rows = report.of("length", provider=provider, dtype=dtype, direction=direction)
-                if len(rows) > 1:
-                    points = [(row["x"], row["median_ms"] / row["cells"]) for row in rows]
-                    label = f"{NAMES[provider]}, {dtype} (n^{exponent(points):.2f})"
-                    axes.plot(*zip(*points, strict=True), dash, marker="o", markersize=3.5, color=COLORS[provider],
-                              label=label)  # fmt: skip
+        _curves(axes, report, "length", direction, _x_and_milliseconds)
         preset = report.of("length")[0]["preset"]
         against = dense_seconds(report, preset, "float32", direction)
         if against is not None:
@@ -127,6 +120,24 @@ def _time_by_length(report: Report, cells: Cells, figure: Any) -> str | None:
     return (
         "Measured time per cell against expressed genes, with fitted exponents; dotted: a dense encoder over all genes."
     )
+
+
+def _curves(
+    axes: Any, report: Report, benchmark: str, direction: str, point: Callable[[dict[str, Any]], tuple[float, float]]
+) -> None:
+    """A line through the points of every way and dtype, with its exponent."""
+    for provider in ("xtg", "plain"):
+        for dtype, dash in DASHES.items():
+            points = [point(row) for row in report.of(benchmark, provider=provider, dtype=dtype, direction=direction)]
+            if len(points) > 1:
+                label = f"{NAMES[provider]}, {dtype} (exponent {exponent(points):.2f})"
+                axes.plot(
+                    *zip(*points, strict=True), dash, marker="o", markersize=4, color=COLORS[provider], label=label
+                )
+
+
+def _x_and_milliseconds(row: dict[str, Any]) -> tuple[float, float]:
+    return row["x"], row["median_ms"] / row["cells"]
 
 
 def _unevenness(report: Report, cells: Cells, figure: Any) -> str | None:
@@ -158,13 +169,7 @@ def _threads(report: Report, cells: Cells, figure: Any) -> str | None:
         return None
     figure.set_size_inches(5.5, 3.3)
     axes = figure.subplots()
-    for provider in ("xtg", "plain"):
-        for dtype, dash in DASHES.items():
-            rows = report.of("threads", provider=provider, dtype=dtype, direction=FORWARD)
-            if len(rows) > 1:
-                points = [(row["x"], row["median_ms"] / row["cells"]) for row in rows]
-                axes.plot(*zip(*points, strict=True), dash, marker="o", markersize=4, color=COLORS[provider],
-                          label=f"{NAMES[provider]}, {dtype} (exponent {exponent(points):.2f})")  # fmt: skip
+    _curves(axes, report, "threads", FORWARD, _x_and_milliseconds)
     axes.set(xscale="log", yscale="log", xlabel="threads", ylabel="ms per cell, forward")
     axes.set_xticks(numbers, map(str, numbers))
     axes.xaxis.minorticks_off()
@@ -178,13 +183,7 @@ def _sizes(report: Report, cells: Cells, figure: Any) -> str | None:
         return None
     figure.set_size_inches(5.5, 3.3)
     axes = figure.subplots()
-    for provider in ("xtg", "plain"):
-        for dtype, dash in DASHES.items():
-            rows = report.of("encoder", provider=provider, dtype=dtype, direction=FORWARD)
-            if len(rows) > 1:
-                points = [per_cell(row) for row in rows]
-                axes.plot(*zip(*points, strict=True), dash, marker="o", markersize=4, color=COLORS[provider],
-                          label=f"{NAMES[provider]}, {dtype} (exponent {exponent(points):.2f})")  # fmt: skip
+    _curves(axes, report, "encoder", FORWARD, per_cell)
     for row in report.of("encoder", provider="xtg", dtype="float32", direction=FORWARD):
         axes.annotate(row["preset"], per_cell(row), textcoords="offset points", xytext=(4, 6))
     axes.set(xscale="log", yscale="log", xlabel="GFLOP per cell, forward", ylabel="ms per cell, forward")

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measured import digits
+
 Row = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 QUICK_MINUTES = 9.0
@@ -215,7 +217,7 @@ def _time(op: str, case: str, lengths: tuple[int, ...], dtype: str, device: Any,
             rows.append(row)
     for row in rows:
         if row["correct"] and ("plain", row["direction"]) in medians:
-            row["speedup"] = _digits(medians["plain", row["direction"]] / row["median_ms"])
+            row["speedup"] = digits(medians["plain", row["direction"]] / row["median_ms"])
         yield row
     yield from ({"op": op, "case": case, "provider": name, "note": reason} for name, reason in absent.items())
 
@@ -234,9 +236,9 @@ def _speed(times: Sequence[float]) -> Row:
     quantiles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else list(times) * 9
     return {
         "runs": len(times),
-        "median_ms": _digits(statistics.median(times)),
-        "q20_ms": _digits(quantiles[1]),
-        "q80_ms": _digits(quantiles[7]),
+        "median_ms": digits(statistics.median(times)),
+        "q20_ms": digits(quantiles[1]),
+        "q80_ms": digits(quantiles[7]),
     }
 
 
@@ -250,7 +252,7 @@ def _share(flops: int, median_ms: float, dtype: str, device: Any) -> Row:
     peak = card.float32_tflops if dtype == "float32" else card.half_tflops
     if not flops:
         return {}
-    return {"tflops": _digits(tflops)} | ({"share_of_peak": _digits(tflops / peak)} if device.type == "cuda" else {})
+    return {"tflops": digits(tflops)} | ({"share_of_peak": digits(tflops / peak)} if device.type == "cuda" else {})
 
 
 def _encoder(plan: Plan, lengths: tuple[int, ...], training: bool, device: Any) -> Iterator[Row]:
@@ -295,7 +297,7 @@ def _encoder(plan: Plan, lengths: tuple[int, ...], training: bool, device: Any) 
         "op": f"encoder {plan.preset}", "case": f"{len(lengths)} cells", "cells": len(lengths), "tokens": total,
         "dtype": plan.dtypes[0], "direction": "forward+backward" if training else "forward", "provider": "xtg",
         **_speed(times), **_share(flops, median, plan.dtypes[0], device),
-        "cells_per_second": _digits(1e3 * len(lengths) / median), "peak_mib": _digits(peak),
+        "cells_per_second": digits(1e3 * len(lengths) / median), "peak_mib": digits(peak),
     }  # fmt: skip
 
 
@@ -329,7 +331,7 @@ def _step(plan: Plan, device: Any) -> Iterator[Row]:
         "op": f"pre-training step {plan.preset}", "case": f"{plan.step_cells} cells of {plan.expressed}",
         "cells": plan.step_cells, "tokens": masked.batch.total_nnz, "dtype": plan.dtypes[0],
         "direction": "forward+backward", "provider": "xtg", **_speed(times),
-        "cells_per_second": _digits(1e3 * plan.step_cells / statistics.median(times)), "peak_mib": _digits(peak),
+        "cells_per_second": digits(1e3 * plan.step_cells / statistics.median(times)), "peak_mib": digits(peak),
     }  # fmt: skip
 
 
@@ -348,10 +350,6 @@ def _memory(device: Any, *, peak: bool = False) -> float:
     if device.type == "cpu":
         return 0.0
     return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2**20
-
-
-def _digits(x: float) -> float:
-    return float(f"{x:.4g}")
 
 
 def machine(device: str) -> Row:

@@ -23,10 +23,10 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from benchmarks.cases import DTYPES, FORWARD, NUM_GENES, offsets, umi_counts
+from benchmarks.cases import DTYPES, NUM_GENES, offsets, umi_counts
+from benchmarks.measured import digits, status_mib
 from xtg_kernels import RaggedBatch, use_backend
 from xtrimogene import Vocabulary, XTrimoGene
-from xtrimogene.flops import executed_share
 from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells
 
 EXPRESSED = 2000
@@ -60,11 +60,11 @@ def step(quick: bool) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
                 if row["correct"]:
                     low, median, high = np.quantile(times[name], [0.2, 0.5, 0.8])
-                    row |= {"runs": len(times[name]), "median_ms": _digits(1e3 * median), "q20_ms": _digits(1e3 * low)}
-                    row |= {"q80_ms": _digits(1e3 * high), "cells_per_second": _digits(masked.batch_size / median)}
+                    row |= {"runs": len(times[name]), "median_ms": digits(1e3 * median), "q20_ms": digits(1e3 * low)}
+                    row |= {"q80_ms": digits(1e3 * high), "cells_per_second": digits(masked.batch_size / median)}
                     if "reference" in times:
-                        row["speedup"] = _digits(float(np.median(times["reference"])) / median)
-                    row["peak_mib"] = _digits(_memory_of(preset, masked.batch_size, dtype, name, quick) / cells)
+                        row["speedup"] = digits(float(np.median(times["reference"])) / median)
+                    row["peak_mib"] = digits(_memory_of(preset, masked.batch_size, dtype, name, quick) / cells)
                 yield row
 
 
@@ -97,29 +97,9 @@ def ranks(quick: bool) -> Iterator[dict[str, Any]]:
             # The first step warms caches and oneDNN's kernels.
             times = np.diff([line["seconds"] for line in log])
             low, median, high = np.quantile(times, [0.2, 0.5, 0.8])
-            row |= {"runs": len(times), "median_ms": _digits(1e3 * median), "q20_ms": _digits(1e3 * low)}
-            row |= {"q80_ms": _digits(1e3 * high), "cells_per_second": _digits(4 / median)}
+            row |= {"runs": len(times), "median_ms": digits(1e3 * median), "q20_ms": digits(1e3 * low)}
+            row |= {"q80_ms": digits(1e3 * high), "cells_per_second": digits(4 / median)}
         yield row
-
-
-def savings(quick: bool) -> Iterator[dict[str, Any]]:
-    """FLOPs on 8 cells as a share of those of the network that saves nothing, by the closed forms of xtrimogene.flops,
-    which tests hold equal to what FlopCounterMode counts."""
-    for preset in ("tiny",) if quick else ("3m", "10m", "100m"):
-        model, masked = prepared(preset, 8)
-        tokens, hidden, asked = (
-            offsets.diff().tolist()
-            for offsets in (masked.batch.cu_seqlens, masked.masked_cu_seqlens, masked.chosen_cu_seqlens)
-        )
-        distinct = [len(values.unique()) for values in masked.batch.values.split(tokens)]
-        for direction in (FORWARD, "training step"):
-            share = executed_share(
-                model.config, tokens, distinct=distinct, masked=hidden, asked=asked, backward=direction != FORWARD
-            )
-            yield {
-                "benchmark": "savings", "case": f"{preset}, 8 cells", "cells": 8, "tokens": sum(tokens),
-                "direction": direction, "provider": "xtg", "correct": True, "share_of_plain": _digits(share),
-            }  # fmt: skip
 
 
 def _pretrained(folder: Path, name: str, processes: int, steps: int) -> list[dict[str, Any]]:
@@ -149,29 +129,34 @@ def prepared(preset: str, cells: int, *, expressed: int = EXPRESSED) -> tuple[XT
     return XTrimoGene.from_preset(preset, vocabulary, depth_tokens=True, dropout=0.0).train(), masked
 
 
-def _loss(model: XTrimoGene, masked: MaskedBatch, dtype: str) -> torch.Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+def mean_loss(model: XTrimoGene, masked: MaskedBatch, dtype: str) -> torch.Tensor:
+    """The loss by the number of chosen genes; "bfloat16" is autocast."""
+    with torch.autocast(model.mask_row.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
         return model.loss(masked) / masked.total_chosen
 
 
 def _step(model: XTrimoGene, masked: MaskedBatch, optimizer: torch.optim.Optimizer, dtype: str, provider: str) -> None:
     with use_backend("reference" if provider == "reference" else "auto"):
-        _loss(model, masked, dtype).backward()
+        mean_loss(model, masked, dtype).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
-def _exact(model: XTrimoGene, masked: MaskedBatch) -> tuple[float, torch.Tensor]:
-    exactly = XTrimoGene(model.config, model.vocabulary).double().train()
+def in_float64(model: XTrimoGene, masked: MaskedBatch) -> tuple[XTrimoGene, MaskedBatch]:
+    """A copy of the model and of the numbers of the batch in float64; only the reference takes it."""
+    exactly = XTrimoGene(model.config, model.vocabulary).to(model.mask_row.device, torch.float64).train()
     exactly.load_state_dict(model.state_dict())
     batch = replace(masked.batch, values=masked.batch.values.double())
-    masked = replace(masked, batch=batch, chosen_values=masked.chosen_values.double())
+    return exactly, replace(masked, batch=batch, chosen_values=masked.chosen_values.double())
+
+
+def _exact(model: XTrimoGene, masked: MaskedBatch) -> tuple[float, torch.Tensor]:
     with use_backend("reference"):
-        return _loss_and_gradient(exactly, masked, "float64")
+        return _loss_and_gradient(*in_float64(model, masked), "float64")
 
 
 def _loss_and_gradient(model: XTrimoGene, masked: MaskedBatch, dtype: str) -> tuple[float, torch.Tensor]:
-    loss = _loss(model, masked, dtype)
+    loss = mean_loss(model, masked, dtype)
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
     return float(loss), torch.cat([gradient.flatten().double() for gradient in gradients])
 
@@ -188,9 +173,9 @@ def _errors(
                 "gradient": float((gradient - exact[1]).norm() / exact[1].norm()),
             }
         with torch.no_grad():
-            loss = float(_loss(model, masked, dtype))
+            loss = float(mean_loss(model, masked, dtype))
     with torch.no_grad(), use_backend("reference"):
-        return {"loss": abs(loss / float(_loss(model, masked, "float32")) - 1)}
+        return {"loss": abs(loss / float(mean_loss(model, masked, "float32")) - 1)}
 
 
 def _in_turns(ways: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -222,18 +207,9 @@ def _step_and_tell_memory(preset: str, cells: int, dtype: str, provider: str, ex
     # The gradients and AdamW's two moments, which the first step will make.
     kept = 3 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status_mib("VmRSS")
     _step(model, masked, optimizer, dtype, provider)
-    print(_status("VmHWM") - before - kept)
-
-
-def _status(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def _digits(x: float) -> float:
-    return float(f"{x:.4g}")
+    print(status_mib("VmHWM") - before - kept)
 
 
 if __name__ == "__main__":

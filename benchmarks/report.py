@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -353,19 +353,15 @@ def _time(report: Report) -> Section:
 
 def _scaling(report: Report) -> Section:
     body = []
-    for dtype in report.values("length", "dtype"):
-        for direction in (FORWARD, BOTH):
-            for provider, name in (("xtg", "ours"), ("plain", "packed plain PyTorch")):
-                rows = report.of("length", dtype=dtype, direction=direction, provider=provider)
-                if len(rows) < 3:
-                    continue
-                points = [(row["x"], row["median_ms"] / row["cells"]) for row in rows]
-                upper = [point for point in points if point[0] >= 2000]
-                body.append(
-                    [name, dtype, DIRECTION_NAMES[direction], f"{points[0][0]:,} ... {points[-1][0]:,}",
-                     f"{exponent(points):.2f}", f"{exponent(upper):.2f}" if len(upper) >= 3 else "",
-                     _milliseconds(points[-1][1])]
-                )  # fmt: skip
+    for labels, rows in _series(report, "length"):
+        if len(rows) < 3:
+            continue
+        points = [(row["x"], row["median_ms"] / row["cells"]) for row in rows]
+        upper = [point for point in points if point[0] >= 2000]
+        body.append(
+            [*labels, f"{points[0][0]:,} ... {points[-1][0]:,}", f"{exponent(points):.2f}",
+             f"{exponent(upper):.2f}" if len(upper) >= 3 else "", _milliseconds(points[-1][1])]
+        )  # fmt: skip
     parts: list[str | Table | Picture] = []
     if body:
         parts.append("Time per cell against expressed genes, t \N{PROPORTIONAL TO} n^exponent:")
@@ -396,15 +392,10 @@ def _scaling(report: Report) -> Section:
         )  # fmt: skip
     parts += _pictures(report, "unevenness")
     body = []
-    for dtype in report.values("threads", "dtype"):
-        for direction in (FORWARD, BOTH):
-            for provider, name in (("xtg", "ours"), ("plain", "packed plain PyTorch")):
-                rows = report.of("threads", dtype=dtype, direction=direction, provider=provider)
-                if len(rows) > 1:
-                    gains = [f"{row['x']}: {_times(rows[0]['median_ms'] / row['median_ms'])}" for row in rows]
-                    body.append(
-                        [name, dtype, DIRECTION_NAMES[direction], _milliseconds(rows[0]["median_ms"]), ", ".join(gains)]
-                    )
+    for labels, rows in _series(report, "threads"):
+        if len(rows) > 1:
+            gains = [f"{row['x']}: {_times(rows[0]['median_ms'] / row['median_ms'])}" for row in rows]
+            body.append([*labels, _milliseconds(rows[0]["median_ms"]), ", ".join(gains)])
     if body:
         parts.append("Threads:")
         parts.append(
@@ -424,6 +415,15 @@ def _scaling(report: Report) -> Section:
         )
     parts += _pictures(report, "sizes")
     return Section("Scaling", parts)
+
+
+def _series(report: Report, benchmark: str) -> Iterator[tuple[list[str], list[Row]]]:
+    """Name, dtype and direction of every way of a series, and its points."""
+    for dtype in report.values(benchmark, "dtype"):
+        for direction in (FORWARD, BOTH):
+            for provider, name in (("xtg", "ours"), ("plain", "packed plain PyTorch")):
+                rows = report.of(benchmark, dtype=dtype, direction=direction, provider=provider)
+                yield [name, dtype, DIRECTION_NAMES[direction]], rows
 
 
 def _dropin(report: Report) -> Section:

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import end_to_end, favor_memory, pretraining
+from benchmarks import counting, end_to_end, favor_memory, pretraining
 from benchmarks.cases import BACKWARD, BOTH, DTYPES, FORWARD, TASKS, Provider, Task
+from benchmarks.measured import digits
 from xtg_kernels.info import info
 
 Row = dict[str, Any]
@@ -181,14 +182,14 @@ def task_rows(
                 gflops = task.flops[direction] / (1e9 * median)
                 gemm = 2 * GEMM_SIZE**3 / (1e9 * statistics.median(times["gemm"][FORWARD]))
                 row |= {
-                    "gflops": _digits(gflops),
-                    "gemm_gflops": _digits(gemm),
-                    "share_of_gemm": _digits(gflops / gemm),
+                    "gflops": digits(gflops),
+                    "gemm_gflops": digits(gemm),
+                    "share_of_gemm": digits(gflops / gemm),
                 }
                 if task.moves:
-                    row["share_of_copy"] = _digits(statistics.median(times["copy"][FORWARD]) / median)
+                    row["share_of_copy"] = digits(statistics.median(times["copy"][FORWARD]) / median)
                 if "plain" in good:
-                    row["speedup"] = _digits(statistics.median(times["plain"][direction]) / median)
+                    row["speedup"] = digits(statistics.median(times["plain"][direction]) / median)
             yield row
 
 
@@ -196,15 +197,10 @@ def _speed(times: Sequence[float]) -> Row:
     low, median, high = (statistics.quantiles(times, n=10, method="inclusive")[i] for i in (1, 4, 7))
     return {
         "runs": len(times),
-        "median_ms": _digits(1e3 * median),
-        "q20_ms": _digits(1e3 * low),
-        "q80_ms": _digits(1e3 * high),
+        "median_ms": digits(1e3 * median),
+        "q20_ms": digits(1e3 * low),
+        "q80_ms": digits(1e3 * high),
     }
-
-
-def _digits(x: float) -> float:
-    """Four digits: more would be noise."""
-    return float(f"{x:.4g}")
 
 
 def machine() -> Row:
@@ -266,7 +262,7 @@ OTHERS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "favor_memory": favor_memory.favor_memory,
     "step": pretraining.step,
     "ranks": pretraining.ranks,
-    "savings": pretraining.savings,
+    "savings": counting.savings,
 }
 
 

@@ -25,14 +25,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import baselines, costs
+from benchmarks import baselines
 from benchmarks.cases import BACKWARD, BOTH, DTYPES, FORWARD, Lengths, Provider, Task, encoder_task, offsets
 from benchmarks.cells import Cells
+from benchmarks.counting import counts_of
+from benchmarks.measured import digits, status_mib
+from benchmarks.pretraining import in_float64, mean_loss
 from benchmarks.run import PLAIN_LIMIT, Row, right, task_rows
 from xtg_kernels import use_backend
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.dropin import ragged_encoder
-from xtrimogene.flops import dense_flops, encoder_flops
+from xtrimogene.flops import dense_flops, encoder_flops, step_flops
 from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells
 from xtrimogene.model import XTrimoGene
 from xtrimogene.vocabulary import Vocabulary
@@ -124,8 +127,8 @@ def dense(presets: Sequence[str], cells: Cells, size: Size, device: str) -> Iter
                 yield {
                     "benchmark": "dense", "case": f"{preset}, {cells.num_genes:,} genes", "cells": 1, "preset": preset,
                     "tokens": cells.num_genes, "dtype": dtype, "direction": direction, "provider": "dense",
-                    "correct": True, "median_ms": _digits(1e3 * seconds), "cells_per_second": _digits(1 / seconds),
-                    "x": cells.num_genes, "extrapolated": True, "fit_deviation": _digits(deviation),
+                    "correct": True, "median_ms": digits(1e3 * seconds), "cells_per_second": digits(1 / seconds),
+                    "x": cells.num_genes, "extrapolated": True, "fit_deviation": digits(deviation),
                     "fit_up_to": points[-1][0],
                 }  # fmt: skip
 
@@ -313,7 +316,7 @@ def _padded(module: Any, x: Tensor, lengths: Lengths) -> Tensor:
     rows = nn.utils.rnn.pad_sequence(x.split(list(lengths)), batch_first=True)
     if len(lengths) == 1:
         return module(rows).last_hidden_state[0]
-    used = torch.arange(max(lengths), device=x.device) < torch.tensor(lengths, device=x.device)[:, None]
+    used = baselines.used_slots(lengths, max(lengths), x.device)
     # True where a key may be seen: what transformers makes of an attention mask for its fused attention.
     mask = used[:, None, None].expand(-1, 1, max(lengths), -1)
     return module(rows, attention_mask=mask).last_hidden_state[used]
@@ -353,9 +356,9 @@ def step(presets: Sequence[str], cells: Cells, size: Size, device: str) -> Itera
                 low, median, high = np.quantile(times[dtype], [0.2, 0.5, 0.8])
                 gemm = 2 * 2048**3 / float(np.median(times[f"gemm {dtype}"])) / 1e9
                 row |= {
-                    "runs": len(times[dtype]), "median_ms": _digits(1e3 * median), "q20_ms": _digits(1e3 * low),
-                    "q80_ms": _digits(1e3 * high), "gflops": _digits(flops / median / 1e9),
-                    "gemm_gflops": _digits(gemm), "share_of_gemm": _digits(flops / median / 1e9 / gemm),
+                    "runs": len(times[dtype]), "median_ms": digits(1e3 * median), "q20_ms": digits(1e3 * low),
+                    "q80_ms": digits(1e3 * high), "gflops": digits(flops / median / 1e9),
+                    "gemm_gflops": digits(gemm), "share_of_gemm": digits(flops / median / 1e9 / gemm),
                 }  # fmt: skip
             yield _with_rates(row)
 
@@ -368,11 +371,8 @@ def _step_cells(config: XTrimoGeneConfig, cells: Cells, size: Size) -> tuple[lis
         masked = mask_cells(
             cells.batch(chosen), np.asarray(chosen), MaskingConfig(), epoch=0, num_genes=cells.num_genes
         )
-        tokens, hidden, asked = (
-            ends.diff().numpy().astype(np.int64)
-            for ends in (masked.batch.cu_seqlens, masked.masked_cu_seqlens, masked.chosen_cu_seqlens)
-        )
-        flops = costs.step_flops(config, tokens, np.minimum(tokens, cells.distinct[chosen]), hidden, asked)
+        tokens, distinct, hidden, asked = counts_of(masked)
+        flops = step_flops(config, tokens, distinct=distinct, masked=hidden, asked=asked)
         if found is not None and flops > 1e9 * size.step_gflop / 2:
             break
         found = chosen, masked, flops
@@ -380,25 +380,16 @@ def _step_cells(config: XTrimoGeneConfig, cells: Cells, size: Size) -> tuple[lis
     return found
 
 
-def _loss(model: XTrimoGene, masked: MaskedBatch, dtype: str) -> Tensor:
-    with torch.autocast(model.mask_row.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        return model.loss(masked) / masked.total_chosen
-
-
 def _loss_errors(model: XTrimoGene, masked: MaskedBatch) -> dict[str, float]:
-    exactly = XTrimoGene(model.config, model.vocabulary).to(model.mask_row.device, torch.float64)
-    exactly.load_state_dict(model.state_dict())
-    batch = dataclasses.replace(masked.batch, values=masked.batch.values.double())
-    exact = dataclasses.replace(masked, batch=batch, chosen_values=masked.chosen_values.double())
     with torch.no_grad():
         with use_backend("reference"):
-            expected = float(_loss(exactly, exact, "float64"))
-        errors = {dtype: abs(float(_loss(model, masked, dtype)) / expected - 1) for dtype in DTYPES}
+            expected = float(mean_loss(*in_float64(model, masked), "float64"))
+        errors = {dtype: abs(float(mean_loss(model, masked, dtype)) / expected - 1) for dtype in DTYPES}
     return {dtype: error if error == error else np.inf for dtype, error in errors.items()}
 
 
 def _step(model: XTrimoGene, masked: MaskedBatch, optimizer: torch.optim.Optimizer, dtype: str) -> None:
-    _loss(model, masked, dtype).backward()
+    mean_loss(model, masked, dtype).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if masked.chosen_values.is_cuda:
@@ -464,7 +455,7 @@ def _memory_row(preset: str, lengths: Lengths, provider: str, direction: str, pe
     return {
         "benchmark": "peak", "case": f"{preset}, {len(lengths)} cell{'s' * (len(lengths) > 1)}", "cells": len(lengths),
         "tokens": sum(lengths), "dtype": "float32", "direction": direction, "provider": provider, "correct": True,
-        "preset": preset, "peak_mib": _digits(peak),
+        "preset": preset, "peak_mib": digits(peak),
     }  # fmt: skip
 
 
@@ -487,7 +478,7 @@ def _run_and_tell_memory(preset: str, lengths: list[int], provider: str, directi
     way = task.providers[provider]
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = status_mib("VmRSS")
     else:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
@@ -496,12 +487,7 @@ def _run_and_tell_memory(preset: str, lengths: list[int], provider: str, directi
             way.run()
     else:
         torch.autograd.grad(way.run(), way.inputs, task.grad_out)
-    print((_status("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20) - before)
-
-
-def _status(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{key}:"))
+    print((status_mib("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20) - before)
 
 
 def _with_rates(row: Row) -> Row:
@@ -509,18 +495,14 @@ def _with_rates(row: Row) -> Row:
     if "median_ms" in row:
         seconds = row["median_ms"] / 1e3
         row |= {
-            "cells_per_second": _digits(row["cells"] / seconds),
-            "tokens_per_second": _digits(row["tokens"] / seconds),
+            "cells_per_second": digits(row["cells"] / seconds),
+            "tokens_per_second": digits(row["tokens"] / seconds),
         }
     return row
 
 
 def _shorter(size: Size) -> str:
     return f" / {size.shorter}" if size.shorter > 1 else ""
-
-
-def _digits(x: float) -> float:
-    return float(f"{x:.4g}")
 
 
 if __name__ == "__main__":

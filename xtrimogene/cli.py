@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         "an interrupted or killed run goes on with --resume. "
         "With several processes: torchrun --nproc-per-node N -m xtrimogene pretrain ...",
         epilog="Exit status: 0 trained to the end; 1 training had begun and cannot go on; 2 something was wrong before "
-        "it began; 143 or 130 stopped by SIGTERM or SIGINT, with a checkpoint.",
+        "it began; 143 or 130 stopped by SIGTERM or SIGINT, with a checkpoint of the steps made.",
     )
     command.set_defaults(run=_pretrain, smaller="; try a smaller batch_cells and a larger accumulate", changes=[])
     command.add_argument("--config", metavar="FILE", help="YAML file of PretrainConfig's keys (default: its defaults)")
@@ -352,7 +352,7 @@ def _init(arguments: argparse.Namespace) -> None:
 
 def _bench(arguments: argparse.Namespace) -> int:
     # Measuring takes pictures and baselines with it, which no other command needs.
-    from benchmarks.bench import bench
+    from benchmarks.bench import WrongNumbers, bench
     from benchmarks.report import short_table
 
     _set_threads(arguments)
@@ -365,7 +365,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     options = {name: getattr(arguments, name) for name in names}
     try:
         report = bench(arguments.output, vocabulary=vocabulary, **options)
-    except RuntimeError as error:
+    except WrongNumbers as error:
         _show_error(error)
         return 1
     print(f"\n{short_table(report)}\n\n{arguments.output}: report.html, report.md, results.csv, pictures")

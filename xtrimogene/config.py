@@ -27,6 +27,11 @@ STABILIZERS = ("head", "cell")
 PRESETS = {name: dict(zip(_PRESET_KEYS, sizes, strict=True)) for name, sizes in _PRESET_SIZES.items()}
 
 
+def num_favor_features(head_dim: int) -> int:
+    """Random features of linear attention where none are given, m = int(w ln w) of the width of a head."""
+    return max(1, int(head_dim * math.log(head_dim)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class XTrimoGeneConfig:
     """Sizes and constants of an xTrimoGene model (Gong et al., NeurIPS 2023, arXiv 2311.15156).
@@ -130,7 +135,7 @@ class XTrimoGeneConfig:
         """Random features of the decoder's attention, m: favor_features, or int(w ln w) of the head width."""
         if self.favor_features is not None:
             return self.favor_features
-        return max(1, int(self.decoder_head_dim * math.log(self.decoder_head_dim)))
+        return num_favor_features(self.decoder_head_dim)
 
     @classmethod
     def preset(cls, name: str, *, num_genes: int, **overrides: Any) -> XTrimoGeneConfig:

@@ -27,14 +27,13 @@ The plain network has all rows everywhere, and embeds the value of every positio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from xtrimogene.config import XTrimoGeneConfig
+from xtrimogene.config import XTrimoGeneConfig, num_favor_features
 
 Counts = Sequence[int] | npt.NDArray[np.integer]
 
@@ -130,11 +129,10 @@ def dense_flops(config: XTrimoGeneConfig, num_cells: int) -> FlopCount:
 def performer_flops(config: XTrimoGeneConfig, num_cells: int) -> FlopCount:
     """Forward FLOPs of a Performer encoder of this width and depth over all config.num_genes genes of a cell.
 
-    As dense_flops with linear attention of m = int(w ln w) random features (w the head width): 8 d m a gene and layer.
+    As dense_flops with linear attention of m = num_favor_features(head_dim) random features: 8 d m a gene and layer.
     """
     dense = dense_flops(config, num_cells)
-    features = max(1, int(config.head_dim * math.log(config.head_dim)))
-    favor = config.num_layers * 8 * config.dim * features * config.num_genes * num_cells
+    favor = config.num_layers * 8 * config.dim * num_favor_features(config.head_dim) * config.num_genes * num_cells
     return FlopCount(embedding=0, linear=dense.linear, attention=favor)
 
 
@@ -201,6 +199,30 @@ def decoder_backward_flops(
     )
 
 
+def step_flops(
+    config: XTrimoGeneConfig,
+    lengths: Counts,
+    *,
+    distinct: Counts | None = None,
+    masked: Counts | None = None,
+    asked: Counts | None = None,
+    savings: bool = True,
+    backward: bool = True,
+) -> int:
+    """FLOPs of encoder and decoder on one batch: forward and backward of a training step, or the forward alone.
+
+    distinct is that of encoder_flops; the other arguments and errors are those of decoder_flops. Without savings every
+    token is embedded, whatever distinct says.
+    """
+    values = distinct if savings else None
+    total = encoder_flops(config, lengths, values).total
+    total += decoder_flops(config, lengths, masked=masked, asked=asked, savings=savings).total
+    if backward:
+        total += encoder_backward_flops(config, lengths, values).total
+        total += decoder_backward_flops(config, lengths, masked=masked, asked=asked, savings=savings).total
+    return total
+
+
 def executed_share(
     config: XTrimoGeneConfig,
     lengths: Counts,
@@ -212,19 +234,13 @@ def executed_share(
 ) -> float:
     """FLOPs of encoder and decoder on one batch, as a share of those of the plain network, which saves nothing.
 
-    Forward and backward of a training step, or the forward alone. distinct is that of encoder_flops; the other
-    arguments and errors are those of decoder_flops.
+    Arguments and errors are those of step_flops.
     """
-    totals = []
-    for savings in (True, False):
-        values = distinct if savings else None
-        total = encoder_flops(config, lengths, values).total
-        total += decoder_flops(config, lengths, masked=masked, asked=asked, savings=savings).total
-        if backward:
-            total += encoder_backward_flops(config, lengths, values).total
-            total += decoder_backward_flops(config, lengths, masked=masked, asked=asked, savings=savings).total
-        totals.append(total)
-    return totals[0] / totals[1]
+    ours, plain = (
+        step_flops(config, lengths, distinct=distinct, masked=masked, asked=asked, savings=savings, backward=backward)
+        for savings in (True, False)
+    )
+    return ours / plain
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,8 @@ def pretrain(
 
     Writes into the folder `output`: `run.json` and `config.yaml`, what the run is; `vocabulary.tsv`; `log.jsonl` and
     `tensorboard/`; `checkpoints/`, the newest of which a run goes on with; and at the end `model/`, a checkpoint folder
-    for XTrimoGene.from_pretrained. SIGTERM and SIGINT end the run after the step at work, with a checkpoint.
+    for XTrimoGene.from_pretrained. SIGTERM and SIGINT end the run after the step at work, or
+    in the middle of a validation, with a checkpoint of the steps made.
 
     A run that was killed at any moment goes on with `resume=True` from its newest whole checkpoint, or without one from
     the start. On the same machine with the same number of threads it ends with the weights of an uninterrupted run: on
@@ -488,7 +489,7 @@ class _Run:
         """Steps, validations and checkpoints in turn; the signal that ended them, or 0."""
         config, progress = self.config, self.progress
         with (
-            StopSignals(self.ranks, "saves a checkpoint after this step, then stops; --resume goes on") as signals,
+            StopSignals(self.ranks, "stops after this step, or batch of a validation; --resume goes on") as signals,
             contextlib.closing(self._batches()) as batches,
             tqdm(
                 total=config.max_steps,

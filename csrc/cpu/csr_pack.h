@@ -282,7 +282,7 @@ class ValueWriter {
     }
   }
 
-  // log1p takes three times as long as log, and 1 + x loses nothing that float32 could show but where x is small.
+  // log is the faster of the two, and what 1 + x rounds away shows in float32 only where x is small.
   float normalized(double count) const {
     const double x = count / total_ * target_sum_;
     return static_cast<float>(x > 0.125 ? std::log(1.0 + x) : std::log1p(x));

@@ -316,7 +316,7 @@ def test_a_signal_saves_and_stops(
         stop_at(patch, 5, lambda: os.kill(os.getpid(), number))
         assert main(arguments(path, output)) == status
     captured = capfd.readouterr()
-    assert f"{signal.Signals(number).name}: saves a checkpoint after this step, then stops" in captured.err
+    assert f"{signal.Signals(number).name}: stops after this step, or batch of a validation" in captured.err
     assert "stopped, with a checkpoint of step 6; --resume goes on" in captured.out
     assert not (output / "model").exists()
     assert sorted(entry.name for entry in (output / "checkpoints").iterdir())[-1] == "step-000000006"

@@ -80,16 +80,23 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(path: Path, tm
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate()
-    assert "SIGTERM: saves a checkpoint after this step, then stops" in err
+    assert "SIGTERM: stops after this step, or batch of a validation; --resume goes on" in err
     assert f"stopped, with a checkpoint of step {len(losses(output)):,}" in out
     assert len(list((output / "checkpoints").iterdir())) == 1
     # torchrun kills a rank that is still there half a minute after the signal.
     assert "Unable to shutdown process" not in err
 
 
-def test_an_error_is_told_once(path: Path, tmp_path: Path) -> None:
-    process = torchrun(*arguments(path, tmp_path / "run", "vocabulary=none.tsv"))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("vocabulary=none.tsv", "vocabulary none.tsv: no such file"),
+        ("validation_cells=1", "config validation_share, validation_cells: expected a validation cell for each of 2 "),
+    ],
+)
+def test_an_error_is_told_once(change: str, message: str, path: Path, tmp_path: Path) -> None:
+    process = torchrun(*arguments(path, tmp_path / "run", change))
     _, err = process.communicate()
     assert process.returncode != 0
-    assert err.count("xtrimogene: error: vocabulary none.tsv: no such file") == 1
+    assert err.count(f"xtrimogene: error: {message}") == 1
     assert not (tmp_path / "run").exists()
