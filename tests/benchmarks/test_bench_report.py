@@ -265,6 +265,17 @@ def test_wrong_counts_end_the_run_with_an_error(
     assert "wrong numbers, which got no time: flops counted, 3m, encoder\n" in message
 
 
+def test_out_of_memory_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(bench, "_rows", fill)
+    assert main(["bench", "--quick", "--output", str(tmp_path / "out")]) == 2
+    assert "out of memory (no room); try a smaller --preset, or --quick" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

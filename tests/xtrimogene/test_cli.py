@@ -241,6 +241,9 @@ def test_genes_and_impute(checkpoint: Path, path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     assert main(["impute", *common, "--genes", "g3", "--overwrite"]) == 2
     assert "got 'g3' (near: G3" in error_line(capsys)
+    asked.write_text("G3\nG3\n")
+    assert main(["impute", *common, "--genes-file", str(asked), "--overwrite"]) == 2
+    assert "--genes-file: " in error_line(capsys)
 
 
 def test_target_depth_of_models_with_depth_tokens(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
