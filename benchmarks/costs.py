@@ -43,11 +43,12 @@ MODELS = ("dense auto-encoder", "dense", "performer", "padded", "auto-encoder, p
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def masked_counts(
-    lengths: Lengths, num_genes: int, masking: MaskingConfig | None = None
-) -> tuple[Lengths, Lengths, Lengths]:
-    """Tokens, masked and chosen genes of each cell in pre-training; the rules are those of xtrimogene.masking."""
-    masking = masking or MaskingConfig()
+def masked_counts(lengths: Lengths, num_genes: int) -> tuple[Lengths, Lengths, Lengths]:
+    """Tokens, masked and chosen genes of each cell in pre-training; the rules are those of xtrimogene.masking.
+
+    lengths  expressed genes of each cell, at least one
+    """
+    masking = MaskingConfig()
     found = []
     for length in lengths.tolist():
         tokens, masked, chosen = length, 0, 0
@@ -59,11 +60,8 @@ def masked_counts(
             hidden = round(masking.mask_share * of_group)
             replaced = min(round(masking.random_share * of_group), of_group - hidden)
             chosen, masked = chosen + of_group, masked + hidden
-            if expressed:
-                tokens -= hidden
-            elif length:
-                # A zero gene that gets a random value is a token.
-                tokens += replaced
+            # A zero gene that gets a random value is a token.
+            tokens += -hidden if expressed else replaced
         found.append((tokens, masked, chosen))
     tokens_of, masked_of, chosen_of = np.asarray(found, dtype=np.int64).reshape(-1, 3).T
     return tokens_of, masked_of, chosen_of
