@@ -25,6 +25,8 @@ struct SegmentBlock {
   int64_t length;
   int64_t first;  // offset of the block in the segment
   int64_t rows;
+
+  int64_t cost() const { return length * rows; }  // in scores
 };
 
 // Consecutive rows of one segment: one unit of work of favor_attention, for every head.

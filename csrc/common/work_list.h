@@ -11,7 +11,7 @@ namespace xtg {
 
 inline void dearest_first(std::vector<SegmentBlock>& work) {
   std::stable_sort(work.begin(), work.end(), [](const SegmentBlock& a, const SegmentBlock& b) {
-    return a.length * a.rows > b.length * b.rows;
+    return a.cost() > b.cost();
   });
 }
 

@@ -32,10 +32,14 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, 
 using BlockKernel = void (*)(const AttentionArgs&, const SegmentBlock&, int64_t, void*);
 
 // The heads of a block lie side by side in memory: where there is work enough to share, a thread takes them one after the
-// other, and the kernel asks for the next head's rows ahead.
+// other, and the kernel asks for the next head's rows ahead. One long cell among short ones is no work to share: its heads
+// would keep one thread busy while the others have nothing left.
 void run_blocks(const Kernels& kernels, BlockKernel kernel, const AttentionArgs& args,
                 const std::vector<SegmentBlock>& blocks) {
-  const bool plenty = int64_t(blocks.size()) >= 8 * torch::stable::get_num_threads();
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t total = 0;
+  for (const SegmentBlock& block : blocks) total += block.cost();
+  const bool plenty = int64_t(blocks.size()) >= 8 * threads && 2 * threads * blocks.front().cost() <= total;
   for_each_unit(
       int64_t(blocks.size()) * args.num_heads, kernels.attention_scratch(args),
       [&](int64_t unit, void* scratch) {
