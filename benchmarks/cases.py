@@ -329,14 +329,14 @@ def masked_cells(lengths: Lengths) -> MaskedBatch:
     return mask_cells(batch, np.arange(len(lengths)), MaskingConfig(), epoch=0, num_genes=NUM_GENES)
 
 
-def umi_counts(lengths: Lengths) -> tuple[np.ndarray, np.ndarray]:
+def umi_counts(lengths: Lengths, num_genes: int = NUM_GENES) -> tuple[np.ndarray, np.ndarray]:
     """Counts and gene ids (both (total_nnz,) int32) of cells of these lengths; ids ascend within a cell.
 
     Counts follow a heavy-tailed law (Zipf, exponent 2): six in ten are 1, a few are hundreds, as in UMI data.
     """
     rng = np.random.default_rng(0)
     counts = np.minimum(rng.zipf(2.0, sum(lengths)), 5000).astype(np.int32)
-    gene_ids = [np.sort(rng.choice(NUM_GENES, length, replace=False)) for length in lengths]
+    gene_ids = [np.sort(rng.choice(num_genes, length, replace=False)) for length in lengths]
     return counts, np.concatenate(gene_ids).astype(np.int32)
 
 

@@ -35,7 +35,8 @@ class Plan:
     """Sizes of a run.
 
     small, cells   lengths of the checked and of the timed batches
-    num_genes      vocabulary of the gather
+    heads, rows    of the attentions and of all other ops, what differs from the 100m model's sizes
+    num_genes      vocabulary of the gather and of the pre-training step
     dtypes         those that are checked; the first is timed
     preset         model whose encoder and training step are measured, and expressed genes of a cell in that step
     seconds, runs  time for each measurement, and the fewest runs
@@ -44,6 +45,8 @@ class Plan:
 
     small: tuple[int, ...]
     cells: dict[str, tuple[int, ...]]
+    heads: dict[str, int]
+    rows: dict[str, int]
     num_genes: int
     dtypes: tuple[str, ...]
     preset: str
@@ -68,16 +71,21 @@ def plan_of(device: str, quick: bool) -> Plan:
     from benchmarks.cases import NUM_GENES, real_lengths, short_lengths
 
     if device == "cpu":
-        tiny = tune.Plan((20, 9), (64, 128), ("float32",), 2, 0.0)
-        # bfloat16 is wrong in the interpreter.
-        return Plan((17, 1, 33), {"2 cells": (20, 9)}, 50, ("float32", "float16"), "tiny", 40, 1, 0.0, 1, tiny)
+        tiny = tune.Plan((20, 9), "smallest", ("float32",), 2, 0.0)
+        return Plan(
+            small=(17, 1, 33), cells={"2 cells": (20, 9)}, heads={"heads": 2, "head_dim": 16}, rows={"dim": 64},
+            num_genes=50,
+            # bfloat16 is wrong in the interpreter.
+            dtypes=("float32", "float16"),
+            preset="tiny", expressed=40, step_cells=1, seconds=0.0, runs=1, tuning=tiny,
+        )  # fmt: skip
     small = (300, 1, 64, 129, 2, 700)
     cells = {"32 cells": real_lengths(32), "128 short cells": short_lengths(128)}
     if not quick:
         cells |= {"1 x 4096": (4096,), "15,000 genes among short cells": (15_000, *short_lengths(64))}
     dtypes = ("bfloat16", "float16", "float32")
     tuning = tune.QUICK if quick else tune.FULL
-    return Plan(small, cells, NUM_GENES, dtypes, "100m", 2000, 4, 0.1 if quick else 0.5, 5, tuning)
+    return Plan(small, cells, {}, {}, NUM_GENES, dtypes, "100m", 2000, 4, 0.1 if quick else 0.5, 5, tuning)
 
 
 def items(plan: Plan, device: str, folder: Path) -> Iterator[Item]:
@@ -113,16 +121,16 @@ def _task(op: str, case: str, lengths: tuple[int, ...], dtype: str, device: Any,
     from benchmarks import gpu_tasks
 
     if op == "ragged_attention":
-        return gpu_tasks.attention(case, lengths, dtype, device)
+        return gpu_tasks.attention(case, lengths, dtype, device, **plan.heads)
     if op == "expression_embedding":
-        return gpu_tasks.embedding(case, lengths, dtype, device), {}
+        return gpu_tasks.embedding(case, lengths, dtype, device, **plan.rows), {}
     if op == "favor_attention":
-        return gpu_tasks.favor(case, lengths, dtype, device), {}
+        return gpu_tasks.favor(case, lengths, dtype, device, **plan.heads), {}
     if op == "masked_decoder_gather":
         # The rows of all genes of every cell: a few cells are as many as thousands of tokens.
         cells = tuple(min(n, plan.num_genes) for n in lengths[:8])
-        return gpu_tasks.gather(case, cells, dtype, device, num_genes=plan.num_genes), {}
-    return gpu_tasks.head(case, lengths, dtype, device), {}
+        return gpu_tasks.gather(case, cells, dtype, device, num_genes=plan.num_genes, **plan.rows), {}
+    return gpu_tasks.head(case, lengths, dtype, device, **plan.rows), {}
 
 
 def _check(op: str, lengths: tuple[int, ...], dtype: str, device: Any, plan: Plan) -> Iterator[Row]:
@@ -309,15 +317,15 @@ def _step(plan: Plan, device: Any) -> Iterator[Row]:
     from benchmarks.timing import milliseconds
     from xtg_kernels import use_backend
 
-    model, masked = pretraining.prepared(plan.preset, plan.step_cells, expressed=plan.expressed)
+    model, masked = pretraining.prepared(
+        plan.preset, plan.step_cells, expressed=plan.expressed, num_genes=plan.num_genes
+    )
     model, masked = model.to(device), masked.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
-    half = plan.dtypes[0] != "float32"
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half), use_backend("triton"):
-            loss = model.loss(masked) / masked.total_chosen
-        loss.backward()
+        with use_backend("triton"):
+            pretraining.mean_loss(model, masked, plan.dtypes[0]).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

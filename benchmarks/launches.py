@@ -53,11 +53,13 @@ class Op:
 
     kernels  name -> Kernel
     sizes    width that configs.json is keyed by -> a size that models have and that is padded to it
+    usual    the width of the 100m model
     calls    (dtype, size, lengths, device) -> forward and backward, to be called in this order; they return tensors
     """
 
     kernels: Mapping[str, Kernel]
     sizes: Mapping[int, int]
+    usual: int
     calls: Callable[[torch.dtype, int, Lengths, torch.device], dict[str, Call]]
 
     def on_small_tensors(self, dtype: torch.dtype, size: int, device: str = "cpu") -> Call:
@@ -103,7 +105,7 @@ def _attention_grad_query(precision: str, width: int) -> list[Config]:
 
 
 def _attention_grad_key_value(precision: str, width: int) -> list[Config]:
-    half = ((32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2))
+    half = ((32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 4, 2))
     single = ((32, 64, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1))
     return _configs(*(half if precision == "half" else single), names="BLOCK_Q BLOCK_K")
 
@@ -153,9 +155,8 @@ def _embedding_grad_gene_table(precision: str, width: int) -> list[Config]:
 
 
 def _embedding_calls(dtype: torch.dtype, num_bins: int, lengths: Lengths, device: torch.device) -> dict[str, Call]:
-    """With a gene table and slack rows; 768 channels, as in the 100m model."""
-    total, dim, genes = sum(lengths), 768, 19_265
-    genes = 300 if device.type == "cpu" else genes
+    """With a gene table and slack rows; on a card as many genes and channels as the 100m model has."""
+    total, (dim, genes) = sum(lengths), (256, 300) if device.type == "cpu" else (768, 19_265)
     values = torch.rand(total, device=device)
     gene_ids = torch.randint(0, genes, (total,), dtype=torch.int32, device=device)
     index = torch.arange(total, dtype=torch.int32, device=device)
@@ -261,7 +262,10 @@ def _gather_calls(dtype: torch.dtype, dim: int, lengths: Lengths, device: torch.
 
 
 def _head(precision: str, width: int) -> list[Config]:
-    return _configs((max(2048 // width, 1), max(width // 512, 4), 2), names="BLOCK_N")
+    """16 channels for a thread, or 8."""
+    rows, warps = max(2048 // width, 1), max(width // 512, 4)
+    fewer = (rows // 2, warps, 2) if rows > 1 else (rows, 2 * warps, 2)
+    return _configs((rows, warps, 2), fewer, names="BLOCK_N")
 
 
 def _head_calls(dtype: torch.dtype, dim: int, lengths: Lengths, device: torch.device) -> dict[str, Call]:
@@ -296,6 +300,7 @@ OPS = {
             "grad_key_value": Kernel("backward", _attention_grad_key_value, static_model.attention_grad_key_value),
         },
         sizes={16: 16, 32: 32, 64: 64, 128: 128},
+        usual=64,
         calls=_attention_calls,
     ),
     "expression_embedding": Op(
@@ -306,6 +311,7 @@ OPS = {
             "grad_gene_table": Kernel("backward", _embedding_grad_gene_table, has_dot=False),
         },
         sizes={32: 20, 128: 100, 256: 200},
+        usual=128,
         calls=_embedding_calls,
     ),
     "favor_attention": Op(
@@ -319,6 +325,7 @@ OPS = {
             "grad_key_value": Kernel("backward", _favor_rows, static_model.favor_grad_key_value),
         },
         sizes={16: 16, 32: 32, 64: 64, 128: 128},
+        usual=64,
         calls=_favor_calls,
     ),
     "masked_decoder_gather": Op(
@@ -329,6 +336,7 @@ OPS = {
             "grad_table": Kernel("backward", _gather_backward, has_dot=False),
         },
         sizes={64: 40, 128: 128, 256: 512},
+        usual=256,
         calls=_gather_calls,
     ),
     "masked_head": Op(
@@ -337,6 +345,7 @@ OPS = {
             "backward": Kernel("backward", _head, has_dot=False),
         },
         sizes={128: 128, 512: 512, 4096: 4096},
+        usual=512,
         calls=_head_calls,
     ),
 }

@@ -116,16 +116,18 @@ def _pretrained(folder: Path, name: str, processes: int, steps: int) -> list[dic
     return [line for line in map(json.loads, lines) if line["event"] == "train"]
 
 
-def prepared(preset: str, cells: int, *, expressed: int = EXPRESSED) -> tuple[XTrimoGene, MaskedBatch]:
+def prepared(
+    preset: str, cells: int, *, expressed: int = EXPRESSED, num_genes: int = NUM_GENES
+) -> tuple[XTrimoGene, MaskedBatch]:
     """A fresh model in training mode without dropout, and a masked batch of UMI-like cells."""
     lengths = (expressed,) * cells
-    counts, gene_ids = umi_counts(lengths)
+    counts, gene_ids = umi_counts(lengths, num_genes)
     totals = counts.reshape(cells, expressed).sum(1)
     values = np.log1p(counts / totals.repeat(expressed) * 1e4).astype(np.float32)
     batch = RaggedBatch(torch.from_numpy(values), torch.from_numpy(gene_ids), offsets(lengths), expressed)
     depth = torch.from_numpy(np.log10(np.stack([totals, totals], axis=1))).float()
-    masked = mask_cells(batch, np.arange(cells), MaskingConfig(), epoch=0, num_genes=NUM_GENES, depth=depth)
-    vocabulary = Vocabulary(f"gene{gene}" for gene in range(NUM_GENES))
+    masked = mask_cells(batch, np.arange(cells), MaskingConfig(), epoch=0, num_genes=num_genes, depth=depth)
+    vocabulary = Vocabulary(f"gene{gene}" for gene in range(num_genes))
     return XTrimoGene.from_preset(preset, vocabulary, depth_tokens=True, dropout=0.0).train(), masked
 
 

@@ -64,19 +64,17 @@ def shape_of(key: Key) -> Shape:
     return Shape(real_lengths(24), width, 2 if precision == "half" else 4, CARDS[architecture])
 
 
-def faults(report: Report, has_dot: bool) -> list[str]:
+def faults(report: Report) -> list[str]:
     """Why a compiled kernel must not be shipped; empty where it may."""
     if "error" in report:
         return [report["error"]]
-    found = []
-    for name in ("stack", "spills", "atomics"):
-        if report[name]:
-            found.append(f"{name} {report[name]}")
+    kernel = OPS[report["op"]].kernels[report["kernel"]]
+    found = [f"{name} {report[name]}" for name in ("stack", "spills", "atomics") if report[name]]
     if report["resident_programs"] < 1:
         found.append(
             f"does not fit a processor: {report['shared']} bytes of shared memory, {report['registers']} registers"
         )
-    if has_dot and report["dtype"] != "float32":
+    if kernel.has_dot and report["dtype"] != "float32":
         if report["fma_dots"]:
             found.append(f"{report['fma_dots']} products without tensor cores")
         if not report["hot_loop_tensor_core"]:
@@ -84,29 +82,41 @@ def faults(report: Report, has_dot: bool) -> list[str]:
     return found
 
 
+def shortfalls(report: Report) -> list[str]:
+    """What the card could do and a compiled kernel of half precision does not: it runs, and could run better."""
+    if "error" in report or report["dtype"] == "float32":
+        return []
+    kernel, found = OPS[report["op"]].kernels[report["kernel"]], []
+    native = _NATIVE.get(report["architecture"], "")
+    if kernel.has_dot and native not in report["tensor_core_opcodes"]:
+        found.append(f"{report['tensor_core_opcodes']} in place of {native}")
+    if kernel.has_dot and CARDS[report["architecture"]].target[0] == "cuda" and not report["async_copies"]:
+        found.append("no asynchronous copies")
+    if kernel.has_rows and not report["hot_loop_wide_loads"]:
+        found.append("no loads of 16 bytes in the hot loop")
+    return found
+
+
 def order(key: Key, candidates: Sequence[Config], found: Sequence[Sequence[Report]]) -> list[int]:
-    """Numbers of the candidates, the best first: good ones before faulty ones, with the card's own matrix instructions
-    and 16-byte loads before those without, then by the static model.
+    """Numbers of the candidates, the best first: good ones before faulty ones, then by what falls short, then by the
+    static model.
 
     found: the reports of each candidate, one for each set of flags.
     """
-    spec = OPS[key[0]].kernels[key[1]]
-    native = _NATIVE.get(key[2], "") if spec.has_dot and key[3] == "half" else ""
 
-    def rank(number: int) -> tuple[bool, bool, bool, float]:
+    def rank(number: int) -> tuple[bool, int, float]:
         variants = found[number]
-        if any(faults(report, spec.has_dot) for report in variants):
-            return True, True, True, 0.0
+        if any(faults(report) for report in variants):
+            return True, 0, 0.0
         return (
             False,
-            any(native not in report["tensor_core_opcodes"] for report in variants),
-            not all(report["hot_loop_wide_loads"] for report in variants),
+            sum(len(shortfalls(report)) for report in variants),
             max(model_microseconds(key, candidates[number], report) for report in variants),
         )
 
     ranks = [rank(number) for number in range(len(candidates))]
     best = min(ranks)
-    close = next(n for n, r in enumerate(ranks) if r[:3] == best[:3] and r[3] <= _CLOSE * best[3])
+    close = next(n for n, r in enumerate(ranks) if r[:2] == best[:2] and r[2] <= _CLOSE * best[2])
     return [close, *(n for n in sorted(range(len(ranks)), key=ranks.__getitem__) if n != close)]
 
 
@@ -120,7 +130,7 @@ def choose(wanted: Sequence[Key]) -> dict[Key, Config]:
     """The config of every entry.
 
     Raises:
-        RuntimeError: an entry none of whose candidates is good.
+        RuntimeError: entries none of whose candidates is good.
     """
     candidates = {key: OPS[key[0]].kernels[key[1]].candidates(key[3], key[4]) for key in wanted}
     lender = {key: (*key[:2], _BORROWED[key[3]].get(key[2], key[2]), *key[3:]) for key in wanted}
@@ -129,17 +139,22 @@ def choose(wanted: Sequence[Key]) -> dict[Key, Config]:
     orders = {key: order(key, candidates[key], [next(compiled) for _ in candidates[key]]) for key in full}
     chosen: dict[Key, Config] = {}
     pending = {key: list(orders[lender[key]]) for key in wanted}
+    hopeless = []
     while pending:
-        for key in (key for key, left in pending.items() if not left):
-            raise RuntimeError(f"{key}: none of {candidates[key]} compiles without spills into what the card has")
         trial = {key: candidates[key][left.pop(0)] for key, left in pending.items()}
         # Compiled a moment ago for those who lend: the cache has them.
         for (key, config), variants in zip(
             trial.items(), _compile([case_of(*item) for item in trial.items()]), strict=True
         ):
-            if not any(faults(report, OPS[key[0]].kernels[key[1]].has_dot) for report in variants):
+            if not any(faults(report) for report in variants):
                 chosen[key] = config
                 del pending[key]
+            elif not pending[key]:
+                why = dict.fromkeys(fault for report in variants for fault in faults(report))
+                hopeless.append(f"{' '.join(map(str, key))}: {'; '.join(why)}")
+                del pending[key]
+    if hopeless:
+        raise RuntimeError("no candidate is good, the last of each:\n" + "\n".join(hopeless))
     return {key: chosen[key] for key in wanted}
 
 
@@ -202,12 +217,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_configs(choose(keys(options.ops or OPS)))
     rows = table_rows(OPS)
     write_csv(TABLE, rows)
-    bad = [(row, why) for row in rows if (why := faults(row, OPS[row["op"]].kernels[row["kernel"]].has_dot))]
+    bad = [(row, why) for row in rows if (why := faults(row) + shortfalls(row))]
     for row, why in bad:
-        print(
-            f"{row['op']} {row['kernel']} {row['architecture']} {row['dtype']} {row['width']}: {'; '.join(why)}",
-            file=sys.stderr,
-        )
+        names = ("op", "kernel", "architecture", "dtype", "width", "flags", "config")
+        where = " ".join(str(row[name]) for name in names)
+        print(f"{where}: {'; '.join(why)}", file=sys.stderr)
     return 1 if bad else 0
 
 

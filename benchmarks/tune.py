@@ -32,17 +32,18 @@ _SAME = {"half": 2e-2, "float32": 1e-4}
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is tuned: batch, widths (None: all), precisions, the most candidates of a kernel, seconds for each."""
+    """What is tuned: batch, widths ("all", "usual" or "smallest"), precisions, most candidates of a kernel, and for how
+    many seconds each."""
 
     lengths: Lengths
-    widths: tuple[int, ...] | None
+    widths: str
     precisions: tuple[str, ...]
     candidates: int
     seconds: float
 
 
-FULL = Plan(real_lengths(64), None, ("half", "float32"), 99, 0.2)
-QUICK = Plan(real_lengths(32), (64, 128, 512), ("half",), 99, 0.05)
+FULL = Plan(real_lengths(64), "all", ("half", "float32"), 99, 0.2)
+QUICK = Plan(real_lengths(32), "usual", ("half",), 99, 0.05)
 
 
 def tune(op: str, device: torch.device, plan: Plan, tables: dict[str, Any]) -> Iterator[Row]:
@@ -50,10 +51,8 @@ def tune(op: str, device: torch.device, plan: Plan, tables: dict[str, Any]) -> I
     spec, here = OPS[op], architecture(device)
     for precision in plan.precisions:
         dtype = getattr(torch, DTYPES[precision]) if device.type == "cuda" else torch.float32
-        for width, size in spec.sizes.items():
-            if plan.widths is not None and width not in plan.widths:
-                continue
-            calls = spec.calls(dtype, size, plan.lengths, device)
+        for width in {"all": [*spec.sizes], "usual": [spec.usual], "smallest": [min(spec.sizes)]}[plan.widths]:
+            calls = spec.calls(dtype, spec.sizes[width], plan.lengths, device)
             for kernel, known in spec.kernels.items():
                 candidates = known.candidates(precision, width)[: plan.candidates]
                 if len(candidates) == 1:
@@ -125,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Tunes the ops given, or all."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"some of {', '.join(OPS)} (default: all)")
-    parser.add_argument("--quick", action="store_true", help="half precision and the usual widths only, shorter runs")
+    parser.add_argument("--quick", action="store_true", help="the 100m model's sizes in half precision, shorter runs")
     parser.add_argument("--out", type=Path, default=OPS_FOLDER, metavar="FOLDER", help="default: the package")
     options = parser.parse_args(arguments)
     if unknown := set(options.ops) - set(OPS):
