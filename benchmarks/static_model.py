@@ -25,6 +25,8 @@ _CACHE_BYTES_PER_CLOCK = 48
 _SHARED_BYTES_PER_CLOCK = 128
 # From a request to the memory to its data, where nothing was asked for ahead (num_stages 1).
 _LATENCY = 700
+# What a program asks clocks of, in the order of `demands`; the amounts of a Work.
+UNITS = ("products", "vector", "exp2", "shared", "cache")
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,11 @@ class Work:
     memory: float
 
 
-def microseconds(work: Work, shape: Shape, config: Config, resident: int) -> float:
-    """The least time of a launch whose processors hold ``resident`` programs at a time.
-
-    A program asks each unit of its processor for some clocks. Units work side by side only for different warps: with
-    w warps to a scheduler, a program takes its largest demand, or the w-th part of the sum where that is more.
-    """
+def demands(work: Work, shape: Shape) -> Amounts:
+    """(units, programs) clocks that each program asks of each unit of its processor, in the order of UNITS."""
     card = shape.card
     products = card.clocks_of_half(1) if shape.itemsize == 2 else card.clocks_of_float32(1)
-    demands = np.stack(
+    return np.stack(
         [
             work.products * products,
             work.vector * card.clocks_of_float32(2),
@@ -78,10 +76,24 @@ def microseconds(work: Work, shape: Shape, config: Config, resident: int) -> flo
             work.cache / _CACHE_BYTES_PER_CLOCK,
         ]
     )
+
+
+def program_clocks(work: Work, shape: Shape, config: Config, resident: int) -> Amounts:
+    """(programs,) clocks of each program on a processor that holds ``resident`` of them and shares its units out.
+
+    Units work side by side only for different warps: with w warps to a scheduler, a program takes its largest demand,
+    or the w-th part of the sum where that is more.
+    """
+    asked = demands(work, shape)
     warps = resident * config["num_warps"] / 4
     waiting = _LATENCY * work.iterations / resident if config["num_stages"] == 1 else 0.0
-    clocks = np.maximum(demands.max(0), demands.sum(0) / max(warps, 1.0) + waiting)
-    last = makespan(clocks * resident, card.processors * resident)
+    return np.maximum(asked.max(0), asked.sum(0) / max(warps, 1.0) + waiting)
+
+
+def microseconds(work: Work, shape: Shape, config: Config, resident: int) -> float:
+    """The least time of a launch whose processors hold ``resident`` programs at a time."""
+    card = shape.card
+    last = makespan(program_clocks(work, shape, config, resident) * resident, card.processors * resident)
     return max(last / (1e3 * card.ghz), work.memory / (1e6 * card.terabytes_per_s))
 
 
