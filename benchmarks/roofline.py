@@ -260,20 +260,35 @@ def in_turn(profiles: Sequence[Profile]) -> Profile:
     )
 
 
-def op_profile(rows: Rows, op: str, direction: str, architecture: str, shape: Shape) -> Profile | None:
-    """The kernels of an op that have a work model, one after the other; None where none has. Of the sets of flags of a
-    kernel the slowest counts."""
+def op_profile(
+    rows: Rows, config: XTrimoGeneConfig, op: str, direction: str, architecture: str, shape: Shape
+) -> Profile | None:
+    """The kernels of an op, one after the other; None where none of them has a work model. Of the sets of flags of a
+    kernel the slowest counts, and a kernel without a model for the bytes that it moves."""
     found = [
         max((launch_profile(row, shape) for row in variants), key=lambda profile: profile.total)
         for name, variants in kernels_of(rows, op, direction, architecture, shape.width).items()
         if OPS[op].kernels[name].work is not None
     ]
-    return in_turn(found) if found else None
+    if not found:
+        return None
+    for moved in bytes_without_model(config, op, direction, shape).values():
+        time = moved / (1e6 * shape.card.terabytes_per_s)
+        found.append(Profile(time, dict.fromkeys(UNIT_NAMES, 0.0) | {"memory": time}, time, time))
+    return in_turn(found)
 
 
-def without_model(op: str, direction: str) -> list[str]:
-    """The kernels that no work model covers."""
-    return [name for name, kernel in OPS[op].kernels.items() if kernel.direction == direction and kernel.work is None]
+def bytes_without_model(config: XTrimoGeneConfig, op: str, direction: str, shape: Shape) -> dict[str, int]:
+    """Kernel -> bytes that it has to move, for the kernels that no work model covers beside some that one does."""
+    if (op, direction) == ("expression_embedding", "backward"):
+        tokens = sum(shape.lengths)
+        return {"grad_gene_table": HALF * config.dim * (tokens + config.num_positions + 1) + INDEX * tokens}
+    if op == "favor_attention":
+        # float32 sums of chunks of tokens (a launch has 1,024 in each) come in, those of cells go out. In both
+        # directions, though OPS has the kernel under forward only.
+        parts = sum(-(-n // 1024) for n in shape.lengths) + len(shape.lengths)
+        return {"sum_parts": SINGLE * parts * config.num_features * config.decoder_dim}
+    return {}
 
 
 def shape_of(config: XTrimoGeneConfig, op: str, lengths: Lengths, card: Card) -> Shape:
@@ -310,17 +325,15 @@ def why(need: Need, profile: Profile, card: Card) -> str:
     lost = losses(need, profile, card)
     largest, above = max(lost, key=lost.__getitem__), profile.total - floor(need, card)
     unit = max(profile.busy, key=profile.busy.__getitem__)
-    reason = {
-        "overlap": "units wait for each other",
-        "tail": "the last programs run alone",
-        "work": f"{UNIT_NAMES[unit]} has more to do than the floor counts",
-    }[largest]
     at_least = bounds(need, card).get(unit, 0.0)
-    times = f", {_number(profile.busy[unit] / at_least)} times the least" if at_least else ""
-    return (
-        f"{reason} ({lost[largest] / above:.0%} of the loss); {UNIT_NAMES[unit]} busiest, "
-        f"{profile.busy[unit] / profile.total:.0%} of the time{times}"
-    )
+    share = f"{lost[largest] / above:.0%} of the loss"
+    busy = f"{profile.busy[unit] / profile.total:.0%} of the time"
+    if at_least:
+        busy += f", {_number(profile.busy[unit] / at_least)} times the least"
+    if largest == "work":
+        return f"{UNIT_NAMES[unit]}: more to do than the floor counts ({share}); busy {busy}"
+    reason = "units wait for each other" if largest == "overlap" else "the last programs run alone"
+    return f"{reason} ({share}); busiest: {UNIT_NAMES[unit]}, {busy}"
 
 
 def document(rows: Rows) -> str:
@@ -344,11 +357,11 @@ def _opening(config: XTrimoGeneConfig, batch: Batch, found: dict[tuple[str, str]
     yield (
         "- **Floor**: the largest of three times at the card's published peaks: FLOPs of matrix products in bfloat16; "
         "exponentials on the units that a card has for them; bytes by the bandwidth of the memory, each operand read "
-        "once and each result written once. Which of them is the largest stands under *bound by*, both where they are within 1%.\n"
+        "once and each result written once. The largest stands under *bound by*, two where they are within 1%.\n"
         "- **Model**: the time that the static model (`benchmarks/static_model.py`) gives the op's kernels, one after "
         "the other, with their tile sizes, registers and shared memory as compiled. It is meant as a lower bound too, "
-        "a less generous one: it adds padding to tiles, products that are done twice, shared memory and the second-level "
-        "cache, how many programs a processor holds, and the order in which they find processors.\n"
+        "a less generous one: it adds padding to tiles, products that are done twice, shared memory and the "
+        "second-level cache, how many programs a processor holds, and the order in which they find processors.\n"
         "- **Share**: floor by model, which is the most of the floor that these counts allow. *Why* names the largest "
         "of three losses: the busiest unit has more to do than the floor counts; units wait for each other, since too "
         "few warps are there to keep them busy side by side; or the last programs run alone.\n"
@@ -417,7 +430,7 @@ def _ops_table(
         at_peak, shape = bounds(need, card), shape_of(config, op, batch.lengths, card)
         # Two that differ by less than the figures of a datasheet bind together.
         binding = [UNIT_NAMES[unit] for unit in at_peak if at_peak[unit] >= 0.99 * floor(need, card)]
-        profile = op_profile(rows, op, direction, name, shape)
+        profile = op_profile(rows, config, op, direction, name, shape)
         if profile is None:
             widths = ", ".join(
                 f"{kernel} {_wide_loads(variants)}"
@@ -426,10 +439,10 @@ def _ops_table(
             )
             last = ["none", "", f"moves rows and computes little; loads of 16 bytes in the code: {widths}"]
         else:
-            missing = without_model(op, direction)
-            left_out = f"; without {', '.join(missing)}, which has no model" if missing else ""
-            share = f"{'at most ' if missing else ''}{floor(need, card) / profile.total:.0%}"
-            last = [_number(profile.total), share, why(need, profile, card) + left_out]
+            missing = bytes_without_model(config, op, direction, shape)
+            added = f"; {', '.join(missing)}, which has no model, at the memory's peak" if missing else ""
+            share = f"{floor(need, card) / profile.total:.0%}"
+            last = [_number(profile.total), share, why(need, profile, card) + added]
         body.append(
             [
                 f"`{op}`", direction, *(_number(at_peak[unit]) for unit in at_peak), _number(floor(need, card)),
@@ -481,7 +494,7 @@ def encoder_parts(
     lengths = (config.num_genes,) * len(batch.lengths) if dense else batch.lengths
 
     def modelled(op: str, need: Need, times: int) -> tuple[float, float]:
-        profile = op_profile(rows, op, direction, name, shape_of(config, op, lengths, card))
+        profile = op_profile(rows, config, op, direction, name, shape_of(config, op, lengths, card))
         assert profile is not None
         return times * floor(need, card), times * profile.total
 
@@ -533,8 +546,8 @@ def _encoder_table(rows: Rows, config: XTrimoGeneConfig, batch: Batch, name: str
 
 def _closing(rows: Rows, config: XTrimoGeneConfig, batch: Batch, found: dict[tuple[str, str], Need]) -> Iterator[str]:
     yield (
-        "The encoder's floor is a sum of floors, one kernel after the other. A linear layer moves its matrix, input and "
-        "output once, backward their gradients too. Norms, biases, residual branches and activations cost nothing "
+        "The encoder's floor is a sum of floors, one kernel after the other. A linear layer moves its matrix, input "
+        "and output once, backward their gradients too. Norms, biases, residual branches and activations cost nothing "
         "here, and neither does the optimizer. The dense Transformer gets the same, an embedding for nothing, and an "
         "attention that never writes its scores: in the second column by our kernels, in the last line of each pair "
         "at its floor, where ours is not."
@@ -547,9 +560,9 @@ def _closing(rows: Rows, config: XTrimoGeneConfig, batch: Batch, found: dict[tup
         largest = max(lost, key=lost.__getitem__)
         least, total = (sum(part[column] for part in parts.values()) for column in (0, 1))
         lines.append(
-            f"- {CARDS[name].name}: of the {_milliseconds(total)} of a training step, {_milliseconds(total - least)} lie "
-            f"above the floor, {_milliseconds(lost[largest])} of them in the {largest}. The linear layers, here at their "
-            f"floor, are {parts['linear layers'][1] / total:.0%} of the step."
+            f"- {CARDS[name].name}: of the {_milliseconds(total)} of a training step, {_milliseconds(total - least)} "
+            f"lie above the floor, {_milliseconds(lost[largest])} of them in the {largest}. The linear layers, here at "
+            f"their floor, are {parts['linear layers'][1] / total:.0%} of the step."
         )
     tokens, values = sum(batch.lengths), sum(batch.distinct)
     lines += [
