@@ -160,12 +160,12 @@ def test_bytes_are_those_of_what_the_ops_take_and_give() -> None:
 
 
 def test_a_batch_counts_what_differs() -> None:
-    batch = roofline.batch_of((300, 40))
-    counts, ids = roofline.umi_counts((300, 40))
-    assert batch.distinct == (len(set(counts[:300].tolist())), len(set(counts[300:].tolist())))
+    batch = roofline.batch_of((3000, 2000))
+    counts, ids = roofline.umi_counts((3000, 2000))
+    assert batch.distinct == (len(set(counts[:3000].tolist())), len(set(counts[3000:].tolist())))
     assert batch.gene_rows == len(set(ids.tolist()))
     # 30% of the genes that a cell has and 3% of the others are chosen.
-    assert batch.chosen == (90 + 569, 12 + 577)
+    assert batch.chosen == (900 + 488, 600 + 518)
 
 
 @pytest.mark.parametrize("resident", [1, 2, 8])
