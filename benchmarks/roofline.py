@@ -549,8 +549,9 @@ def _closing(rows: Rows, config: XTrimoGeneConfig, batch: Batch, found: dict[tup
         "The encoder's floor is a sum of floors, one kernel after the other. A linear layer moves its matrix, input "
         "and output once, backward their gradients too. Norms, biases, residual branches and activations cost nothing "
         "here, and neither does the optimizer. The dense Transformer gets the same, an embedding for nothing, and an "
-        "attention that never writes its scores: in the second column by our kernels, in the last line of each pair "
-        "at its floor, where ours is not."
+        "attention that never writes its scores. The ratio beside the floors compares floors, the one beside our "
+        "kernels gives both sides our attention, and the last gives the dense side its floor and our side the model's "
+        "time: the least that a good dense kernel leaves of it."
     )
     yield "## What would change it"
     lines = []
@@ -573,7 +574,7 @@ def _closing(rows: Rows, config: XTrimoGeneConfig, batch: Batch, found: dict[tup
         "order: more products and exponentials than the floor counts, and no atomics.",
         "- Exponentials count against the units for them. A kernel that makes some of them of multiply-adds goes "
         "below that bound; a card whose clock is not the one its peaks are stated at moves it.",
-        "- One run of `python -m benchmarks.gpu` on the card replaces every time of the model by a measured one.",
+        "- One run of `python -m benchmarks.gpu` on a card: measured times in place of the model's.",
     ]
     yield "\n".join(lines)
 

@@ -117,8 +117,8 @@ def _attention(
     written: int,
     memory: float,
 ) -> Work:
-    """Programs own ``rows`` rows of one head and walk over ``trips`` blocks of ``columns``; ``products`` of the two tiles
-    in a trip, which read ``tiles`` operands from shared memory, and ``written`` rows' results at the end."""
+    """Programs own ``rows`` rows of one head and walk over ``trips`` blocks of ``columns``. A trip has ``products`` of
+    its two tiles and reads ``tiles`` operands from shared memory; ``written`` rows' results go out at the end."""
     width, size = shape.width, shape.itemsize
     scores, tile = rows * columns, columns * width * size
     # Warps stand side by side over the rows; each reads the whole tile (a warpgroup of four does so once).
