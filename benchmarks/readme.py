@@ -40,7 +40,7 @@ def with_tables(text: str, results: Path = RESULTS) -> str:
 def _memory(rows: Rows) -> str:
     body = [[f"{int(row['cells']):,}", f"{float(row['peak_mib']):,.0f} MiB"] for row in rows]
     title = f"**Memory of `embed`**, h5ad to h5ad ({rows[0]['case']}):"
-    return f"{title}\n\n" + _table(["cells", "peak above the loaded model"], body)
+    return f"{title}\n\n" + markdown_table(["cells", "peak above the loaded model"], body)
 
 
 def _ops(title: str, *, share: str = "gemm") -> Callable[[Rows], str]:
@@ -65,7 +65,7 @@ def _ops(title: str, *, share: str = "gemm") -> Callable[[Rows], str]:
             if r["provider"] not in ("xtg", "plain") and r["direction"] == "forward"
         ]
         more = f"\n\nOther forms, forward, against the same plain PyTorch: {'; '.join(others)}." if others else ""
-        return f"**{title}\n\n" + _table(header, body) + more
+        return f"**{title}\n\n" + markdown_table(header, body) + more
 
     return section
 
@@ -79,7 +79,7 @@ def _report(rows: Rows) -> str:
     return (
         "**Against dense Transformers** of the same width and depth over all genes (`xtrimogene bench`, "
         f"{int(flops['cells']):,} cells with {mean:,.0f} of {int(flops['genes']):,} genes on average):\n\n"
-        f"{_table(table.header, table.body)}\n\n{table.how}\n\n"
+        f"{markdown_table(table.header, table.body)}\n\n{table.how}\n\n"
         "The whole report, with every model, part and curve: "
         "[benchmarks/results/report/report.md](benchmarks/results/report/report.md)."
     )
@@ -118,20 +118,21 @@ def _favor_memory(rows: Rows) -> str:
         if r["provider"] == "xtg"
     ]  # fmt: skip
     title = f"**Memory of linear attention** above its inputs, {rows[0]['case']}:"
-    return f"{title}\n\n" + _table(header, body)
+    return f"{title}\n\n" + markdown_table(header, body)
 
 
 def _pack(rows: Rows) -> str:
     header = ["packer", "cells/s"]
     names = {"xtg": "C++", "numpy": "NumPy (without the extension)"}
     body = [[names[r["provider"]], f"{float(r['cells_per_second']):,.0f}"] for r in rows]
-    return f"**Packing** CSR rows in memory ({rows[0]['case']}):\n\n" + _table(header, body)
+    return f"**Packing** CSR rows in memory ({rows[0]['case']}):\n\n" + markdown_table(header, body)
 
 
 def _loader(rows: Rows) -> str:
     names = {"xtg": "", "numpy": " (NumPy, without the extension)"}
     body = [[r["case"] + names[r["provider"]], f"{float(r['cells_per_second']):,.0f}"] for r in rows]
-    return "**Masked batches** of cells of 2,000 expressed genes, no model:\n\n" + _table(["what", "cells/s"], body)
+    title = "**Masked batches** of cells of 2,000 expressed genes, no model:"
+    return f"{title}\n\n" + markdown_table(["what", "cells/s"], body)
 
 
 def _embed(rows: Rows) -> str:
@@ -141,7 +142,7 @@ def _embed(rows: Rows) -> str:
         + [f"{100 * float(r[f'{part}_share']):.1f} %" for part in ("encoder", "packing", "reading")]
         for r in rows
     ]
-    return "**`embed`, file to file**\n\n" + _table(header, body)
+    return "**`embed`, file to file**\n\n" + markdown_table(header, body)
 
 
 def _savings(rows: Rows) -> str:
@@ -152,7 +153,7 @@ def _savings(rows: Rows) -> str:
         if r["provider"] == "auto-encoder"
     ]
     title = "**Exact savings of the decoder**, FLOPs of a training step counted by FlopCounterMode, 19,266 positions"
-    return f"{title}:\n\n" + _table(["model, cells", "FLOPs", "of the network as it is written down"], body)
+    return f"{title}:\n\n" + markdown_table(["model, cells", "FLOPs", "of the network as it is written down"], body)
 
 
 def _step(rows: Rows) -> str:
@@ -166,13 +167,13 @@ def _step(rows: Rows) -> str:
         if r["provider"] == "xtg"
     ]  # fmt: skip
     title = "**A pre-training step**, cells of 2,000 expressed genes, 19,266 positions, memory above weights, gradients"
-    return f"{title} and optimizer:\n\n" + _table(header, body)
+    return f"{title} and optimizer:\n\n" + markdown_table(header, body)
 
 
 def _ranks(rows: Rows) -> str:
     header = ["processes", "time of a step", "largest difference of the loss curve"]
     body = [[r["provider"], _milliseconds(r["median_ms"]), r["error"]] for r in rows]
-    return f"**Two processes** against one, the same batches ({rows[0]['case']}):\n\n" + _table(header, body)
+    return f"**Two processes** against one, the same batches ({rows[0]['case']}):\n\n" + markdown_table(header, body)
 
 
 # The embedding is no matrix product of its tokens: few of them have values of their own.
@@ -200,7 +201,7 @@ def _milliseconds(text: str) -> str:
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
 
 
-def _table(header: list[str], body: list[list[str]]) -> str:
+def markdown_table(header: list[str], body: list[list[str]]) -> str:
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
 

@@ -25,6 +25,8 @@ _CACHE_BYTES_PER_CLOCK = 48
 _SHARED_BYTES_PER_CLOCK = 128
 # From a request to the memory to its data, where nothing was asked for ahead (num_stages 1).
 _LATENCY = 700
+# What a program asks clocks of, in the order of `demands`; the amounts of a Work.
+UNITS = ("products", "vector", "exp2", "shared", "cache")
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,11 @@ class Work:
     memory: float
 
 
-def microseconds(work: Work, shape: Shape, config: Config, resident: int) -> float:
-    """The least time of a launch whose processors hold ``resident`` programs at a time.
-
-    A program asks each unit of its processor for some clocks. Units work side by side only for different warps: with
-    w warps to a scheduler, a program takes its largest demand, or the w-th part of the sum where that is more.
-    """
+def demands(work: Work, shape: Shape) -> Amounts:
+    """(units, programs) clocks that each program asks of each unit of its processor, in the order of UNITS."""
     card = shape.card
     products = card.clocks_of_half(1) if shape.itemsize == 2 else card.clocks_of_float32(1)
-    demands = np.stack(
+    return np.stack(
         [
             work.products * products,
             work.vector * card.clocks_of_float32(2),
@@ -78,10 +76,24 @@ def microseconds(work: Work, shape: Shape, config: Config, resident: int) -> flo
             work.cache / _CACHE_BYTES_PER_CLOCK,
         ]
     )
+
+
+def program_clocks(work: Work, shape: Shape, config: Config, resident: int) -> Amounts:
+    """(programs,) clocks of each program on a processor that holds ``resident`` of them and shares its units out.
+
+    Units work side by side only for different warps: with w warps to a scheduler, a program takes its largest demand,
+    or the w-th part of the sum where that is more.
+    """
+    asked = demands(work, shape)
     warps = resident * config["num_warps"] / 4
     waiting = _LATENCY * work.iterations / resident if config["num_stages"] == 1 else 0.0
-    clocks = np.maximum(demands.max(0), demands.sum(0) / max(warps, 1.0) + waiting)
-    last = makespan(clocks * resident, card.processors * resident)
+    return np.maximum(asked.max(0), asked.sum(0) / max(warps, 1.0) + waiting)
+
+
+def microseconds(work: Work, shape: Shape, config: Config, resident: int) -> float:
+    """The least time of a launch whose processors hold ``resident`` programs at a time."""
+    card = shape.card
+    last = makespan(program_clocks(work, shape, config, resident) * resident, card.processors * resident)
     return max(last / (1e3 * card.ghz), work.memory / (1e6 * card.terabytes_per_s))
 
 
@@ -94,14 +106,20 @@ def makespan(times: Amounts, places: int) -> float:
 
 
 def _attention(
-    config: Config, shape: Shape, rows: int, columns: int, *, products: int, tiles: int, written: int
+    config: Config,
+    shape: Shape,
+    rows: int,
+    columns: int,
+    trips: Amounts,
+    *,
+    products: int,
+    tiles: int,
+    written: int,
+    memory: float,
 ) -> Work:
-    """Programs own ``rows`` rows of one head and walk over blocks of ``columns``; ``products`` of the two tiles in an
-    iteration, which read ``tiles`` operands from shared memory, and ``written`` rows' results at the end."""
+    """Programs own ``rows`` rows of one head and walk over ``trips`` blocks of ``columns``. A trip has ``products`` of
+    its two tiles and reads ``tiles`` operands from shared memory; ``written`` rows' results go out at the end."""
     width, size = shape.width, shape.itemsize
-    longest_first = np.sort(np.asarray(shape.lengths))[::-1]
-    blocks = -(-longest_first // rows)
-    iterations = np.repeat(-(-longest_first // columns), blocks * shape.heads).astype(np.float64)
     scores, tile = rows * columns, columns * width * size
     # Warps stand side by side over the rows; each reads the whole tile (a warpgroup of four does so once).
     readers = min(config["num_warps"], max(rows // 16, 1))
@@ -112,32 +130,50 @@ def _attention(
         operands = tiles * tile * max(readers / 4, 1)
     else:
         operands = tiles * tile * readers
-    every = np.ones_like(iterations)
     own = rows * width * size
     return Work(
-        products=iterations * 2 * products * scores * width,
-        vector=iterations * (7 * scores + 2 * rows * width),
-        exp2=iterations * scores,
-        shared=iterations * (operands + 2 * tile),
-        cache=iterations * 2 * tile + every * own * (2 + written),
-        iterations=iterations,
-        memory=float(sum(shape.lengths) * shape.heads * width * size * (3 + written)),
+        products=trips * 2 * products * scores * width,
+        vector=trips * (7 * scores + 2 * rows * width),
+        exp2=trips * scores,
+        shared=trips * (operands + 2 * tile),
+        cache=trips * 2 * tile + own * (2 + written),
+        iterations=trips,
+        memory=memory,
     )
 
 
+def _trips(shape: Shape, rows: int, columns: int, walked: int | None = None) -> Amounts:
+    """Of the programs of all heads, those of long cells first: each walks over its cell, or over ``walked``."""
+    longest_first = np.sort(np.asarray(shape.lengths))[::-1]
+    each = longest_first if walked is None else np.full_like(longest_first, walked)
+    return np.repeat(-(-each // columns), -(-longest_first // rows) * shape.heads).astype(np.float64)
+
+
+def _tensors(shape: Shape, count: int) -> float:
+    """Bytes of so many tensors like q."""
+    return float(count * sum(shape.lengths) * shape.heads * shape.width * shape.itemsize)
+
+
 def attention_forward(config: Config, shape: Shape) -> Work:
-    """q k^T and probs v for each key block."""
-    return _attention(config, shape, config["BLOCK_Q"], config["BLOCK_K"], products=2, tiles=2, written=1)
+    """q k^T and probs v for each key block. Memory: q, k, v, out."""
+    rows, columns = config["BLOCK_Q"], config["BLOCK_K"]
+    trips = _trips(shape, rows, columns)
+    return _attention(config, shape, rows, columns, trips, products=2, tiles=2, written=1, memory=_tensors(shape, 4))
 
 
 def attention_grad_query(config: Config, shape: Shape) -> Work:
-    """q k^T, grad_out v^T and grad_scores k for each key block."""
-    return _attention(config, shape, config["BLOCK_Q"], config["BLOCK_K"], products=3, tiles=3, written=1)
+    """q k^T, grad_out v^T and grad_scores k for each key block. Memory: grad_out, q, k, v, out, grad_q."""
+    rows, columns = config["BLOCK_Q"], config["BLOCK_K"]
+    trips = _trips(shape, rows, columns)
+    return _attention(config, shape, rows, columns, trips, products=3, tiles=3, written=1, memory=_tensors(shape, 6))
 
 
 def attention_grad_key_value(config: Config, shape: Shape) -> Work:
-    """k q^T, probs grad_out, v grad_out^T and grad_scores q for each query block."""
-    return _attention(config, shape, config["BLOCK_K"], config["BLOCK_Q"], products=4, tiles=4, written=2)
+    """k q^T, probs grad_out, v grad_out^T and grad_scores q for each query block. Memory: grad_out, q, k, v, grad_k,
+    grad_v."""
+    rows, columns = config["BLOCK_K"], config["BLOCK_Q"]
+    trips = _trips(shape, rows, columns)
+    return _attention(config, shape, rows, columns, trips, products=4, tiles=4, written=2, memory=_tensors(shape, 6))
 
 
 def _bin_weights(shape: Shape, tokens: int) -> tuple[float, float, float]:
@@ -212,32 +248,25 @@ def _favor_features(shape: Shape) -> int:
     return int(shape.width * np.log(shape.width))
 
 
-def _favor_rows(config: Config, shape: Shape, *, products: int, written: int) -> Work:
+def _favor_rows(config: Config, shape: Shape, *, products: int, written: int, tensors: int) -> Work:
     """Programs own BLOCK_T tokens of one head and walk over all features: an attention over as many keys."""
-    blocks = sum(-(-n // config["BLOCK_T"]) for n in shape.lengths)
-    alike = Shape((config["BLOCK_T"],) * blocks, shape.width, shape.itemsize, shape.card, shape.heads)
-    work = _attention(
-        config, alike, config["BLOCK_T"], config["BLOCK_F"], products=products, tiles=products, written=written
+    rows, columns = config["BLOCK_T"], config["BLOCK_F"]
+    trips = _trips(shape, rows, columns, _favor_features(shape))
+    memory = _tensors(shape, tensors)
+    return _attention(
+        config, shape, rows, columns, trips, products=products, tiles=products, written=written, memory=memory
     )
-    trips = -(-_favor_features(shape) // config["BLOCK_F"]) / -(-config["BLOCK_T"] // config["BLOCK_F"])
-    fields = ("products", "vector", "exp2", "shared", "cache", "iterations")
-    return Work(**{name: getattr(work, name) * trips for name in fields}, memory=work.memory)
 
 
 def _favor_sums(config: Config, shape: Shape) -> Work:
-    """Programs own BLOCK_F features of one head and walk over a chunk of 1,024 tokens."""
-    blocks = -(-_favor_features(shape) // config["BLOCK_F"])
+    """Programs own BLOCK_F features of one head and walk over a chunk of 1,024 tokens. Memory: two tensors, and the
+    float32 sums of every chunk."""
+    rows, features = config["BLOCK_F"], _favor_features(shape)
     chunks = [min(1024, n - first) for n in shape.lengths for first in range(0, n, 1024)]
-    alike = Shape((config["BLOCK_F"],), shape.width, shape.itemsize, shape.card, 1)
-    one = _attention(config, alike, config["BLOCK_F"], config["BLOCK_F"], products=2, tiles=2, written=1)
-    # One program and one trip so far, of square tiles; trips are as long as a block of tokens.
-    trips = np.tile(np.asarray(chunks, dtype=np.float64), blocks * shape.heads) / config["BLOCK_F"]
-    fields = ("products", "vector", "exp2", "shared", "cache")
-    return Work(
-        **{name: getattr(one, name) * trips for name in fields},
-        iterations=np.ceil(trips * config["BLOCK_F"] / config["BLOCK_T"]),
-        memory=float(sum(shape.lengths) * shape.heads * shape.width * shape.itemsize * 2),
-    )
+    programs = -(-features // rows) * shape.heads
+    trips = np.tile(-(-np.asarray(chunks) // config["BLOCK_T"]), programs).astype(np.float64)
+    memory = _tensors(shape, 2) + 4.0 * len(chunks) * shape.heads * features * shape.width
+    return _attention(config, shape, rows, config["BLOCK_T"], trips, products=2, tiles=2, written=1, memory=memory)
 
 
 def favor_context(config: Config, shape: Shape) -> Work:
@@ -246,13 +275,14 @@ def favor_context(config: Config, shape: Shape) -> Work:
 
 
 def favor_query(config: Config, shape: Shape) -> Work:
-    """q projection^T and features context for each block of features."""
-    return _favor_rows(config, shape, products=2, written=1)
+    """q projection^T and features context for each block of features. Memory: q, out."""
+    return _favor_rows(config, shape, products=2, written=1, tensors=2)
 
 
 def favor_grad_query(config: Config, shape: Shape) -> Work:
-    """q projection^T, grad_out context^T and grad_scores projection for each block of features."""
-    return _favor_rows(config, shape, products=3, written=1)
+    """q projection^T, grad_out context^T and grad_scores projection for each block of features. Memory: grad_out, q,
+    out, grad_q."""
+    return _favor_rows(config, shape, products=3, written=1, tensors=4)
 
 
 def favor_grad_context(config: Config, shape: Shape) -> Work:
@@ -261,8 +291,9 @@ def favor_grad_context(config: Config, shape: Shape) -> Work:
 
 
 def favor_grad_key_value(config: Config, shape: Shape) -> Work:
-    """k projection^T, v grad_context^T, features grad_context and grad_scores projection for each block of features."""
-    return _favor_rows(config, shape, products=4, written=2)
+    """k projection^T, v grad_context^T, features grad_context and grad_scores projection for each block of features.
+    Memory: k, v, grad_k, grad_v."""
+    return _favor_rows(config, shape, products=4, written=2, tensors=4)
 
 
 WorkOf = Callable[[Config, Shape], Work]
