@@ -6,7 +6,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # GCC 12 warns of uninitialised values inside its own AVX-512 headers.
 CXXFLAGS := -std=c++17 -O2 -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -ffp-contract=off
 
-.PHONY: setup demo test test-gpu-static lint check-kernels check-aarch64 bench-steps sanitize benchmarks readme-tables clean
+.PHONY: setup demo test test-gpu-static gpu lint check-kernels check-aarch64 bench-steps sanitize benchmarks readme-tables clean
 
 setup: $(VENV)/.built
 
@@ -30,6 +30,10 @@ test: setup check-kernels
 # The complete ahead-of-time checks of the Triton kernels: every shipped launch config, for every GPU.
 test-gpu-static: setup
 	$(BIN)/python -m pytest -m gpu_static tests/aot
+
+# The day a GPU is there: checks, sanitizer, tuning, times, into build/gpu. Cut off, it goes on where it was.
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu
 
 lint: setup
 	$(BIN)/ruff check .

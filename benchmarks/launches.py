@@ -137,14 +137,21 @@ def _embedding_forward(precision: str, width: int) -> list[Config]:
 
 
 def _embedding_grad_bin_table(precision: str, width: int) -> list[Config]:
-    half = ((64, 32, 64, 8, 2), (64, 32, 128, 8, 2), (32, 32, 64, 8, 2))
+    half = ((64, 32, 64, 8, 2), (64, 32, 128, 8, 2), (32, 32, 64, 8, 2), (32, 16, 64, 8, 2))
     single = ((32, 32, 32, 8, 1), (16, 32, 32, 8, 1), (16, 16, 32, 8, 1))
     return _configs(*(half if precision == "half" else single), names="BLOCK_T BLOCK_H BLOCK_D")
 
 
 def _embedding_grad_weights(precision: str, width: int) -> list[Config]:
     wide = min(width, 128)
-    half = ((16, 32, 64, wide, 8, 2), (64, 32, 64, wide, 8, 2), (64, 32, 64, 32, 8, 2), (16, 32, 64, 32, 8, 2))
+    half = (
+        (16, 32, 64, wide, 8, 2),
+        (64, 32, 64, wide, 8, 2),
+        (64, 32, 64, 32, 8, 2),
+        (64, 32, 64, 32, 4, 2),
+        (16, 32, 64, 32, 8, 2),
+        (16, 32, 32, 16, 8, 2),
+    )
     single = ((32, 32, 32, 32, 8, 1), (16, 32, 32, 16, 8, 1), (16, 16, 16, 16, 8, 1))
     rows = dict.fromkeys(half if precision == "half" else single)
     return _configs(*rows, names="BLOCK_T BLOCK_H BLOCK_D BLOCK_W")
