@@ -227,8 +227,14 @@ def _count(pattern: str, text: str) -> int:
 
 def _opcodes(text: str, tensor_core: str, wide: str) -> Report:
     """Counts over the whole kernel and in its hot loop: the loop with the most matrix instructions, with the loops
-    inside it, and of several the shortest, which is the one without masks; the whole kernel where there is no loop."""
-    hot = max(_loops(text) or [text], key=lambda body: (_count(tensor_core, body), -len(body.splitlines())))
+    inside it, and of several the shortest, which is the one without masks; without such instructions the longest loop,
+    and the whole kernel where there is no loop."""
+
+    def heat(body: str) -> tuple[int, int]:
+        products, length = _count(tensor_core, body), len(body.splitlines())
+        return products, -length if products else length
+
+    hot = max(_loops(text) or [text], key=heat)
     opcodes = re.findall(rf"\b(?:{tensor_core})\b", text)
     return {
         "tensor_core": len(opcodes),

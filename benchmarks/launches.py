@@ -93,21 +93,34 @@ def _configs(*rows: tuple[int, ...], names: str) -> list[Config]:
 
 
 def _attention_forward(precision: str, width: int) -> list[Config]:
-    half = ((128, 64, 8, 3), (128, 64, 4, 2), (128, 128, 8, 2), (64, 64, 4, 3))
+    half = ((128, 64, 8, 3), (128, 64, 4, 2), (128, 128, 8, 2), (64, 64, 4, 3), *_if_narrow(width, (64, 128, 4, 2)))
     single = ((64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1))
     return _configs(*(half if precision == "half" else single), names="BLOCK_Q BLOCK_K")
 
 
 def _attention_grad_query(precision: str, width: int) -> list[Config]:
-    half = ((64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2))
+    half = ((64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2), *_if_narrow(width, (64, 128, 4, 2)))
     single = ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1))
     return _configs(*(half if precision == "half" else single), names="BLOCK_Q BLOCK_K")
 
 
 def _attention_grad_key_value(precision: str, width: int) -> list[Config]:
-    half = ((32, 128, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 4, 2))
+    half = (
+        (32, 128, 8, 2),
+        (64, 128, 8, 2),
+        (64, 64, 4, 2),
+        (64, 64, 8, 2),
+        (32, 64, 8, 2),
+        (32, 64, 4, 2),
+        *_if_narrow(width, (64, 32, 4, 2), (128, 64, 4, 2)),
+    )
     single = ((32, 64, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1))
     return _configs(*(half if precision == "half" else single), names="BLOCK_Q BLOCK_K")
+
+
+def _if_narrow(width: int, *rows: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """A row of 16 channels is two loads of 16 bytes: of a short tile not every thread has one."""
+    return rows if width == 16 else ()
 
 
 def _attention_calls(dtype: torch.dtype, head_dim: int, lengths: Lengths, device: torch.device) -> dict[str, Call]:
@@ -149,6 +162,7 @@ def _embedding_grad_weights(precision: str, width: int) -> list[Config]:
         (64, 32, 64, wide, 8, 2),
         (64, 32, 64, 32, 8, 2),
         (64, 32, 64, 32, 4, 2),
+        (64, 32, 32, 32, 8, 2),
         (16, 32, 64, 32, 8, 2),
         (16, 32, 32, 16, 8, 2),
     )
@@ -186,7 +200,15 @@ def _favor_sums(precision: str, width: int) -> list[Config]:
 
 
 def _favor_rows(precision: str, width: int) -> list[Config]:
-    half = ((128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 16, 4, 2))
+    half = (
+        (128, 64, 8, 2),
+        (64, 32, 4, 2),
+        (64, 64, 4, 2),
+        (128, 32, 8, 2),
+        (64, 16, 4, 2),
+        (64, 16, 8, 2),
+        (32, 16, 4, 2),
+    )
     single = ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1))
     return _configs(*(half if precision == "half" else single), names="BLOCK_T BLOCK_F")
 

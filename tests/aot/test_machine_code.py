@@ -54,6 +54,8 @@ def test_opcodes_are_counted_in_the_kernel_and_in_its_hot_loop() -> None:
         "tensor_core": 2, "tensor_core_opcodes": "HMMA", "hot_loop_instructions": 4, "hot_loop_tensor_core": 2,
         "hot_loop_wide_loads": 1, "wide_loads": 2,
     }  # fmt: skip
+    without = _opcodes(NVIDIA, "HGMMA", r"(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128")
+    assert (without["hot_loop_instructions"], without["hot_loop_wide_loads"]) == (6, 2), "the outer loop"
     amd = _opcodes(AMD, r"v_mfma_\w*(?:bf16|f16)\w*", r"(?:global|buffer)_load_dwordx4")
     assert (amd["hot_loop_tensor_core"], amd["hot_loop_wide_loads"], amd["hot_loop_instructions"]) == (1, 1, 3)
     assert amd["tensor_core_opcodes"] == "v_mfma_f32_32x32x8_bf16_1k"
