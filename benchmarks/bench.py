@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import costs, counting, figures, report, timings
+from benchmarks import costs, counting, document, figures, report, timings
 from benchmarks.cells import Cells, cells_of_file, known_cells
 from benchmarks.costs import SIZES
 from benchmarks.run import Row, machine, write_csv
@@ -77,8 +77,9 @@ def bench(
     }  # fmt: skip
     made = report.Report(rows, {}, described, cells.source, cells.num_genes, size, quick)
     made = dataclasses.replace(made, pictures=figures.draw(made, cells, folder))
-    (folder / "report.md").write_text(report.markdown(made, TITLE), encoding="utf-8")
-    (folder / "report.html").write_text(report.page(made, TITLE, folder), encoding="utf-8")
+    sections = report.sections(made)
+    (folder / "report.md").write_text(document.markdown(sections, TITLE), encoding="utf-8")
+    (folder / "report.html").write_text(document.page(sections, TITLE, folder), encoding="utf-8")
     wrong = [row for row in rows if not row["correct"]]
     if wrong:
         cases = "; ".join(f"{row['benchmark']}, {row['case']}, {row['provider']}" for row in wrong)

@@ -192,6 +192,7 @@ def _series(
         task, checked, layers = check_layers(make, preset, size)
         kept = {name: p for name, p in task.providers.items() if not skipped(name, lengths)}
         task = dataclasses.replace(task, benchmark=benchmark, case=case, providers=kept)
+        checked = {name: checked[name] for name in kept}
         # A point of a series needs no more runs than show that it is not an outlier.
         for row in task_rows(task, 0, checked=checked, rounds_at_least=2):
             if row["direction"] != BACKWARD:

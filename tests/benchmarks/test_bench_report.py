@@ -27,7 +27,14 @@ from xtrimogene.vocabulary import Vocabulary
 
 GENES = 120
 TINY = timings.Size(
-    cells=3, shorter=2, task_gflop=1.0, dense_seconds=5.0, expressed=(10, 20, 40), rounds=2, step_gflop=2.0
+    cells=3,
+    shorter=2,
+    task_gflop=1.0,
+    full_seconds=5.0,
+    expressed=(10, 20, 40),
+    rounds=2,
+    step_gflop=4.0,
+    exact_gflop=4.0,
 )
 
 
@@ -258,8 +265,7 @@ def test_wrong_counts_end_the_run_with_an_error(
     monkeypatch.setattr(counting, "encoder_flops", lambda *a: costs.FlopCount(1, 2, 3))
     monkeypatch.setattr(bench, "_rows", lambda presets, cells, *a: counting.counted_rows(presets, cells))
     monkeypatch.setattr(bench.figures, "draw", lambda *a: {})
-    monkeypatch.setattr(bench.report, "markdown", lambda *a: "")
-    monkeypatch.setattr(bench.report, "page", lambda *a: "")
+    monkeypatch.setattr(bench.report, "sections", lambda *a: [])
     assert main(["bench", "--quick", "--preset", "3m", "--input", str(path), "--output", str(tmp_path / "out")]) == 1
     message = capsys.readouterr().err
     assert "wrong numbers, which got no time: flops counted, 3m, encoder\n" in message
