@@ -454,26 +454,24 @@ def memory(
         lengths = measured_lengths(cells, preset, size)
         # One cell has no padding, and encoder_task pads no 100m.
         forms = ["xtg"] if len(lengths) == 1 or preset == "100m" else ["xtg", "padded"]
-        forms = [form for form in forms if (preset, form) not in wrong]
-        for provider, direction in itertools.product(forms, (FORWARD, BOTH)):
-            peak = _memory_of(preset, lengths, provider, direction, device)
-            if peak is not None:
-                yield _memory_row(preset, lengths, provider, direction, peak)
-        for model, direction in itertools.product(FULL_LENGTH, (FORWARD, BOTH)):
+        for form in forms:
+            if (preset, form) not in wrong:
+                for direction, peak in _memory_of(preset, lengths, form, device).items():
+                    yield _memory_row(preset, lengths, form, direction, peak)
+        for model in FULL_LENGTH:
             most = longest.get((preset, model), 0)
-            peak = _memory_of(preset, (most,), model, direction, device) if most > 1 else None
-            if peak is None:
+            if most < 2:
                 continue
-            if most == cells.num_genes:
-                yield _memory_row(preset, (most,), model, direction, peak)
-                continue
-            half = _memory_of(preset, (most // 2,), model, direction, device)
-            if half is None:
-                continue
-            slope = (peak - half) / (most - most // 2)
-            total = peak + slope * (cells.num_genes - most)
-            row = _memory_row(preset, (cells.num_genes,), model, direction, total)
-            yield row | {"extrapolated": True, "fit_up_to": most}
+            peaks = _memory_of(preset, (most,), model, device)
+            half = _memory_of(preset, (most // 2,), model, device) if most < cells.num_genes else peaks
+            for direction, peak in peaks.items():
+                if most == cells.num_genes:
+                    yield _memory_row(preset, (most,), model, direction, peak)
+                    continue
+                slope = (peak - half[direction]) / (most - most // 2)
+                total = peak + slope * (cells.num_genes - most)
+                row = _memory_row(preset, (cells.num_genes,), model, direction, total)
+                yield row | {"extrapolated": True, "fit_up_to": most}
 
 
 def _memory_row(preset: str, lengths: Lengths, provider: str, direction: str, peak: float) -> Row:
@@ -484,39 +482,43 @@ def _memory_row(preset: str, lengths: Lengths, provider: str, direction: str, pe
     }  # fmt: skip
 
 
-def _memory_of(preset: str, lengths: Lengths, provider: str, direction: str, device: str) -> float | None:
-    """MiB, or None where the system does not tell."""
+def _memory_of(preset: str, lengths: Lengths, provider: str, device: str) -> dict[str, float]:
+    """Direction -> MiB; nothing where the system does not tell."""
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
-        return None
-    case = json.dumps([preset, lengths, provider, direction, device])
+        return {}
+    case = json.dumps([preset, lengths, provider, device])
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     root = Path(__file__).parents[1]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "benchmarks.timings", case]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def _run_and_tell_memory(preset: str, lengths: list[int], provider: str, direction: str, device: str) -> None:
-    """In a process of its own: one forward, or forward and backward, and the memory at its peak."""
+def _run_and_tell_memory(preset: str, lengths: list[int], provider: str, device: str) -> None:
+    """In a process of its own: one forward, then one forward and backward, and the memory of each at its peak."""
     task = (
         full_length_task(provider, preset, lengths[0], "float32", device=device)
         if provider in FULL_LENGTH
         else encoder_task(preset, tuple(lengths), "float32", orders=(), device=device)
     )
     way = task.providers[provider]
-    if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status_mib("VmRSS")
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-    if direction == FORWARD:
-        with torch.no_grad():
-            way.run()
-    else:
-        torch.autograd.grad(way.run(), way.inputs, task.grad_out)
-    print((status_mib("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20) - before)
+    before = status_mib("VmRSS") if device == "cpu" else torch.cuda.memory_allocated() / 2**20
+    peaks = {}
+    for direction in (FORWARD, BOTH):
+        if device == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")
+        else:
+            torch.cuda.reset_peak_memory_stats()
+        if direction == FORWARD:
+            with torch.no_grad():
+                way.run()
+        else:
+            torch.autograd.grad(way.run(), way.inputs, task.grad_out)
+        peak = status_mib("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
+        peaks[direction] = peak - before
+    print(json.dumps(peaks))
 
 
 def _with_rates(row: Row) -> Row:

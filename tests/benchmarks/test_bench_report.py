@@ -26,6 +26,7 @@ from xtrimogene.masking import MaskingConfig, mask_cells
 from xtrimogene.vocabulary import Vocabulary
 
 GENES = 120
+DIRECTIONS = ("forward", "forward+backward")
 TINY = timings.Size(
     cells=3,
     shorter=2,
@@ -195,9 +196,18 @@ def test_a_run_writes_everything_and_all_of_it_is_right(run: tuple[Path, str]) -
     saved = {row["provider"]: int(row["flops_counted"]) for row in rows if row["benchmark"] == "exact savings"}
     assert 0 < saved["auto-encoder"] < saved["auto-encoder, plain"]
     assert all(row["flops_counted"] == row["flops_closed_form"] != "" for row in counted)
-    dense = [row for row in rows if row["benchmark"] == "dense" and row["direction"] == "forward"]
-    assert {int(row["x"]) for row in dense} == {4, 8, 15, 30, 60, 120}
-    assert not any(row.get("extrapolated") for row in dense)
+    full = [row for row in rows if row["benchmark"] == "dense" and row["direction"] == "forward"]
+    assert {row["provider"] for row in full} == set(baselines.FULL_LENGTH)
+    assert {int(row["x"]) for row in full} == {4, 8, 15, 30, 60, 120}
+    assert not any(row.get("extrapolated") for row in full)
+    assert all(float(row["error"]) <= float(row["error_limit"]) for row in rows if row["error"])
+    # 3m takes more than exact_gflop with all its layers only on the longest batches.
+    assert {row["checked_layers"] for row in full} == {"4"}
+    steps = [row for row in rows if row["benchmark"] == "step"]
+    assert {(row["dtype"], row["provider"]) for row in steps} == {
+        (dtype, name) for dtype in ("float32", "bfloat16") for name in counting.AUTO_ENCODERS
+    }
+    assert all(row["median_ms"] and row["gradient_error"] for row in steps)
     assert {row["provider"] for row in rows if row["benchmark"] == "drop-in"} == {"plain", "padded", "xtg"}
     assert "dense Transformer encoder" in printed
     assert "report.html, report.md, results.csv, pictures" in printed
@@ -249,14 +259,28 @@ def test_readme_shows_the_committed_run(run: tuple[Path, str]) -> None:
 
 def test_memory_is_told_of_right_ways_and_extrapolated_by_a_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = cells_of_file(path)
-    monkeypatch.setattr(timings, "_memory_of", lambda preset, lengths, *a: 5.0 + 2 * sum(lengths))
-    rows = list(timings.memory(["3m"], cells, TINY, "cpu", {"3m": 60}, set()))
-    assert {row["provider"] for row in rows} == {"xtg", "padded", "dense"}
-    dense = [row for row in rows if row["provider"] == "dense"]
-    assert [row["peak_mib"] for row in dense] == [5.0 + 2 * GENES] * 2
-    assert all(row["extrapolated"] and row["fit_up_to"] == 60 for row in dense)
+    monkeypatch.setattr(
+        timings, "_memory_of", lambda preset, lengths, *a: dict.fromkeys(DIRECTIONS, 5.0 + 2 * sum(lengths))
+    )
+    longest = {("3m", "dense"): 60, ("3m", "performer"): GENES}
+    rows = list(timings.memory(["3m"], cells, TINY, "cpu", longest, set()))
+    assert {row["provider"] for row in rows} == {"xtg", "padded", "dense", "performer"}
+    for model, extrapolated in (("dense", True), ("performer", None)):
+        found = [row for row in rows if row["provider"] == model]
+        assert [row["direction"] for row in found] == list(DIRECTIONS)
+        assert [row["peak_mib"] for row in found] == [5.0 + 2 * GENES] * 2
+        assert all(row.get("extrapolated") == extrapolated for row in found)
+        assert all(row.get("fit_up_to") == (60 if extrapolated else None) for row in found)
     rows = list(timings.memory(["3m"], cells, TINY, "cpu", {}, {("3m", "padded")}))
     assert {row["provider"] for row in rows} == {"xtg"}
+
+
+def test_memory_is_that_of_a_process_and_grows_with_the_cell() -> None:
+    small, large = (timings._memory_of("3m", (n,), "performer", "cpu") for n in (200, 4000))
+    for direction in DIRECTIONS:
+        assert 0 <= small[direction] < large[direction]
+    # Keeping what the backward needs of 4 layers, at least 10 rows of 128 float32 each.
+    assert large["forward+backward"] > large["forward"] + 4 * 10 * 4000 * 128 * 4 / 2**20 / 2
 
 
 def test_wrong_counts_end_the_run_with_an_error(
