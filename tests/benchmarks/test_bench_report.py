@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import re
 import sys
 import tomllib
@@ -15,14 +16,18 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import baselines, bench, costs, counting, readme, report, timings
+from benchmarks import baselines, bench, cases, costs, counting, readme, report, timings
 from benchmarks.cells import Cells, cells_of_file, known_cells
 from benchmarks.pretraining import prepared
+from benchmarks.run import right
 from xtg_kernels import RaggedBatch
 from xtrimogene.cli import main
+from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.masking import MaskingConfig, mask_cells
+from xtrimogene.model import XTrimoGene
 from xtrimogene.vocabulary import Vocabulary
 
 GENES = 120
@@ -177,6 +182,77 @@ def test_curves_and_exponents() -> None:
     assert value == pytest.approx(0.0487567 * (1000 + 0.1 * 1000**2 / 4), rel=1e-4)
     assert 0.05 < deviation < 0.5
     assert report.exponent([(n, 7 * n**1.4) for n in (2, 30, 400)]) == pytest.approx(1.4)
+
+
+def test_costs_of_full_length_models_grow_as_their_flops() -> None:
+    # 3m: 4 layers of width 128 with 24 d d a gene; 2 decoder layers as wide, a bridge and a head.
+    layers, decoder = 4 * 24 * 128 * 128, 2 * 128 * 128 + 2 * 24 * 128 * 128 + 2 * 128
+    assert timings._growth("3m", "dense") == (layers, 4 * 4 * 128)
+    assert timings._growth("3m", "dense auto-encoder") == (layers + decoder, 6 * 4 * 128)
+    assert timings._growth("3m", "performer") == (layers + 4 * 8 * 128 * 266, 0)
+    # A model without a quadratic part is extrapolated by a line through the origin.
+    value, deviation = timings.extrapolated([(10, 2.0), (20, 4.0)], 1000, (5.0, 0.0))
+    assert value == pytest.approx(200)
+    assert deviation == pytest.approx(0)
+
+
+def test_as_many_layers_are_checked_as_float64_can_do() -> None:
+    asked: list[int | None] = []
+
+    def make(layers: int | None = None) -> cases.Task:
+        asked.append(layers)
+        return cases.encoder_task("3m", (9, 4), "float32", check_cells=1, orders=(2,), layers=layers)
+
+    work = make().flops["forward+backward"] / 1e9
+    for share, layers in ((1.01, 4), (0.6, 2), (0.0, 1)):
+        asked.clear()
+        task, errors, number = timings.check_layers(make, "3m", dataclasses.replace(TINY, exact_gflop=share * work))
+        assert number == layers
+        assert asked == ([None] if layers == 4 else [None, layers])
+        # Whatever is checked, all layers are timed.
+        assert task.flops["forward+backward"] == work * 1e9
+        assert set(errors) == {"plain", "xtg", "padded"}
+        assert all(right(found) for found in errors.values())
+
+
+class _Rounded(nn.Module):
+    """Right in float64 alone."""
+
+    def __init__(self, config: XTrimoGeneConfig) -> None:
+        super().__init__()
+        self.encoder = baselines.PerformerEncoder(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x) * (1 if x.dtype == torch.float64 else 1.2)
+
+
+def test_a_wrong_full_length_model_gets_no_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = baselines.FULL_LENGTH["performer"]._replace(build=_Rounded)
+    monkeypatch.setattr("benchmarks.run.GEMM_SIZE", 64)
+    monkeypatch.setattr(timings, "FULL_LENGTH", {"performer": wrong})
+    monkeypatch.setattr(baselines, "FULL_LENGTH", {"performer": wrong})
+    rows = list(timings.full_length(["3m"], cells_of_file(path), TINY, "cpu"))
+    assert {row["x"] for row in rows} == {4}
+    assert not any(row["correct"] or "median_ms" in row for row in rows)
+
+
+def test_a_wrong_loss_or_gradient_gets_no_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written down, with a loss of another value; with the savings, one of the same value and another gradient."""
+    ways = {
+        "auto-encoder, plain": (lambda model, masked: 1.05 * XTrimoGene.loss(model, masked), False),
+        "auto-encoder": (lambda model, masked: _wrong_gradient(XTrimoGene.loss(model, masked)), True),
+    }
+    monkeypatch.setattr(timings, "AUTO_ENCODERS", ways)
+    rows = list(timings.step(["3m"], cells_of_file(path), TINY, "cpu"))
+    assert len(rows) == 4
+    assert not any(row["correct"] or "median_ms" in row for row in rows)
+    for row in rows:
+        loss_is_right = float(row["loss_error"]) <= row["loss_limit"]
+        assert loss_is_right == (row["provider"] == "auto-encoder")
+
+
+def _wrong_gradient(loss: Tensor) -> Tensor:
+    return 2 * loss - loss.detach()
 
 
 def test_a_run_writes_everything_and_all_of_it_is_right(run: tuple[Path, str]) -> None:
