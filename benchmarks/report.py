@@ -313,7 +313,7 @@ def _full_length(report: Report) -> Table:
         "Every gene a token. Dense: torch.nn.TransformerEncoder with F.scaled_dot_product_attention. Auto-encoder: the "
         "same, with a second one of our decoder's width and depth behind it. Performer: the layers and the fused "
         "linear attention of our own decoder at the encoder's width and depth, which is faster than PyTorch's einsum. "
-        "Embeddings are left out. Run at a thirty-second of the genes, a sixteenth and so on, as long as a run was "
+        "Embeddings are left out. Run at a sixty-fourth of the genes, a thirty-second and so on, as long as a run was "
         f"expected to take {report.size.full_seconds:g} s at most. {DAGGER} extrapolated: the curve of its FLOPs, what "
         "grows as n and what grows as n\N{SUPERSCRIPT TWO} each at a rate of its own, fitted to the measured times by "
         "least relative squares (the second between a quarter of and four times the rate of the first); misfit is its "

@@ -76,7 +76,7 @@ class Size:
     exact_gflop: float
 
 
-FULL = Size(4, 1, 100.0, 5.0, (200, 500, 1000, 2000, 4000, 8000, 15000), 3, 4e3, 400.0)
+FULL = Size(4, 1, 100.0, 8.0, (200, 500, 1000, 2000, 4000, 8000, 15000), 3, 4e3, 400.0)
 QUICK = Size(4, 8, 20.0, 0.5, (100, 250, 500, 1000), 2, 300.0, 20.0)
 
 
@@ -106,13 +106,13 @@ def encoder(presets: Sequence[str], cells: Cells, size: Size, device: str) -> It
 def full_length(presets: Sequence[str], cells: Cells, size: Size, device: str) -> Iterator[Row]:
     """The models of baselines.FULL_LENGTH on one cell, every gene a token.
 
-    At a thirty-second of the genes, a sixteenth, and so on as long as a run takes size.full_seconds. Where that ends
-    before all genes, a row with `extrapolated` says what a curve through the measured times gives.
+    At a sixty-fourth of the genes, a thirty-second, and so on as long as a run takes size.full_seconds. Where that
+    ends before all genes, a row with `extrapolated` says what a curve through the measured times gives.
     """
     for preset, dtype, model in itertools.product(presets, DTYPES, FULL_LENGTH):
         times: dict[str, list[tuple[int, float]]] = {FORWARD: [], BOTH: []}
         linear, quadratic = _growth(preset, model)
-        for n in [max(1, round(cells.num_genes / 2**k)) for k in range(5, -1, -1)]:
+        for n in [max(1, round(cells.num_genes / 2**k)) for k in range(6, -1, -1)]:
             if times[BOTH]:
                 last, seconds = times[BOTH][-1]
                 growth = (linear * n + quadratic * n * n) / (linear * last + quadratic * last * last)

@@ -232,7 +232,7 @@ def test_a_wrong_full_length_model_gets_no_time(path: Path, monkeypatch: pytest.
     monkeypatch.setattr(timings, "FULL_LENGTH", {"performer": wrong})
     monkeypatch.setattr(baselines, "FULL_LENGTH", {"performer": wrong})
     rows = list(timings.full_length(["3m"], cells_of_file(path), TINY, "cpu"))
-    assert {row["x"] for row in rows} == {4}
+    assert {row["x"] for row in rows} == {2}
     assert not any(row["correct"] or "median_ms" in row for row in rows)
 
 
@@ -274,7 +274,7 @@ def test_a_run_writes_everything_and_all_of_it_is_right(run: tuple[Path, str]) -
     assert all(row["flops_counted"] == row["flops_closed_form"] != "" for row in counted)
     full = [row for row in rows if row["benchmark"] == "dense" and row["direction"] == "forward"]
     assert {row["provider"] for row in full} == set(baselines.FULL_LENGTH)
-    assert {int(row["x"]) for row in full} == {4, 8, 15, 30, 60, 120}
+    assert {int(row["x"]) for row in full} == {2, 4, 8, 15, 30, 60, 120}
     assert not any(row.get("extrapolated") for row in full)
     assert all(float(row["error"]) <= float(row["error_limit"]) for row in rows if row["error"])
     # 3m takes more than exact_gflop with all its layers only on the longest batches.
