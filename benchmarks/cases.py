@@ -281,6 +281,14 @@ def full_length_task(
     module = kind.build(config).to(device, DTYPES[dtype]).eval()
     x = torch.randn(1, genes, config.dim).to(device, DTYPES[dtype]).requires_grad_()
 
+    # In bfloat16 PyTorch sums the gradients of a LayerNorm over all rows in bfloat16 on a CPU. After some thousand rows
+    # they are wrong by half, which is no number to compare.
+    norms = [f"{name}." for name, part in module.named_modules() if isinstance(part, nn.LayerNorm)]
+    left_out = tuple(norms) if dtype == "bfloat16" else ()
+
+    def leaves(module: nn.Module) -> list[Tensor]:
+        return [weight for name, weight in module.named_parameters() if not name.startswith(left_out)]
+
     def rows(module: nn.Module, x: Tensor) -> Tensor:
         with baselines.without_fastpath():
             return module(x)[0]
@@ -293,14 +301,14 @@ def full_length_task(
         exactly, exact_x = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
         with use_backend("reference"):
             out = rows(exactly, exact_x)
-            grads = torch.autograd.grad(out, (exact_x, *exactly.parameters()), grad_out.double())
+            grads = torch.autograd.grad(out, (exact_x, *leaves(exactly)), grad_out.double())
         return out.detach(), list(grads)
 
     forward = kind.flops(config, 1)
     backward = 2 * forward.linear + round(kind.backward * forward.attention)
     return Task(
         "dense", f"{preset}, {genes:,} genes", (genes,), dtype,
-        {model: Provider(functools.partial(rows, module, x), (x, *module.parameters()))}, grad_out,
+        {model: Provider(functools.partial(rows, module, x), (x, *leaves(module)))}, grad_out,
         exact, genes, _with_both(forward.total, backward),
     )  # fmt: skip
 

@@ -482,7 +482,8 @@ def _how(report: Report) -> Parts:
         "All rows, with the runs and quantiles of each, are in results.csv beside this page. A way whose numbers are "
         "not right gets no time: outputs and gradients are held against float64, and may be off by at most twice "
         "(gradients: three times) what plain PyTorch is off by in the same dtype. Plain PyTorch itself and the "
-        "full-length models are baselines, and have a fixed limit for each dtype. Full-length models and the points of "
+        "full-length models are baselines, and have a fixed limit for each dtype (in bfloat16 without the gradients of "
+        "their LayerNorms, which PyTorch sums in bfloat16 on a CPU). Full-length models and the points of "
         f"a scaling series are checked with as many of their layers as take {report.size.exact_gflop:,.0f} GFLOP, at "
         "least one (column checked_layers).",
     ]
