@@ -168,22 +168,25 @@ def _summary(report: Report) -> Parts:
 
 def _flops(report: Report) -> Parts:
     presets = report.values("flops", "case")
-    by_size = {
-        f"{preset}, {unit}": (preset, column, shown)
-        for preset in presets
-        for unit, column, shown in (("GFLOP", "gflop_per_cell", _number), ("of dense", "share_of_dense", _percent))
-    }
 
-    def of_size(benchmark: str, column: str) -> dict[str, Callable[[Any], str]]:
-        def shown(header: str) -> Callable[[Any], str]:
-            preset, value, written = by_size[header]
-            return lambda row: written(report.known(benchmark, case=preset, **{column: row})[value])
+    def by_size(benchmark: str, column: str, digits: int) -> dict[str, Callable[[Any], str]]:
+        """GFLOP and share of the dense encoder for each size, of the row that has in ``column`` what is asked."""
 
-        return {header: shown(header) for header in by_size}
+        def gflop(preset: str, asked: Any) -> str:
+            return _number(report.known(benchmark, case=preset, **{column: asked})["gflop_per_cell"])
+
+        def share(preset: str, asked: Any) -> str:
+            return _percent(report.known(benchmark, case=preset, **{column: asked})["share_of_dense"], digits)
+
+        units = {"GFLOP": gflop, "of dense": share}
+        return {
+            f"{preset}, {unit}": functools.partial(way, preset)
+            for preset, (unit, way) in itertools.product(presets, units.items())
+        }
 
     any_row, masking = report.of("flops")[0], MaskingConfig()
     main = Table.of(
-        costs.MODELS, {"model": lambda model: MODEL_NAMES[model], **of_size("flops", "provider")},
+        costs.MODELS, {"model": lambda model: MODEL_NAMES[model], **by_size("flops", "provider", 1)},
         f"Closed form (xtrimogene.flops), forward, mean over {any_row['cells']:,} cells with "
         f"{any_row['tokens'] / any_row['cells']:,.0f} expressed genes on average and {report.num_genes:,} genes in the "
         "vocabulary. FLOPs of matrix products, two for a multiply-add. The share is that of the dense encoder of the "
@@ -207,7 +210,7 @@ def _flops(report: Report) -> Parts:
         {
             "quantile": lambda level: f"{100 * level:.0f} %",
             "expressed genes": lambda level: f"{report.known('flops of a cell', quantile=level)['tokens']:,}",
-            **of_size("flops of a cell", "quantile"),
+            **by_size("flops of a cell", "quantile", 2),
         },
         "Closed form for the cell at each quantile of expressed genes.",
     )
@@ -317,7 +320,7 @@ def _full_length(report: Report) -> Table:
         f"expected to take {report.size.full_seconds:g} s at most. {DAGGER} extrapolated: the curve of its FLOPs, what "
         "grows as n and what grows as n\N{SUPERSCRIPT TWO} each at a rate of its own, fitted to the measured times by "
         "least relative squares (the second between a quarter of and four times the rate of the first); misfit is its "
-        "largest relative deviation from them.",
+        "largest relative deviation from them, where there are more than the two lengths that always fit.",
     )
 
 
@@ -511,7 +514,7 @@ def _where(report: Report) -> str:
     changes = ", with changes that are not committed" if where["dirty"] else ""
     return (
         f"Measured on {where['date']} at commit {where['commit']}{changes}: {where['gpus'] or where['machine']}, "
-        f"{where['isa']} kernels, {where['threads']} threads, torch {where['torch']}."
+        f"{where['isa']} kernels, {where['threads']} thread{'s' * (where['threads'] > 1)}, torch {where['torch']}."
     )
 
 

@@ -109,7 +109,7 @@ def full_length(presets: Sequence[str], cells: Cells, size: Size, device: str) -
     At a sixty-fourth of the genes, a thirty-second, and so on as long as a run takes size.full_seconds. Where that
     ends before all genes, a row with `extrapolated` says what a curve through the measured times gives.
     """
-    for preset, dtype, model in itertools.product(presets, DTYPES, FULL_LENGTH):
+    for preset, model, dtype in itertools.product(presets, FULL_LENGTH, DTYPES):
         times: dict[str, list[tuple[int, float]]] = {FORWARD: [], BOTH: []}
         linear, quadratic = _growth(preset, model)
         for n in [max(1, round(cells.num_genes / 2**k)) for k in range(6, -1, -1)]:

@@ -289,6 +289,37 @@ def test_a_run_writes_everything_and_all_of_it_is_right(run: tuple[Path, str]) -
     assert "report.html, report.md, results.csv, pictures" in printed
 
 
+def test_ratios_are_to_the_way_that_their_column_names() -> None:
+    common = {"correct": True, "preset": "3m", "dtype": "float32", "case": "3m, 2 cells", "cells": 2, "tokens": 9}
+    speed = {"gflops": 5.0, "share_of_gemm": 0.5, "q20_ms": 99.0, "q80_ms": 104.0, "tokens_per_second": 90.0}
+    ours = {"median_ms": 100.0, "cells_per_second": 20.0, **speed, **common}
+    rows = [
+        {"benchmark": "encoder", "provider": "xtg", "direction": "forward", **ours},
+        {"benchmark": "encoder", "provider": "plain", "direction": "forward", **ours, "median_ms": 250.0},
+        {"benchmark": "step", "provider": "auto-encoder", "direction": "training step", **ours},
+        {"benchmark": "step", "provider": "auto-encoder, plain", "direction": "training step", **ours,
+         "median_ms": 150.0},
+    ]  # fmt: skip
+    for model, direction, seconds in (
+        ("dense", "forward", 8.0), ("performer", "forward", 0.6), ("dense auto-encoder", "forward+backward", 30.0)
+    ):  # fmt: skip
+        one = {**common, "case": "3m, 120 genes", "cells": 1, "x": GENES, "median_ms": 1e3 * seconds, **speed}
+        rows.append({"benchmark": "dense", "provider": model, "direction": direction, **one})
+    rows[-1] |= {"extrapolated": True, "fit_deviation": 0.5}
+    made = report.Report(rows, {}, {}, "", GENES, dataclasses.replace(TINY, shorter=1), False)
+    for table, wanted in (
+        (report._encoder(made), {
+            "packed plain PyTorch": "2.50x", "padded": "", "dense": "160x", "Performer": "12.0x", "noise": "-1 / +4 %",
+        }),
+        (report._step(made), {"as written down": "1.50x", "dense auto-encoder": "600x\N{DAGGER}"}),
+    ):  # fmt: skip
+        (line,) = (dict(zip(table.header, line, strict=True)) for line in table.body)
+        assert {name: line[name] for name in wanted} == wanted
+    # Cells that were made shorter are held against no whole cell.
+    (line,) = report._encoder(dataclasses.replace(made, size=TINY)).body
+    assert "160x" not in line
+
+
 def test_the_page_is_well_formed_and_fetches_nothing(run: tuple[Path, str]) -> None:
     text = (run[0] / "report.html").read_text(encoding="utf-8")
     page = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
