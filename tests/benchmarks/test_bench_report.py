@@ -316,8 +316,8 @@ def test_ratios_are_to_the_way_that_their_column_names() -> None:
         (line,) = (dict(zip(table.header, line, strict=True)) for line in table.body)
         assert {name: line[name] for name in wanted} == wanted
     # Cells that were made shorter are held against no whole cell.
-    (line,) = report._encoder(dataclasses.replace(made, size=TINY)).body
-    assert "160x" not in line
+    (other,) = report._encoder(dataclasses.replace(made, size=TINY)).body
+    assert "160x" not in other
 
 
 def test_the_page_is_well_formed_and_fetches_nothing(run: tuple[Path, str]) -> None:
