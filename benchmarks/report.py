@@ -461,7 +461,7 @@ def _dropin(report: Report) -> Parts:
         "xtrimogene.dropin.ragged_encoder(module) on the module's own weights. Padded: the module on a batch padded "
         "to its longest cell, with its mask. One by one: the module on a cell at a time. Modules have random weights "
         "and the sizes of published models; cells longer than the model's input are cut. All three ways take turns, "
-        "and their outputs and gradients were right against float64.",
+        "and the outputs and gradients of the first cell were right against float64.",
     )
     intro = (
         "Other single-cell models are plain Transformer encoders, as Geneformer's BERT or scGPT's "
@@ -483,8 +483,8 @@ def _how(report: Report) -> Parts:
         f"Cells: {report.cells}. They are taken in an order shuffled with a fixed seed; weights and inputs are random "
         "with a fixed seed too.",
         "All rows, with the runs and quantiles of each, are in results.csv beside this page. A way whose numbers are "
-        "not right gets no time: outputs and gradients are held against float64, and may be off by at most twice "
-        "(gradients: three times) what plain PyTorch is off by in the same dtype. Plain PyTorch itself and the "
+        "not right gets no time: outputs and gradients of the first cell are held against float64, and may be off by at "
+        "most twice (gradients: three times) what plain PyTorch is off by in the same dtype. Plain PyTorch itself and the "
         "full-length models are baselines, and have a fixed limit for each dtype (in bfloat16 without the gradients of "
         "their LayerNorms, which PyTorch sums in bfloat16 on a CPU). Full-length models and the points of "
         f"a scaling series are checked with as many of their layers as take {report.size.exact_gflop:,.0f} GFLOP, at "
