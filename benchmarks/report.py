@@ -194,8 +194,8 @@ def _flops(report: Report) -> Parts:
         "decoder of our decoder's width and depth. Both of our auto-encoders are counted in pre-training: "
         f"{_percent(masking.nonzero_rate, 0)} of the expressed and {_percent(masking.zero_rate, 0)} of the other genes "
         f"are to be predicted, and {_percent(masking.mask_share, 0)} of these are hidden from the encoder, which "
-        "costs less there than for an embedding. The savings are exact: nothing is approximated; they are shared by batches of "
-        f"{costs.STEP_CELLS} cells.",
+        "costs less there than for an embedding. The savings are exact: nothing is approximated; they are shared by "
+        f"batches of {costs.STEP_CELLS} cells.",
     )  # fmt: skip
     split = {PART_NAMES.get(part, part): functools.partial(_part, f"gflop_{part}") for part in costs.PARTS}
     by_part = Table.of(
@@ -484,9 +484,9 @@ def _how(report: Report) -> Parts:
         "with a fixed seed too.",
         "All rows, with the runs and quantiles of each, are in results.csv beside this page. A way whose numbers are "
         "not right gets no time: outputs and gradients of the first cell are held against float64, and may be off by "
-        "at most twice (gradients: three times) what plain PyTorch is off by in the same dtype. Plain PyTorch itself and "
-        "the full-length models are baselines, and have a fixed limit for each dtype (in bfloat16 without the gradients "
-        "of their LayerNorms, which PyTorch sums in bfloat16 on a CPU). Full-length models and the points of "
+        "at most twice (gradients: three times) what plain PyTorch is off by in the same dtype. Plain PyTorch itself "
+        "and the full-length models are baselines, and have a fixed limit for each dtype (in bfloat16 without the "
+        "gradients of their LayerNorms, which PyTorch sums in bfloat16 on a CPU). Full-length models and the points of "
         f"a scaling series are checked with as many of their layers as take {report.size.exact_gflop:,.0f} GFLOP, at "
         "least one (column checked_layers).",
     ]
