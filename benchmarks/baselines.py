@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from xtrimogene.config import XTrimoGeneConfig, num_favor_features
 from xtrimogene.decoder import GeneRows, PerformerLayer
 from xtrimogene.encoder import RaggedTransformerEncoder
+from xtrimogene.flops import FlopCount, dense_autoencoder_flops, dense_flops, performer_flops
 from xtrimogene.masking import MaskedBatch
 from xtrimogene.model import XTrimoGene
 
@@ -139,12 +139,18 @@ def encoder_packed(encoder: RaggedTransformerEncoder, x: Tensor, lengths: Sequen
     return _norm(encoder.norm, x)
 
 
+def transformer(dim: int, heads: int, ffn: int, layers: int) -> nn.TransformerEncoder:
+    """torch.nn.TransformerEncoder as ours is built: norm last, ReLU, no dropout, a norm at the end."""
+    layer = nn.TransformerEncoderLayer(dim, heads, ffn, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(dim), enable_nested_tensor=False)
+
+
 def torch_encoder(encoder: RaggedTransformerEncoder) -> nn.TransformerEncoder:
     """torch.nn.TransformerEncoder with the weights of ours, in evaluation mode."""
     first: Any = encoder.layers[0]
-    dim, heads, ffn = first.norm1.normalized_shape[0], first.self_attn.num_heads, first.linear1.out_features
-    layer = nn.TransformerEncoderLayer(dim, heads, ffn, dropout=0.0, batch_first=True)
-    theirs = nn.TransformerEncoder(layer, len(encoder.layers), norm=nn.LayerNorm(dim), enable_nested_tensor=False)
+    theirs = transformer(
+        first.norm1.normalized_shape[0], first.self_attn.num_heads, first.linear1.out_features, len(encoder.layers)
+    )
     theirs.to(encoder.norm.weight.device, encoder.norm.weight.dtype).load_state_dict(encoder.state_dict())
     return theirs.eval()
 
@@ -251,7 +257,7 @@ def _padded(x: Tensor, lengths: Sequence[int], width: int) -> Tensor:
 
 
 class PerformerEncoder(nn.Module):
-    """A Performer of the configured width and depth, for cells whose every position is a token."""
+    """A Performer of the configured width and depth: our own layers and linear attention, the fastest at hand."""
 
     def __init__(self, config: XTrimoGeneConfig) -> None:
         super().__init__()
@@ -261,11 +267,47 @@ class PerformerEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.dim)
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=x.device)
+    def forward(self, x: Tensor) -> Tensor:
+        cells, genes, _ = x.shape
+        cu_seqlens = torch.arange(0, (cells + 1) * genes, genes, dtype=torch.int32, device=x.device)
+        rows = x.flatten(0, 1)
         for layer in self.layers:
-            x = layer(x, cu_seqlens, max(lengths))
-        return self.norm(x)
+            rows = layer(rows, cu_seqlens, genes)
+        return self.norm(rows).view_as(x)
+
+
+def dense_encoder(config: XTrimoGeneConfig) -> nn.Module:
+    """A Transformer encoder of the configured width and depth."""
+    return transformer(config.dim, config.num_heads, config.ffn_dim, config.num_layers)
+
+
+def dense_autoencoder(config: XTrimoGeneConfig) -> nn.Module:
+    """The dense encoder, and a Transformer of the decoder's width and depth behind it; its rows are predictions."""
+    width, layers = config.decoder_dim, config.decoder_layers
+    decoder = transformer(width, config.decoder_heads, config.decoder_ffn_dim, layers)
+    return nn.Sequential(dense_encoder(config), nn.Linear(config.dim, width), decoder, nn.Linear(width, 1))
+
+
+class FullLength(NamedTuple):
+    """A model that runs over every gene of a cell, and what it costs.
+
+    build      config -> module that takes (cells, genes, dim)
+    flops      (config, cells) -> forward FLOPs over config.num_genes genes
+    backward   FLOPs of attention in the backward, in times those of the forward: fused softmax attention computes its
+               scores again
+    """
+
+    build: Callable[[XTrimoGeneConfig], nn.Module]
+    flops: Callable[[XTrimoGeneConfig, int], FlopCount]
+    backward: float
+
+
+# Under their names in benchmarks.costs.
+FULL_LENGTH = {
+    "dense": FullLength(dense_encoder, dense_flops, 2.5),
+    "dense auto-encoder": FullLength(dense_autoencoder, dense_autoencoder_flops, 2.5),
+    "performer": FullLength(PerformerEncoder, performer_flops, 2.0),
+}
 
 
 def plain_loss(model: XTrimoGene, masked: MaskedBatch) -> Tensor:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import costs, counting, figures, report, timings
+from benchmarks import costs, counting, document, figures, report, timings
 from benchmarks.cells import Cells, cells_of_file, known_cells
 from benchmarks.costs import SIZES
 from benchmarks.run import Row, machine, write_csv
@@ -77,8 +77,9 @@ def bench(
     }  # fmt: skip
     made = report.Report(rows, {}, described, cells.source, cells.num_genes, size, quick)
     made = dataclasses.replace(made, pictures=figures.draw(made, cells, folder))
-    (folder / "report.md").write_text(report.markdown(made, TITLE), encoding="utf-8")
-    (folder / "report.html").write_text(report.page(made, TITLE, folder), encoding="utf-8")
+    sections = report.sections(made)
+    (folder / "report.md").write_text(document.markdown(sections, TITLE), encoding="utf-8")
+    (folder / "report.html").write_text(document.page(sections, TITLE, folder), encoding="utf-8")
     wrong = [row for row in rows if not row["correct"]]
     if wrong:
         cases = "; ".join(f"{row['benchmark']}, {row['case']}, {row['provider']}" for row in wrong)
@@ -91,15 +92,15 @@ def _rows(presets: tuple[str, ...], cells: Cells, size: timings.Size, device: st
     yield from counting.counted_rows(SIZES, cells)
     # The 13,000 ops of a step of the largest one are counted for half a minute.
     yield from counting.savings_rows(SIZES[0] if size.shorter > 1 else SIZES[-1])
-    longest: dict[str, int] = {}
+    longest: dict[tuple[str, str], int] = {}
     wrong = set()
     for row in timings.encoder(presets, cells, size, device):
         if not row["correct"]:
             wrong.add((row["preset"], row["provider"]))
         yield row
-    for row in timings.dense(presets, cells, size, device):
+    for row in timings.full_length(presets, cells, size, device):
         if row["correct"] and not row.get("extrapolated") and row["dtype"] == "float32":
-            longest[row["preset"]] = max(longest.get(row["preset"], 0), row["x"])
+            longest[row["preset"], row["provider"]] = row["x"]
         yield row
     yield from timings.memory(presets, cells, size, device, longest, wrong)
     yield from timings.step(presets, cells, size, device)

@@ -6,6 +6,8 @@ cells); which of them make a case is drawn with a fixed seed. Weights and inputs
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -16,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import baselines
 from xtg_kernels import (
@@ -27,6 +29,7 @@ from xtg_kernels import (
     masked_decoder_gather,
     masked_head,
     ragged_attention,
+    use_backend,
 )
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.embedding import ExpressionEmbedding
@@ -208,17 +211,16 @@ def encoder_task(
     dtype: str,
     *,
     dense: bool = False,
-    full: bool = False,
     check_cells: int = 8,
     orders: tuple[int, ...] = (2, 3, 4),
+    layers: int | None = None,
     device: str = "cpu",
 ) -> Task:
-    """The Transformer layers of a preset. dense adds the form that runs all genes of the vocabulary, masked.
+    """The Transformer layers of a preset, or the first so many. dense adds the form that runs all genes, masked.
 
-    full adds the dense form of a single cell whose every gene is a token, without a mask.
     orders are the several ways to sum in which the plain form is judged again.
     """
-    config = XTrimoGeneConfig.preset(preset, num_genes=NUM_GENES, dropout=0.0)
+    config = _config(preset, NUM_GENES, layers)
     torch.manual_seed(0)
     encoder = (
         RaggedTransformerEncoder(config.dim, config.num_heads, config.num_layers, ffn_dim=config.ffn_dim, dropout=0.0)
@@ -243,8 +245,6 @@ def encoder_task(
     for name, width in widths.items():
         run = functools.partial(baselines.encoder_padded, twin, x, lengths, width)
         providers[name] = Provider(run, twins)
-    if full:
-        providers["dense"] = Provider(functools.partial(baselines.encoder_dense, twin, x), twins)
     checked = lengths[:check_cells]
 
     def exact() -> tuple[Tensor, list[Tensor]]:
@@ -267,6 +267,58 @@ def encoder_task(
             for parts in orders
         ),
     )  # fmt: skip
+
+
+def full_length_task(
+    model: str, preset: str, genes: int, dtype: str, *, layers: int | None = None, device: str = "cpu"
+) -> Task:
+    """A model of baselines.FULL_LENGTH, or its first so many layers, on one cell whose every gene is a token.
+
+    It is a baseline itself: there is nothing plainer to hold it against than float64.
+    """
+    config, kind = _config(preset, genes, layers), baselines.FULL_LENGTH[model]
+    torch.manual_seed(0)
+    module = kind.build(config).to(device, DTYPES[dtype]).eval()
+    x = torch.randn(1, genes, config.dim).to(device, DTYPES[dtype]).requires_grad_()
+
+    # In bfloat16 PyTorch sums the gradients of a LayerNorm over all rows in bfloat16 on a CPU. After some thousand rows
+    # they are wrong by half, which is no number to compare.
+    norms = [f"{name}." for name, part in module.named_modules() if isinstance(part, nn.LayerNorm)]
+    left_out = tuple(norms) if dtype == "bfloat16" else ()
+
+    def leaves(module: nn.Module) -> list[Tensor]:
+        return [weight for name, weight in module.named_parameters() if not name.startswith(left_out)]
+
+    def rows(module: nn.Module, x: Tensor) -> Tensor:
+        with baselines.without_fastpath():
+            return module(x)[0]
+
+    with torch.no_grad():
+        width = rows(module, x[:, :1]).shape[1]
+    grad_out = torch.randn(genes, width).to(device, DTYPES[dtype])
+
+    def exact() -> tuple[Tensor, list[Tensor]]:
+        exactly, exact_x = copy.deepcopy(module).double(), x.detach().double().requires_grad_()
+        with use_backend("reference"):
+            out = rows(exactly, exact_x)
+            grads = torch.autograd.grad(out, (exact_x, *leaves(exactly)), grad_out.double())
+        return out.detach(), list(grads)
+
+    forward = kind.flops(config, 1)
+    backward = 2 * forward.linear + round(kind.backward * forward.attention)
+    return Task(
+        "dense", f"{preset}, {genes:,} genes", (genes,), dtype,
+        {model: Provider(functools.partial(rows, module, x), (x, *leaves(module)))}, grad_out,
+        exact, genes, _with_both(forward.total, backward),
+    )  # fmt: skip
+
+
+def _config(preset: str, genes: int, layers: int | None) -> XTrimoGeneConfig:
+    """The preset without dropout; of encoder and decoder at most so many layers."""
+    config = XTrimoGeneConfig.preset(preset, num_genes=genes, dropout=0.0)
+    if layers is None:
+        return config
+    return dataclasses.replace(config, num_layers=layers, decoder_layers=min(layers, config.decoder_layers))
 
 
 def gather_task(case: str, lengths: Lengths, dtype: str, dim: int = 512) -> Task:

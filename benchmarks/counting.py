@@ -14,26 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import baselines, costs
+from benchmarks.baselines import FULL_LENGTH
 from benchmarks.cells import Cells
 from benchmarks.pretraining import prepared
 from xtg_kernels import RaggedBatch
 from xtrimogene.config import XTrimoGeneConfig
-from xtrimogene.flops import (
-    FlopCount,
-    dense_autoencoder_flops,
-    dense_flops,
-    encoder_flops,
-    padded_flops,
-    performer_flops,
-    step_flops,
-)
+from xtrimogene.flops import encoder_flops, padded_flops, step_flops
 from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells
 from xtrimogene.model import XTrimoGene
 from xtrimogene.vocabulary import Vocabulary
@@ -86,16 +79,12 @@ def counted_rows(presets: Sequence[str], cells: Cells, num_cells: int = 2) -> It
     for preset in presets:
         model = XTrimoGene.from_preset(preset, vocabulary, dropout=0.0)
         config = model.config
-        found: dict[str, tuple[Callable[[], object], FlopCount]] = {
-            "dense auto-encoder": (_dense_autoencoder(config, num_cells), dense_autoencoder_flops(config, num_cells)),
-            "dense": (_dense(config, num_cells), dense_flops(config, num_cells)),
-            "performer": (_performer(config, num_cells), performer_flops(config, num_cells)),
-            "padded": (_padded(model, batch), padded_flops(config, lengths, num_cells)),
-            "encoder": (functools.partial(model, batch), encoder_flops(config, lengths, distinct)),
-        }
         rows: dict[str, tuple[Callable[[], object], int]] = {
-            name: (run, flops.total) for name, (run, flops) in found.items()
+            name: (_full_length(name, config, num_cells), model_of.flops(config, num_cells).total)
+            for name, model_of in FULL_LENGTH.items()
         }
+        rows["padded"] = (_padded(model, batch), padded_flops(config, lengths, num_cells).total)
+        rows["encoder"] = (functools.partial(model, batch), encoder_flops(config, lengths, distinct).total)
         for name, (loss, savings) in AUTO_ENCODERS.items():
             closed = step_flops(
                 config, tokens, distinct=values, masked=hidden, asked=asked, savings=savings, backward=False
@@ -153,50 +142,22 @@ def _explicit_attention() -> Iterator[None]:
         yield
 
 
-def _transformer(dim: int, heads: int, ffn: int, layers: int, device: str) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(dim, heads, ffn, dropout=0.0, batch_first=True, device=device)
-    return nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(dim, device=device), enable_nested_tensor=False)
-
-
-def _dense_encoder(config: XTrimoGeneConfig, device: str = "meta") -> nn.TransformerEncoder:
-    return _transformer(config.dim, config.num_heads, config.ffn_dim, config.num_layers, device)
-
-
-def _dense(config: XTrimoGeneConfig, num_cells: int) -> Callable[[], Tensor]:
-    def run() -> Tensor:
-        # Not even addresses for its scores: they are tens of gigabytes.
-        x = torch.empty(num_cells, config.num_genes, config.dim, device="meta")
-        with _explicit_attention():
-            return _dense_encoder(config)(x)
-
-    return run
-
-
-def _dense_autoencoder(config: XTrimoGeneConfig, num_cells: int) -> Callable[[], Tensor]:
-    encode = _dense(config, num_cells)
+def _full_length(name: str, config: XTrimoGeneConfig, num_cells: int) -> Callable[[], Tensor]:
+    # Not even addresses for dense scores: they are tens of gigabytes. The Performer's FLOPs depend on real offsets.
+    with torch.device("cpu" if name == "performer" else "meta"):
+        module = FULL_LENGTH[name].build(config)
+        x = torch.empty(num_cells, config.num_genes, config.dim)
 
     def run() -> Tensor:
-        bridge = nn.Linear(config.dim, config.decoder_dim, device="meta")
-        decoder = _transformer(
-            config.decoder_dim, config.decoder_heads, config.decoder_ffn_dim, config.decoder_layers, "meta"
-        )
-        head = nn.Linear(config.decoder_dim, 1, device="meta")
-        x = bridge(encode())
         with _explicit_attention():
-            return head(decoder(x))
+            return module(x)
 
     return run
-
-
-def _performer(config: XTrimoGeneConfig, num_cells: int) -> Callable[[], Tensor]:
-    layers = baselines.PerformerEncoder(config)
-    x = torch.zeros(num_cells * config.num_genes, config.dim)
-    return lambda: layers(x, (config.num_genes,) * num_cells)
 
 
 def _padded(model: XTrimoGene, batch: RaggedBatch) -> Callable[[], Tensor]:
     config, cells, longest = model.config, batch.batch_size, batch.max_seqlen
-    theirs = _dense_encoder(config, "cpu")
+    theirs = baselines.dense_encoder(config)
     values = torch.zeros(cells * longest)
 
     def run() -> Tensor:

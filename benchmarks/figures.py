@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks import costs
 from benchmarks.cases import BOTH, FORWARD
 from benchmarks.cells import Cells
-from benchmarks.report import DIRECTION_NAMES, MODEL_NAMES, Report, dense_seconds, exponent, per_cell
+from benchmarks.report import DIRECTION_NAMES, MODEL_NAMES, PART_NAMES, Report, exponent, full_seconds, per_cell
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.flops import dense_flops, encoder_flops
 
@@ -79,7 +79,7 @@ def _parts(report: Report, cells: Cells, figure: Any) -> str | None:
     left = np.zeros(len(rows))
     for part, color in zip(costs.PARTS, PART_COLORS, strict=True):
         shares = np.asarray([100 * row[f"gflop_{part}"] / row["gflop_per_cell"] if row else 0.0 for row in rows])
-        axes.barh(labels, shares, left=left, color=color, label=part)
+        axes.barh(labels, shares, left=left, color=color, label=PART_NAMES.get(part, part))
         left += shares
     axes.set(xlabel="% of the model's forward FLOPs", xlim=(0, 100))
     figure.legend(loc="outside upper center", ncols=4)
@@ -105,21 +105,33 @@ def _lengths(report: Report, cells: Cells, figure: Any) -> str | None:
 def _time_by_length(report: Report, cells: Cells, figure: Any) -> str | None:
     if not report.of("length"):
         return None
-    figure.set_size_inches(9, 3.6)
+    figure.set_size_inches(9, 4.4)
     for axes, direction in zip(figure.subplots(1, 2, sharey=True), (FORWARD, BOTH), strict=True):
         _curves(axes, report, "length", direction, _x_and_milliseconds)
         preset = report.of("length")[0]["preset"]
-        against = dense_seconds(report, preset, "float32", direction)
-        if against is not None:
-            label = f"dense, all genes, float32{', extrapolated' if against[1] else ''}"
-            axes.axhline(1e3 * against[0], color=COLORS["dense"], linestyle=":", label=label)
+        for model in ("dense", "performer"):
+            against = full_seconds(report, model, preset, "float32", direction)
+            if against is not None:
+                label = f"{MODEL_NAMES[model]}, float32{', extrapolated' if against[1] else ''}"
+                axes.axhline(1e3 * against[0], color=MODEL_COLORS[model], linestyle=":", label=label)
         axes.set(xscale="log", yscale="log", xlabel="expressed genes", title=f"{preset}, {DIRECTION_NAMES[direction]}")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7.5)
+        _finish(axes)
     figure.axes[0].set_ylabel("ms per cell")
     return (
-        "Measured time per cell against expressed genes, with fitted exponents; dotted: a dense encoder over all genes."
+        "Measured time per cell against expressed genes, with fitted exponents; dotted: encoders that run over all "
+        "genes of a cell, whatever it expresses."
     )
+
+
+def _finish(axes: Any) -> None:
+    """Grid, plain numbers at a logarithmic scale, and the legend below, where it hides no curve."""
+    axes.grid(alpha=0.3)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda x, _: f"{x:,.4g}")
+    low, high = axes.get_ylim()
+    # Within two decades the ticks between powers of ten need their numbers; beyond, they have no room for them.
+    axes.yaxis.set_minor_formatter(lambda x, _: f"{x:,.4g}" if high < 100 * low and f"{x:.0e}"[0] in "25" else "")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
 def _curves(
@@ -143,7 +155,7 @@ def _x_and_milliseconds(row: dict[str, Any]) -> tuple[float, float]:
 def _unevenness(report: Report, cells: Cells, figure: Any) -> str | None:
     if not report.of("unevenness"):
         return None
-    figure.set_size_inches(5.5, 3.3)
+    figure.set_size_inches(5.5, 4.2)
     axes = figure.subplots()
     for provider in ("padded", "plain", "xtg"):
         rows = report.of("unevenness", provider=provider, direction=FORWARD)
@@ -155,8 +167,7 @@ def _unevenness(report: Report, cells: Cells, figure: Any) -> str | None:
     ticks = report.values("unevenness", "x")
     axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axes.xaxis.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
+    _finish(axes)
     return (
         "Measured time of a batch of 16 cells with always the same number of genes, more and more unevenly spread over "
         "the cells, with fitted exponents."
@@ -167,33 +178,31 @@ def _threads(report: Report, cells: Cells, figure: Any) -> str | None:
     numbers = report.values("threads", "x")
     if len(numbers) < 2:
         return None
-    figure.set_size_inches(5.5, 3.3)
+    figure.set_size_inches(5.5, 4.2)
     axes = figure.subplots()
     _curves(axes, report, "threads", FORWARD, _x_and_milliseconds)
     axes.set(xscale="log", yscale="log", xlabel="threads", ylabel="ms per cell, forward")
     axes.set_xticks(numbers, map(str, numbers))
     axes.xaxis.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    _finish(axes)
     return "Measured time per cell by number of threads; an exponent of -1 would be ideal."
 
 
 def _sizes(report: Report, cells: Cells, figure: Any) -> str | None:
     if len(report.values("encoder", "preset")) < 2:
         return None
-    figure.set_size_inches(5.5, 3.3)
+    figure.set_size_inches(5.5, 4.2)
     axes = figure.subplots()
     _curves(axes, report, "encoder", FORWARD, per_cell)
     for row in report.of("encoder", provider="xtg", dtype="float32", direction=FORWARD):
         axes.annotate(row["preset"], per_cell(row), textcoords="offset points", xytext=(4, 6))
     axes.set(xscale="log", yscale="log", xlabel="GFLOP per cell, forward", ylabel="ms per cell, forward")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    _finish(axes)
     return "Measured time per cell by size of the model, with fitted exponents; cells of real lengths."
 
 
 def _dropin(report: Report, cells: Cells, figure: Any) -> str | None:
-    rows = [row for row in report.of("drop-in", provider="xtg") if row["direction"] in DIRECTION_NAMES]
+    rows = report.timed("drop-in", "xtg")
     if not rows:
         return None
     figure.set_size_inches(9, 0.5 * len(rows) + 1.3)
@@ -202,8 +211,7 @@ def _dropin(report: Report, cells: Cells, figure: Any) -> str | None:
     for i, row in enumerate(reversed(rows)):
         labels.append(f"{row['case']}\n{row['dtype']}, {DIRECTION_NAMES[row['direction']]}")
         for shift, provider in ((0.5, "padded"), (-0.5, "plain")):
-            same = {name: row[name] for name in ("case", "dtype", "direction")}
-            other = report.one("drop-in", provider=provider, **same)
+            other = report.beside(row, provider)
             if other is not None:
                 ratio, name = other["median_ms"] / row["median_ms"], {"plain": "one by one"}.get(provider, provider)
                 bar = axes.barh(i + shift * height, ratio, height, color=COLORS[provider], label="" if i else name)

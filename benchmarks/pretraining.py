@@ -30,6 +30,9 @@ from xtrimogene import Vocabulary, XTrimoGene
 from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells
 
 EXPRESSED = 2000
+Loss = Callable[[XTrimoGene, MaskedBatch], torch.Tensor]
+# A loss, and the gradient of all weights as one vector in float64, if it was asked for.
+Step = tuple[float, torch.Tensor | None]
 # Preset, cells of a step, whether the reference is timed too and float64 judges: at 100m neither fits in patience.
 CASES = (("3m", 4, True), ("100m", 1, False))
 # Loss, and gradient of all weights as one vector. A rounding that moves a row across the kink of a ReLU changes the
@@ -44,8 +47,11 @@ def step(quick: bool) -> Iterator[dict[str, Any]]:
             providers = ("reference", "xtg") if judged else ("xtg",)
             model, masked = prepared(preset, 1 if quick else cells, expressed=200 if quick else EXPRESSED)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-            exact = _exact(model, masked) if judged else None
-            errors = {name: _errors(model, masked, dtype, name, exact) for name in providers}
+            exact = _exact(model, masked, judged)
+            errors = {}
+            for name in providers:
+                with use_backend(_backend(name)):
+                    errors[name] = step_errors(model, masked, dtype, exact)
             steps = {name: functools.partial(_step, model, masked, optimizer, dtype, name) for name in providers}
             times = _in_turns(steps, 1 if quick else 3)
             for name in providers:
@@ -54,9 +60,7 @@ def step(quick: bool) -> Iterator[dict[str, Any]]:
                     "case": f"{preset}, {masked.batch_size} cell{'s' * (masked.batch_size > 1)}",
                     "cells": masked.batch_size, "tokens": masked.batch.total_nnz, "dtype": dtype,
                     "direction": "training step", "provider": name,
-                    "correct": all(error <= LIMITS[dtype][what] for what, error in errors[name].items()),
-                    **{f"{what}_error": f"{error:.2e}" for what, error in errors[name].items()},
-                    **{f"{what}_limit": LIMITS[dtype][what] for what in errors[name]},
+                    "correct": step_is_right(errors[name], dtype), **error_columns(errors[name], dtype),
                 }  # fmt: skip
                 if row["correct"]:
                     low, median, high = np.quantile(times[name], [0.2, 0.5, 0.8])
@@ -131,14 +135,14 @@ def prepared(
     return XTrimoGene.from_preset(preset, vocabulary, depth_tokens=True, dropout=0.0).train(), masked
 
 
-def mean_loss(model: XTrimoGene, masked: MaskedBatch, dtype: str) -> torch.Tensor:
+def mean_loss(model: XTrimoGene, masked: MaskedBatch, dtype: str, loss: Loss = XTrimoGene.loss) -> torch.Tensor:
     """The loss by the number of chosen genes; "bfloat16" is autocast."""
     with torch.autocast(model.mask_row.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        return model.loss(masked) / masked.total_chosen
+        return loss(model, masked) / masked.total_chosen
 
 
 def _step(model: XTrimoGene, masked: MaskedBatch, optimizer: torch.optim.Optimizer, dtype: str, provider: str) -> None:
-    with use_backend("reference" if provider == "reference" else "auto"):
+    with use_backend(_backend(provider)):
         mean_loss(model, masked, dtype).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -152,32 +156,53 @@ def in_float64(model: XTrimoGene, masked: MaskedBatch) -> tuple[XTrimoGene, Mask
     return exactly, replace(masked, batch=batch, chosen_values=masked.chosen_values.double())
 
 
-def _exact(model: XTrimoGene, masked: MaskedBatch) -> tuple[float, torch.Tensor]:
+def _backend(provider: str) -> str:
+    return "reference" if provider == "reference" else "auto"
+
+
+def _exact(model: XTrimoGene, masked: MaskedBatch, judged: bool) -> Step:
+    """Loss and gradient in float64; where that is too slow, the loss of the reference in float32."""
+    if judged:
+        return exact_step(model, masked)
     with use_backend("reference"):
-        return _loss_and_gradient(*in_float64(model, masked), "float64")
+        return _loss_and_gradient(model, masked, "float32", XTrimoGene.loss, gradient=False)
 
 
-def _loss_and_gradient(model: XTrimoGene, masked: MaskedBatch, dtype: str) -> tuple[float, torch.Tensor]:
-    loss = mean_loss(model, masked, dtype)
+def exact_step(model: XTrimoGene, masked: MaskedBatch, *, gradient: bool = True) -> Step:
+    """Loss, and gradient if wanted, in float64 on the reference backend."""
+    with use_backend("reference"):
+        return _loss_and_gradient(*in_float64(model, masked), "float64", XTrimoGene.loss, gradient)
+
+
+def _loss_and_gradient(model: XTrimoGene, masked: MaskedBatch, dtype: str, way: Loss, gradient: bool) -> Step:
+    with torch.set_grad_enabled(gradient):
+        loss = mean_loss(model, masked, dtype, way)
+    if not gradient:
+        return float(loss), None
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, materialize_grads=True)
-    return float(loss), torch.cat([gradient.flatten().double() for gradient in gradients])
+    return float(loss.detach()), torch.cat([gradient.flatten().double() for gradient in gradients])
 
 
-def _errors(
-    model: XTrimoGene, masked: MaskedBatch, dtype: str, provider: str, exact: tuple[float, torch.Tensor] | None
+def step_errors(
+    model: XTrimoGene, masked: MaskedBatch, dtype: str, exact: Step, loss: Loss = XTrimoGene.loss
 ) -> dict[str, float]:
-    """Relative errors against float64; where that is too slow, of the loss against the reference in float32."""
-    with use_backend("reference" if provider == "reference" else "auto"):
-        if exact is not None:
-            loss, gradient = _loss_and_gradient(model, masked, dtype)
-            return {
-                "loss": abs(loss / exact[0] - 1),
-                "gradient": float((gradient - exact[1]).norm() / exact[1].norm()),
-            }
-        with torch.no_grad():
-            loss = float(mean_loss(model, masked, dtype))
-    with torch.no_grad(), use_backend("reference"):
-        return {"loss": abs(loss / float(mean_loss(model, masked, "float32")) - 1)}
+    """Relative errors of the loss, and of the gradient of all weights as one vector where exact has one."""
+    found, gradient = _loss_and_gradient(model, masked, dtype, loss, exact[1] is not None)
+    errors = {"loss": abs(found / exact[0] - 1)}
+    if gradient is not None and exact[1] is not None:
+        errors["gradient"] = float((gradient - exact[1]).norm() / exact[1].norm())
+    return errors
+
+
+def step_is_right(errors: Mapping[str, float], dtype: str) -> bool:
+    """Whether errors of step_errors are within their limits; NaN is not."""
+    return all(error <= LIMITS[dtype][what] for what, error in errors.items())
+
+
+def error_columns(errors: Mapping[str, float], dtype: str) -> dict[str, Any]:
+    """What a row says of them."""
+    found: dict[str, Any] = {f"{what}_error": f"{error:.2e}" for what, error in errors.items()}
+    return found | {f"{what}_limit": LIMITS[dtype][what] for what in errors}
 
 
 def _in_turns(ways: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:

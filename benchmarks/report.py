@@ -1,25 +1,23 @@
-"""The report of `xtrimogene bench`: the measured rows as one document, written as Markdown and as a page of HTML.
-
-The page is a single file: pictures are inside it, nothing is fetched. Every table says how its numbers were obtained.
-"""
+"""What the report of `xtrimogene bench` says, made from the measured rows; benchmarks.document writes it."""
 
 from __future__ import annotations
 
-import base64
-import html
-import re
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import costs
-from benchmarks.cases import BOTH, FORWARD
+from benchmarks.cases import BOTH, DTYPES, FORWARD
+from benchmarks.document import Picture, Section, Table, text_table
 from benchmarks.timings import Size
+from xtrimogene.masking import MaskingConfig
 
 Row = dict[str, Any]
+Parts = list[str | Table | Picture]
 MODEL_NAMES = {
     "dense": "dense Transformer encoder",
     "dense auto-encoder": "dense auto-encoder",
@@ -30,34 +28,9 @@ MODEL_NAMES = {
     "auto-encoder": "our auto-encoder, exact savings",
 }
 PART_NAMES = {"ffn": "FFN", "favor": "FAVOR"}
-DIRECTION_NAMES = {FORWARD: "forward", BOTH: "training step"}
+DIRECTION_NAMES = {FORWARD: "forward", BOTH: "forward + backward"}
+WAY_NAMES = {"xtg": "ours", "plain": "packed plain PyTorch"}
 DAGGER = "\N{DAGGER}"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under a header; ``how`` says how the numbers were obtained. The first ``labels`` columns hold text."""
-
-    header: list[str]
-    body: list[list[str]]
-    how: str
-    labels: int = 1
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture that lies beside the report as NAME.png and NAME.svg."""
-
-    name: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, and paragraphs, tables and pictures in their order."""
-
-    title: str
-    parts: list[str | Table | Picture]
 
 
 @dataclass(frozen=True)
@@ -86,15 +59,35 @@ class Report:
         """The first such row, if any."""
         return next(iter(self.of(benchmark, **wanted)), None)
 
+    def known(self, benchmark: str, **wanted: object) -> Row:
+        """The first such row, where there always is one."""
+        return self.of(benchmark, **wanted)[0]
+
+    def beside(self, row: Row, provider: str) -> Row | None:
+        """The row of another provider of the same case, dtype and direction, if any."""
+        same = {name: row[name] for name in ("case", "dtype", "direction")}
+        return self.one(row["benchmark"], provider=provider, **same)
+
     def values(self, benchmark: str, column: str) -> list[Any]:
         """Distinct values of a column, in their order."""
         return list(dict.fromkeys(row[column] for row in self.of(benchmark) if column in row))
 
+    def timed(self, benchmark: str, provider: str) -> list[Row]:
+        """Rows of the directions that the report shows."""
+        return [row for row in self.of(benchmark, provider=provider) if row["direction"] in DIRECTION_NAMES]
+
 
 def sections(report: Report) -> list[Section]:
     """The document."""
-    made = [_summary(report), _flops(report), _time(report), _scaling(report), _dropin(report), _how(report)]
-    return [section for section in made if section.parts]
+    made = {
+        "In short": _summary(report),
+        "FLOPs per cell": _flops(report),
+        "Time and memory": _time(report),
+        "Scaling": _scaling(report),
+        "Other models without padding": _dropin(report),
+        "How it was measured": _how(report),
+    }
+    return [Section(title, parts) for title, parts in made.items() if parts]
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
@@ -103,14 +96,16 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
     return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
 
 
-def dense_seconds(report: Report, preset: str, dtype: str, direction: str) -> tuple[float, bool] | None:
-    """Seconds of the dense encoder for a cell with all genes, and whether they are extrapolated.
+def full_seconds(report: Report, model: str, preset: str, dtype: str, direction: str) -> tuple[float, bool] | None:
+    """Seconds of a full-length model for a cell with all genes, and whether they are extrapolated.
 
     None where measured cells were made shorter: a ratio to the whole of a dense cell would flatter.
     """
     if report.size.shorter > 1:
         return None
-    row = report.one("dense", preset=preset, dtype=dtype, direction=direction, x=report.num_genes)
+    row = report.one(
+        "dense", provider=model, preset=preset, dtype=dtype, direction=direction, x=report.num_genes
+    )  # fmt: skip
     return None if row is None else (row["median_ms"] / 1e3, bool(row.get("extrapolated")))
 
 
@@ -124,287 +119,308 @@ def summary_table(report: Report) -> Table:
     body = []
     for row in report.of("flops", provider="encoder"):
         size, line = row["case"], [row["case"]]
-        whole = report.one("flops", provider="auto-encoder", case=size)
-        wide = report.one("flops", provider="dense auto-encoder", case=size)
-        assert whole is not None
-        assert wide is not None
+        whole = report.known("flops", provider="auto-encoder", case=size)
+        wide = report.known("flops", provider="dense auto-encoder", case=size)
         for share in (row["share_of_dense"], whole["gflop_per_cell"] / wide["gflop_per_cell"]):
             line += [_percent(share), f"{1 / share:,.0f}"]
-        for dtype in ("float32", "bfloat16"):
+        for dtype in DTYPES:
             found = report.one("encoder", provider="xtg", preset=size, dtype=dtype, direction=FORWARD)
-            against = dense_seconds(report, size, dtype, FORWARD)
-            line.append("" if found is None else _number(found["cells_per_second"]))
-            if found is None or against is None:
-                line.append("")
-            else:
-                line.append(_times(against[0] * found["cells_per_second"]) + (DAGGER if against[1] else ""))
+            line += ["", ""] if found is None else [
+                _number(found["cells_per_second"]), _against_full(report, found, "dense")
+            ]  # fmt: skip
         body.append(line)
     header = [
         "size", "FLOPs to embed a cell, of dense", "times fewer", "FLOPs in pre-training, of dense", "times fewer",
         "cells/s, float32", "against dense", "cells/s, bfloat16", "against dense",
     ]  # fmt: skip
-    if not report.of("encoder"):
-        header, body = header[:5], [line[:5] for line in body]
+    measured = {
+        row["preset"]: f"{row['preset']}: {row['cells']:.0f}, with {row['tokens'] / row['cells']:,.0f} genes on average"
+        for row in report.of("encoder", provider="xtg")
+    }
     how = (
-        "FLOPs in closed form, forward, mean over the cells; the dense encoder and auto-encoder have the same width "
-        "and depth over all genes. Speed of the encoder's layers, forward, measured, against the dense encoder in "
-        f"the same run; empty where a size was not measured. {DAGGER} the dense time is extrapolated."
+        "FLOPs in closed form, forward, mean over all cells; the dense encoder and auto-encoder have the same width "
+        "and depth over all genes. "
     )
-    return Table(header, body, how)
+    if not measured:
+        return Table(header[:5], [line[:5] for line in body], how)
+    return Table(header, body, how + (
+        f"Speed of the encoder's layers, forward, measured on some of these cells ({'; '.join(measured.values())}), "
+        "against the time of the dense encoder for a cell in the same run: ours by our kernels, the dense one by "
+        "PyTorch's, so that the ratio is not that of the FLOPs. Empty where a size was not measured. "
+        f"{DAGGER} the dense time is extrapolated."
+    ))  # fmt: skip
 
 
-def _summary(report: Report) -> Section:
-    parts: list[str | Table | Picture] = [
+def _summary(report: Report) -> Parts:
+    parts: Parts = [
         "xTrimoGene runs a Transformer over the genes that a cell expresses instead of all genes of the vocabulary. "
         "This report says what that saves, in arithmetic, time and memory, on this machine.",
         summary_table(report),
     ]
     if report.quick:
-        parts.append("This was a quick run on small shapes: it shows that everything works, not how fast it is.")
-    parts.append(_where(report))
-    return Section("In short", parts)
+        parts.append(
+            "This was a quick run on small shapes: it shows that everything works, not how fast it is. A case named "
+            f"\N{LEFT DOUBLE QUOTATION MARK}/ {report.size.shorter}\N{RIGHT DOUBLE QUOTATION MARK} has cells with so "
+            "many times fewer genes."
+        )
+    return [*parts, _where(report)]
 
 
-def _flops(report: Report) -> Section:
+def _flops(report: Report) -> Parts:
     presets = report.values("flops", "case")
-    body = []
-    for model in costs.MODELS:
-        line = [MODEL_NAMES[model]]
-        for preset in presets:
-            row = report.one("flops", case=preset, provider=model)
-            assert row is not None
-            line += [_number(row["gflop_per_cell"]), _percent(row["share_of_dense"])]
-        body.append(line)
-    tokens = report.of("flops")[0]
-    how = (
-        f"Closed form (xtrimogene.flops), mean over {tokens['cells']:,} cells with "
-        f"{tokens['tokens'] / tokens['cells']:,.0f} expressed genes on average and {report.num_genes:,} genes in the "
+
+    def by_size(benchmark: str, column: str, digits: int) -> dict[str, Callable[[Any], str]]:
+        """GFLOP and share of the dense encoder for each size, of the row that has in ``column`` what is asked."""
+
+        def gflop(preset: str, asked: Any) -> str:
+            return _number(report.known(benchmark, case=preset, **{column: asked})["gflop_per_cell"])
+
+        def share(preset: str, asked: Any) -> str:
+            return _percent(report.known(benchmark, case=preset, **{column: asked})["share_of_dense"], digits)
+
+        units = {"GFLOP": gflop, "of dense": share}
+        return {
+            f"{preset}, {unit}": functools.partial(way, preset)
+            for preset, (unit, way) in itertools.product(presets, units.items())
+        }
+
+    any_row, masking = report.of("flops")[0], MaskingConfig()
+    main = Table.of(
+        costs.MODELS, {"model": lambda model: MODEL_NAMES[model], **by_size("flops", "provider", 1)},
+        f"Closed form (xtrimogene.flops), forward, mean over {any_row['cells']:,} cells with "
+        f"{any_row['tokens'] / any_row['cells']:,.0f} expressed genes on average and {report.num_genes:,} genes in the "
         "vocabulary. FLOPs of matrix products, two for a multiply-add. The share is that of the dense encoder of the "
         "same width and depth; its embedding is left out, which favours it. The dense auto-encoder has a softmax "
-        "decoder of our decoder's width and depth. Both of our auto-encoders are counted in pre-training (30 % of "
-        "the expressed and 3 % of the other genes chosen); the savings are exact: nothing is approximated, and they "
-        f"are shared by batches of {costs.STEP_CELLS} cells."
+        "decoder of our decoder's width and depth. Both of our auto-encoders are counted in pre-training: "
+        f"{_percent(masking.nonzero_rate, 0)} of the expressed and {_percent(masking.zero_rate, 0)} of the other genes "
+        f"are to be predicted, and {_percent(masking.mask_share, 0)} of these are hidden from the encoder, which "
+        "costs less there than for an embedding. The savings are exact: nothing is approximated; they are shared by "
+        f"batches of {costs.STEP_CELLS} cells.",
+    )  # fmt: skip
+    split = {PART_NAMES.get(part, part): functools.partial(_part, f"gflop_{part}") for part in costs.PARTS}
+    by_part = Table.of(
+        report.of("flops"), {"size, model": _model, **split},
+        "The same closed forms by part. Embedding: values into vectors. Projections: queries, keys, values and "
+        "output. Attention: products with queries, keys and values (of the Performer: with random features; of the "
+        "dense auto-encoder: those of its decoder too). FAVOR: the linear attention of our decoder. Bridge: from "
+        "encoder to decoder width. Decoder linear: its projections and FFN.",
+    )  # fmt: skip
+    by_length = Table.of(
+        costs.QUANTILES,
+        {
+            "quantile": lambda level: f"{100 * level:.0f} %",
+            "expressed genes": lambda level: f"{report.known('flops of a cell', quantile=level)['tokens']:,}",
+            **by_size("flops of a cell", "quantile", 2),
+        },
+        "Closed form for the cell at each quantile of expressed genes.",
     )
-    main = Table(["model"] + [x for preset in presets for x in (f"{preset}, GFLOP", "of dense")], body, how)
-    parts: list[str | Table | Picture] = [main, *_pictures(report, "flops")]
-
-    body = []
-    for preset in presets:
-        for model in costs.MODELS:
-            row = report.one("flops", case=preset, provider=model)
-            assert row is not None
-            split = [row[f"gflop_{part}"] for part in costs.PARTS]
-            body.append([preset, MODEL_NAMES[model], *(_number(x) if x else "" for x in split)])
-    parts.append("Where they go, in GFLOP per cell:")
-    parts.append(
-        Table(
-            ["size", "model", *(PART_NAMES.get(part, part) for part in costs.PARTS)], body,
-            "The same closed forms by part. Embedding: values into vectors. Projections: queries, keys, values and "
-            "output. Attention: products with queries, keys and values (of the Performer: with random features; of "
-            "the dense auto-encoder: those of its decoder too). "
-            "FAVOR: the decoder's linear attention. Bridge: from encoder to decoder width. Decoder linear: its "
-            "projections and FFN.",
-            labels=2,
-        )
-    )  # fmt: skip
-    parts += _pictures(report, "parts")
-
-    body = []
-    for level in costs.QUANTILES:
-        rows = [report.one("flops of a cell", case=preset, quantile=level) for preset in presets]
-        found = [row for row in rows if row is not None]
-        cells = [x for row in found for x in (_number(row["gflop_per_cell"]), _percent(row["share_of_dense"], 2))]
-        body.append([f"{100 * level:.0f} %", f"{found[0]['tokens']:,}", *cells])
-    parts.append("Cells are unequal, and the cost grows faster than the length. Our encoder over the distribution:")
-    header = ["quantile", "expressed genes"] + [x for p in presets for x in (f"{p}, GFLOP", "of dense")]
-    parts.append(Table(header, body, "Closed form for the cell at each quantile of expressed genes."))
-    parts += _pictures(report, "lengths")
-
-    body = [
-        [row["case"], MODEL_NAMES[row["provider"]], f"{row['cells']}",
-         *(f"{row[f'flops_{how}']:,}" for how in ("counted", "closed_form"))]
-        for row in report.of("flops counted")
+    counted = Table.of(
+        report.of("flops counted"),
+        {
+            "size, model": _model,
+            "cells": lambda row: f"{row['cells']}",
+            "counted": lambda row: f"{row['flops_counted']:,}",
+            "closed form": lambda row: f"{row['flops_closed_form']:,}",
+        },
+        "Counted: forward passes on the first cells, called in this run under torch.utils.flop_counter."
+        "FlopCounterMode with the real shapes and offsets, but without doing the arithmetic. A difference of one would "
+        "end this run with an error. PyTorch's attention is called as matrix products here, since its fused one on a "
+        "CPU counts as 0. Padded: to the longest of these cells.",
+    )
+    parts: Parts = [
+        main, *_pictures(report, "flops"), "Where they go, in GFLOP per cell:", by_part, *_pictures(report, "parts"),
+        "Cells are unequal, and the cost grows faster than the length. Our encoder over the distribution:", by_length,
+        *_pictures(report, "lengths"), "The closed forms are what runs, to the last unit:", counted,
     ]  # fmt: skip
-    parts.append("The closed forms are what runs, to the last unit:")
-    parts.append(
-        Table(
-            ["size", "model", "cells", "counted", "closed form"], body,
-            "Counted: forward passes called in this run under torch.utils.flop_counter.FlopCounterMode, with the real "
-            "shapes and offsets, but without doing the arithmetic. A difference of one would end this run with an "
-            "error. PyTorch's attention is called as matrix products here, since its fused one on a CPU counts as 0. "
-            "Padded: to the longest of these cells.",
-            labels=2,
-        )
-    )  # fmt: skip
     saved = {row["provider"]: row for row in report.of("exact savings")}
     if len(saved) == 2:
         ours, plain = (saved[name]["flops_counted"] for name in ("auto-encoder", "auto-encoder, plain"))
         parts.append(
             f"Exact savings: a training step ({saved['auto-encoder']['case']}, masked, with read-depth tokens) "
             f"executes {ours:,} FLOPs, {ours / plain:.3f} of the {plain:,} of the same network as it is written down; "
-            "both counted."
+            "both counted, forward and backward."
         )
-    return Section("FLOPs per cell", parts)
+    return parts
 
 
-def _time(report: Report) -> Section:
-    body = []
-    for row in report.of("encoder", provider="xtg"):
-        if row["direction"] not in DIRECTION_NAMES:
-            continue
-        same = {name: row[name] for name in ("case", "dtype", "direction")}
-        others = {name: report.one("encoder", provider=name, **same) for name in ("plain", "padded")}
-        against = dense_seconds(report, row["preset"], row["dtype"], row["direction"])
-        ratios = ["" if o is None else _times(o["median_ms"] / row["median_ms"]) for o in others.values()]
-        wide = "" if against is None else _times(against[0] * row["cells_per_second"]) + DAGGER * against[1]
-        body.append(
-            [row["case"], row["dtype"], DIRECTION_NAMES[row["direction"]], _milliseconds(per_cell(row)[1]),
-             _number(row["cells_per_second"]), _number(row["tokens_per_second"]), _percent(row["share_of_gemm"], 0),
-             *ratios, wide, _noise(row)]
-        )  # fmt: skip
-    parts: list[str | Table | Picture] = []
-    if body:
-        parts.append("The encoder's layers on real cells, and how many times as long other ways take:")
-        parts.append(
-            Table(
-                ["cells", "dtype", "what", "time a cell", "cells/s", "tokens/s", "of GEMM", "packed plain PyTorch",
-                 "padded", "dense", "noise"],
-                body,
-                "Median of the runs of a process in which all ways take turns. Packed plain PyTorch: linear layers "
-                "over all tokens, F.scaled_dot_product_attention cell by cell. Padded: torch.nn.TransformerEncoder "
-                "with a mask. Dense: the table below, per cell. Of GEMM: closed-form FLOPs by time, against torch.mm "
-                "at 2048 x 2048 x 2048 in the same turns and dtype; above 100 % where PyTorch's own product is slow. "
-                "Training step: forward and backward, without optimiser. Noise: 20 % and 80 % quantile around the "
-                f"median. Every way was right against float64 before it was timed. {DAGGER} extrapolated.",
-                labels=3,
-            )
-        )  # fmt: skip
-    body = []
-    for preset in report.values("dense", "preset"):
-        for dtype in report.values("dense", "dtype"):
-            for direction in (FORWARD, BOTH):
-                rows = report.of("dense", preset=preset, dtype=dtype, direction=direction)
-                measured = [row for row in rows if not row.get("extrapolated")]
-                if not measured:
-                    continue
-                last = measured[-1]
-                whole = next((row for row in rows if row["x"] == report.num_genes), None)
-                fit = "" if whole is None or not whole.get("extrapolated") else _percent(whole["fit_deviation"], 0)
-                total = "" if whole is None else _seconds(whole["median_ms"]) + _mark(whole)
-                body.append(
-                    [preset, dtype, DIRECTION_NAMES[direction], f"{len(measured)}", f"{last['x']:,}",
-                     _seconds(last["median_ms"]), total, fit]
-                )  # fmt: skip
-    if body:
-        parts.append("A dense encoder of the same width and depth, one cell, every gene a token:")
-        parts.append(
-            Table(
-                ["size", "dtype", "what", "points", "longest run", "its time", f"{report.num_genes:,} genes", "misfit"],
-                body,
-                "torch.nn.TransformerEncoder with F.scaled_dot_product_attention, at a thirty-second of the genes, a "
-                f"sixteenth and so on, as long as a run was expected to take {report.size.dense_seconds:g} s at most. "
-                f"{DAGGER} extrapolated: the curve of its FLOPs, linear layers (as n) and attention (as "
-                "n\N{SUPERSCRIPT TWO}) each at a rate of its own, fitted to the measured times by least relative "
-                "squares (attention between a quarter of and four times the rate of linear layers); misfit is its "
-                "largest relative deviation from them.",
-                labels=3,
-            )
-        )  # fmt: skip
-    body = []
-    for preset in report.values("peak", "preset"):
-        for direction in (FORWARD, BOTH):
-            line = [preset, DIRECTION_NAMES[direction]]
-            ours = report.one("peak", preset=preset, direction=direction, provider="xtg")
-            for provider in ("xtg", "padded", "dense"):
-                found = report.one("peak", preset=preset, direction=direction, provider=provider)
-                line.append("" if found is None else _number(found["peak_mib"] / found["cells"]) + _mark(found))
-            if ours is not None:
-                body.append([*line, f"{ours['cells']}"])
-    if body:
-        parts.append("Peak memory, MiB per cell, float32:")
-        parts.append(
-            Table(
-                ["size", "what", "ours", "padded", "dense", "cells in the batch"], body,
-                "Highest resident memory of a process that does this once, above that with weights and input in "
-                "place, by the cells of the batch (dense: one cell). Training step: forward and backward, gradients "
-                f"of all weights included. {DAGGER} a line through the two longest runs, since the dense attention is "
-                "fused and stores no scores.",
-                labels=2,
-            )
-        )  # fmt: skip
-    body = [
-        [row["case"], row["dtype"], _seconds(row["median_ms"]), _number(row["cells_per_second"]),
-         _number(row["gflops"]), _percent(row["share_of_gemm"], 0), _noise(row)]
-        for row in report.of("step")
-    ]  # fmt: skip
-    if body:
-        parts.append("A pre-training step of the whole auto-encoder:")
-        parts.append(
-            Table(
-                ["cells", "dtype", "time", "cells/s", "GFLOP/s", "of GEMM", "noise"], body,
-                "Forward, backward and AdamW on masked cells, every gene of the vocabulary in the decoder; bfloat16 "
-                "is autocast. The loss of the first cell was right against the model in float64 on the reference "
-                "backend.",
-                labels=2,
-            )
-        )  # fmt: skip
-    return Section("Time and memory", parts)
+def _part(column: str, row: Row) -> str:
+    return _number(row[column]) if row[column] else ""
 
 
-def _scaling(report: Report) -> Section:
-    body = []
-    for labels, rows in _series(report, "length"):
-        if len(rows) < 3:
-            continue
-        points = [(row["x"], row["median_ms"] / row["cells"]) for row in rows]
-        upper = [point for point in points if point[0] >= 2000]
-        body.append(
-            [*labels, f"{points[0][0]:,} ... {points[-1][0]:,}", f"{exponent(points):.2f}",
-             f"{exponent(upper):.2f}" if len(upper) >= 3 else "", _milliseconds(points[-1][1])]
-        )  # fmt: skip
-    parts: list[str | Table | Picture] = []
-    if body:
-        parts.append("Time per cell against expressed genes, t \N{PROPORTIONAL TO} n^exponent:")
-        parts.append(
-            Table(
-                ["way", "dtype", "what", "expressed genes", "exponent", "from 2,000 genes", "longest, ms"], body,
-                "Slope of the least-squares line through log time and log genes. Between 1 (linear layers) and 2 "
-                "(attention) by construction; a batch of equal cells per point, about as many tokens in each. "
-                "Outputs were compared with plain PyTorch in the same dtype.",
-                labels=3,
-            )
-        )  # fmt: skip
-    parts += _pictures(report, "time_by_length")
-    body = []
-    for x in report.values("unevenness", "x"):
-        ways = [report.one("unevenness", x=x, direction=FORWARD, provider=way) for way in ("xtg", "plain", "padded")]
-        if ways[0] is not None:
-            times = ["" if way is None else _milliseconds(way["median_ms"]) for way in ways]
-            body.append([ways[0]["case"].split(", ", 1)[1], *times])
-    if body:
-        parts.append("Time of a batch of 16 cells against its unevenness, forward, float32:")
-        parts.append(
-            Table(
-                ["longest cell", "ours", "packed plain PyTorch", "padded"], body,
-                "The same number of genes in every batch; one cell holds so many times the mean, the others share "
-                "the rest. The attention of the long cell is real work, the padding is not.",
-            )
-        )  # fmt: skip
-    parts += _pictures(report, "unevenness")
-    body = []
-    for labels, rows in _series(report, "threads"):
-        if len(rows) > 1:
-            gains = [f"{row['x']}: {_times(rows[0]['median_ms'] / row['median_ms'])}" for row in rows]
-            body.append([*labels, _milliseconds(rows[0]["median_ms"]), ", ".join(gains)])
-    if body:
-        parts.append("Threads:")
-        parts.append(
-            Table(
-                ["way", "dtype", "what", "one thread", "threads: times as fast"], body,
-                "The same cells and process, with the number of threads set by torch.set_num_threads.", labels=3,
-            )
-        )  # fmt: skip
-    parts += _pictures(report, "threads")
+def _model(row: Row) -> str:
+    return f"{row['case']}, {MODEL_NAMES[row['provider']]}"
+
+
+def _time(report: Report) -> Parts:
+    made = {
+        "The encoder's layers on real cells, and how many times as long other ways take:": _encoder(report),
+        "Models of the same width and depth over every gene, one cell:": _full_length(report),
+        "Peak memory, MiB per cell, float32:": _memory(report),
+        "A pre-training step of the whole auto-encoder, and how many times as long other ways take:": _step(report),
+    }
+    return [part for title, table in made.items() if table.body for part in (title, table)]
+
+
+def _encoder(report: Report) -> Table:
+    return Table.of(
+        report.timed("encoder", "xtg"),
+        {
+            "cells": _case,
+            "time a cell": lambda row: _milliseconds(per_cell(row)[1]),
+            "cells/s": lambda row: _number(row["cells_per_second"]),
+            "tokens/s": lambda row: _number(row["tokens_per_second"]),
+            "of GEMM": lambda row: _percent(row["share_of_gemm"], 0),
+            "packed plain PyTorch": lambda row: _ratio(report.beside(row, "plain"), row),
+            "padded": lambda row: _ratio(report.beside(row, "padded"), row),
+            "dense": lambda row: _against_full(report, row, "dense"),
+            "Performer": lambda row: _against_full(report, row, "performer"),
+            "noise": _noise,
+        },
+        "Median of the runs of a process in which all ways take turns. Packed plain PyTorch: linear layers over all "
+        "tokens, F.scaled_dot_product_attention cell by cell. Padded: torch.nn.TransformerEncoder with a mask; one "
+        "cell has no padding, and 100m is not run padded. Dense and Performer: the table below, by cell, not in turns. "
+        "Of GEMM: closed-form FLOPs by time, against torch.mm at 2048 x 2048 x 2048 in the same turns and dtype; "
+        "above 100 % where PyTorch's own product is slow. Forward: without gradients. Forward + backward: gradients of "
+        "input and all weights, no optimiser. Noise: 20 % and 80 % quantile around the median. Outputs and gradients "
+        f"of the first cell were right against float64 before a way was timed. {DAGGER} extrapolated.",
+    )
+
+
+def _full_length(report: Report) -> Table:
+    def whole(last: Row) -> Row | None:
+        return report.one("dense", **{name: last[name] for name in _CURVE}, x=report.num_genes)
+
+    def runs(last: Row) -> int:
+        return len(report.of("dense", **{name: last[name] for name in _CURVE}, extrapolated=None))
+
+    longest = {
+        tuple(row[name] for name in _CURVE): row
+        for row in report.of("dense", extrapolated=None)
+        if row["direction"] in DIRECTION_NAMES
+    }
+    genes = f"{report.num_genes:,} genes"
+    return Table.of(
+        longest.values(),
+        {
+            "model": lambda row: f"{row['preset']}, {MODEL_NAMES[row['provider']]}, {_what(row)}",
+            "lengths": lambda row: f"{runs(row)}",
+            "longest run": lambda row: f"{row['x']:,}",
+            "its time": lambda row: _seconds(row["median_ms"]),
+            "its GFLOP/s": lambda row: _number(row["gflops"]),
+            "of GEMM": lambda row: _percent(row["share_of_gemm"], 0),
+            genes: lambda row: _seconds(found["median_ms"]) + _mark(found) if (found := whole(row)) else "",
+            "misfit": lambda row: (
+                _percent(found["fit_deviation"], 0) if (found := whole(row)) and found.get("extrapolated") else ""
+            ),
+        },
+        "Every gene a token. Dense: torch.nn.TransformerEncoder with F.scaled_dot_product_attention. Auto-encoder: the "
+        "same, with a second one of our decoder's width and depth behind it. Performer: the layers and the fused "
+        "linear attention of our own decoder at the encoder's width and depth, which is faster than PyTorch's einsum. "
+        "Embeddings are left out. Run at a sixty-fourth of the genes, a thirty-second and so on, as long as a run was "
+        f"expected to take {report.size.full_seconds:g} s at most. {DAGGER} extrapolated: the curve of its FLOPs, what "
+        "grows as n and what grows as n\N{SUPERSCRIPT TWO} each at a rate of its own, fitted to the measured times by "
+        "least relative squares (the second between a quarter of and four times the rate of the first); misfit is its "
+        "largest relative deviation from them, where there are more than the two lengths that always fit.",
+    )
+
+
+_CURVE = ("preset", "provider", "dtype", "direction")
+
+
+def _memory(report: Report) -> Table:
+    def peak(provider: str) -> Callable[[Row], str]:
+        def shown(row: Row) -> str:
+            found = report.one("peak", preset=row["preset"], direction=row["direction"], provider=provider)
+            return "" if found is None else _number(found["peak_mib"] / found["cells"]) + _mark(found)
+
+        return shown
+
+    return Table.of(
+        report.timed("peak", "xtg"),
+        {
+            "size": lambda row: f"{row['preset']}, {DIRECTION_NAMES[row['direction']]}",
+            "ours": peak("xtg"), "padded": peak("padded"), "dense": peak("dense"), "Performer": peak("performer"),
+            "dense auto-encoder": peak("dense auto-encoder"), "cells in the batch": lambda row: f"{row['cells']}",
+        },
+        "Highest resident memory of a process that does this once, above that with weights and input in place, by the "
+        "cells of the batch (full-length models: one cell). Backward: gradients of all weights are included. "
+        f"{DAGGER} a line through the longest run and its half: fused attention stores no scores.",
+    )  # fmt: skip
+
+
+def _step(report: Report) -> Table:
+    bound = report.size.exact_gflop
+    return Table.of(
+        report.of("step", provider="auto-encoder"),
+        {
+            "cells": lambda row: f"{row['case']}, {row['dtype']}",
+            "time": lambda row: _seconds(row["median_ms"]),
+            "cells/s": lambda row: _number(row["cells_per_second"]),
+            "GFLOP/s": lambda row: _number(row["gflops"]),
+            "of GEMM": lambda row: _percent(row["share_of_gemm"], 0),
+            "as written down": lambda row: _ratio(report.beside(row, "auto-encoder, plain"), row),
+            "dense auto-encoder": lambda row: _against_full(report, {**row, "direction": BOTH}, "dense auto-encoder"),
+            "noise": _noise,
+        },
+        "Ours, with the exact savings: forward, backward and AdamW on masked cells, every gene of the vocabulary in "
+        "the decoder; bfloat16 is autocast; its own executed FLOPs by time. As written down: the same network, weights "
+        "and kernels without the savings, in turns with ours. Dense auto-encoder: the table above, by cell, forward "
+        "and backward without AdamW, which favours it. The loss of the first cell was right against float64 on the "
+        "reference backend; so was the gradient of all weights where a step of one cell takes at most "
+        f"{bound:,.0f} GFLOP. {DAGGER} extrapolated.",
+    )
+
+
+def _scaling(report: Report) -> Parts:
+    series = [rows for rows in _series(report, "length") if len(rows) > 2]
+
+    def from_2000(rows: list[Row]) -> str:
+        upper = [_point(row) for row in rows if row["x"] >= 2000]
+        return f"{exponent(upper):.2f}" if len(upper) > 2 else ""
+
+    by_length = Table.of(
+        series,
+        {
+            "way": _way,
+            "expressed genes": lambda rows: f"{rows[0]['x']:,} ... {rows[-1]['x']:,}",
+            "exponent": lambda rows: f"{exponent([_point(row) for row in rows]):.2f}",
+            "from 2,000 genes": from_2000,
+            "time of the longest cell": lambda rows: _milliseconds(_point(rows[-1])[1]),
+        },
+        "Slope of the least-squares line through log time and log genes. Between 1 (linear layers) and 2 (attention) "
+        "by construction; a batch of equal cells per point, about as many tokens in each; plain PyTorch is not timed "
+        "on the longest.",
+    )
+    uneven = Table.of(
+        report.of("unevenness", provider="xtg", direction=FORWARD),
+        {
+            "longest cell": lambda row: f"{row['x']:g} times the mean",
+            "ours": lambda row: _milliseconds(row["median_ms"]),
+            "packed plain PyTorch": lambda row: _beside(report, row, "plain"),
+            "padded": lambda row: _beside(report, row, "padded"),
+        },
+        "The same number of genes in every batch; one cell holds so many times the mean, the others share the rest. "
+        "The attention of the long cell is real work, the padding is not.",
+    )
+    threads = Table.of(
+        [rows for rows in _series(report, "threads") if len(rows) > 1],
+        {
+            "way": _way,
+            "one thread": lambda rows: _milliseconds(rows[0]["median_ms"]),
+            "threads: times as fast": lambda rows: ", ".join(
+                f"{row['x']:g}: {_times(rows[0]['median_ms'] / row['median_ms'])}" for row in rows
+            ),
+        },
+        "The same cells and process, with the number of threads set by torch.set_num_threads.",
+    )
+    parts: Parts = []
+    for title, table, name in (
+        ("Time per cell against expressed genes, t \N{PROPORTIONAL TO} n^exponent:", by_length, "time_by_length"),
+        ("Time of a batch of 16 cells against its unevenness, forward, float32:", uneven, "unevenness"),
+        ("Threads, time of the batch:", threads, "threads"),
+    ):
+        parts += [title, table] if table.body else []
+        parts += _pictures(report, name)
     rows = report.of("encoder", provider="xtg", direction=FORWARD, dtype="float32")
     if len(rows) > 1:
         sizes = [per_cell(row) for row in rows]
@@ -413,58 +429,49 @@ def _scaling(report: Report) -> Section:
             f"Size: from {rows[0]['preset']} to {rows[-1]['preset']} the layers take {flops:,.0f} times the FLOPs and "
             f"{time:,.0f} times the time per cell (forward, float32; exponent {exponent(sizes):.2f})."
         )
-    parts += _pictures(report, "sizes")
-    return Section("Scaling", parts)
+    return [*parts, *_pictures(report, "sizes")]
 
 
-def _series(report: Report, benchmark: str) -> Iterator[tuple[list[str], list[Row]]]:
-    """Name, dtype and direction of every way of a series, and its points."""
-    for dtype in report.values(benchmark, "dtype"):
-        for direction in (FORWARD, BOTH):
-            for provider, name in (("xtg", "ours"), ("plain", "packed plain PyTorch")):
-                rows = report.of(benchmark, dtype=dtype, direction=direction, provider=provider)
-                yield [name, dtype, DIRECTION_NAMES[direction]], rows
+def _series(report: Report, benchmark: str) -> Iterator[list[Row]]:
+    """The points of every dtype, direction and way of a series."""
+    for dtype, direction, way in itertools.product(DTYPES, DIRECTION_NAMES, WAY_NAMES):
+        yield report.of(benchmark, dtype=dtype, direction=direction, provider=way)
 
 
-def _dropin(report: Report) -> Section:
-    body = []
-    for row in report.of("drop-in", provider="xtg"):
-        if row["direction"] not in DIRECTION_NAMES:
-            continue
-        same = {name: row[name] for name in ("case", "dtype", "direction")}
-        others = [report.one("drop-in", provider=name, **same) for name in ("padded", "plain")]
-        times = ["" if o is None else _milliseconds(o["median_ms"]) for o in others]
-        ratios = ["" if o is None else _times(o["median_ms"] / row["median_ms"]) for o in others]
-        body.append(
-            [
-                row["case"],
-                row["dtype"],
-                DIRECTION_NAMES[row["direction"]],
-                _milliseconds(row["median_ms"]),
-                *times,
-                *ratios,
-            ]
-        )
-    if not body:
-        return Section("Other models without padding", [])
-    table = Table(
-        ["module", "dtype", "what", "ragged", "padded", "one by one", "against padded", "against one by one"],
-        body,
+def _point(row: Row) -> tuple[float, float]:
+    """Where a point of a series stands, and the milliseconds of a cell."""
+    return row["x"], row["median_ms"] / row["cells"]
+
+
+def _way(rows: list[Row]) -> str:
+    return f"{WAY_NAMES[rows[0]['provider']]}, {_what(rows[0])}"
+
+
+def _dropin(report: Report) -> Parts:
+    table = Table.of(
+        report.timed("drop-in", "xtg"),
+        {
+            "module": _case,
+            "ragged": lambda row: _milliseconds(row["median_ms"]),
+            "padded": lambda row: _beside(report, row, "padded"),
+            "one by one": lambda row: _beside(report, row, "plain"),
+            "against padded": lambda row: _ratio(report.beside(row, "padded"), row),
+            "against one by one": lambda row: _ratio(report.beside(row, "plain"), row),
+        },
         "xtrimogene.dropin.ragged_encoder(module) on the module's own weights. Padded: the module on a batch padded "
         "to its longest cell, with its mask. One by one: the module on a cell at a time. Modules have random weights "
         "and the sizes of published models; cells longer than the model's input are cut. All three ways take turns, "
-        "and were right against float64.",
-        labels=3,
-    )  # fmt: skip
+        "and the outputs and gradients of the first cell were right against float64.",
+    )
     intro = (
         "Other single-cell models are plain Transformer encoders, as Geneformer's BERT or scGPT's "
         "nn.TransformerEncoder. The same kernels run them, with the weights that they have:"
     )
-    return Section("Other models without padding", [intro, table, *_pictures(report, "dropin")])
+    return [intro, table, *_pictures(report, "dropin")] if table.body else []
 
 
-def _how(report: Report) -> Section:
-    where = report.where
+def _how(report: Report) -> Parts:
+    where = {**report.where, "dirty": "yes" if report.where["dirty"] else "no"}
     names = {
         "machine": "CPU", "gpus": "GPU", "isa": "kernels for", "threads": "threads", "system": "system",
         "python": "Python", "torch": "torch", "numpy": "NumPy", "transformers": "transformers",
@@ -472,19 +479,21 @@ def _how(report: Report) -> Section:
         "seconds": "seconds of this run",
     }  # fmt: skip
     body = [[label, str(where[name])] for name, label in names.items() if where.get(name) not in (None, "")]
+    parts: Parts = [
+        f"Cells: {report.cells}. They are taken in an order shuffled with a fixed seed; weights and inputs are random "
+        "with a fixed seed too.",
+        "All rows, with the runs and quantiles of each, are in results.csv beside this page. A way whose numbers are "
+        "not right gets no time: outputs and gradients of the first cell are held against float64, and may be off by "
+        "at most twice (gradients: three times) what plain PyTorch is off by in the same dtype. Plain PyTorch itself "
+        "and the full-length models are baselines, and have a fixed limit for each dtype (in bfloat16 without the "
+        "gradients of their LayerNorms, which PyTorch sums in bfloat16 on a CPU). Full-length models and the points of "
+        f"a scaling series are checked with as many of their layers as take {report.size.exact_gflop:,.0f} GFLOP, at "
+        "least one (column checked_layers).",
+    ]
     noise = [
         (row["q80_ms"] - row["q20_ms"]) / row["median_ms"]
         for row in report.rows
         if row.get("runs", 0) > 1 and row["correct"]
-    ]
-    table = Table(["", ""], body, "Read from the machine at the start of the run.", labels=2)
-    parts: list[str | Table | Picture] = [
-        f"Cells: {report.cells}. They are taken in an order shuffled with a fixed seed; weights and inputs are random "
-        "with a fixed seed too.",
-        "All rows, with the runs and quantiles of each, are in results.csv beside this page. A way whose numbers are "
-        "not right gets no time: the error is that of the output (in training also of every gradient) against "
-        "float64, and at most twice (gradients: three times) that of plain PyTorch in the same dtype. The dense "
-        "encoder and the points of a scaling series are held against plain PyTorch in their own dtype instead.",
     ]
     if noise:
         parts.append(
@@ -493,10 +502,10 @@ def _how(report: Report) -> Section:
             f"{100 * float(np.quantile(noise, 0.9)):.0f} %. Only ratios inside one run mean something on another "
             "machine."
         )
-    return Section("How it was measured", [*parts, table])
+    return [*parts, Table(["", ""], body, "Read from the machine at the start of the run.")]
 
 
-def _pictures(report: Report, name: str) -> list[str | Table | Picture]:
+def _pictures(report: Report, name: str) -> Parts:
     return [Picture(name, report.pictures[name])] if name in report.pictures else []
 
 
@@ -505,8 +514,33 @@ def _where(report: Report) -> str:
     changes = ", with changes that are not committed" if where["dirty"] else ""
     return (
         f"Measured on {where['date']} at commit {where['commit']}{changes}: {where['gpus'] or where['machine']}, "
-        f"{where['isa']} kernels, {where['threads']} threads, torch {where['torch']}."
+        f"{where['isa']} kernels, {where['threads']} thread{'s' * (where['threads'] > 1)}, torch {where['torch']}."
     )
+
+
+def _what(row: Row) -> str:
+    return f"{row['dtype']}, {DIRECTION_NAMES[row['direction']]}"
+
+
+def _case(row: Row) -> str:
+    return f"{row['case']}, {_what(row)}"
+
+
+def _beside(report: Report, row: Row, provider: str) -> str:
+    """The time of another way."""
+    other = report.beside(row, provider)
+    return "" if other is None else _milliseconds(other["median_ms"])
+
+
+def _ratio(other: Row | None, row: Row) -> str:
+    """How many times as long the other way takes."""
+    return "" if other is None else _times(other["median_ms"] / row["median_ms"])
+
+
+def _against_full(report: Report, row: Row, model: str) -> str:
+    """How many times as long a full-length model takes for a cell."""
+    found = full_seconds(report, model, row["preset"], row["dtype"], row["direction"])
+    return "" if found is None else _times(found[0] * row["cells_per_second"]) + DAGGER * found[1]
 
 
 def _mark(row: Row) -> str:
@@ -536,137 +570,13 @@ def _seconds(ms: float) -> str:
 
 
 def _noise(row: Row) -> str:
-    low, high = row["q20_ms"] / row["median_ms"] - 1, row["q80_ms"] / row["median_ms"] - 1
-    return f"{100 * low:+.0f} / {100 * high:+.0f} %"
+    low, high = (round(100 * (row[name] / row["median_ms"] - 1)) for name in ("q20_ms", "q80_ms"))
+    return f"{low:+d} / {high:+d} %"
 
 
-def short_table(report: Report) -> str:
-    """What the command prints: the FLOP table, and the encoder's times if there are any."""
-    found: list[Table] = []
-    for section in (_flops(report), _time(report)):
-        found += [part for part in section.parts if isinstance(part, Table)][:1]
-    tables = [_padded_table([table.header, *table.body], table.labels) for table in found]
-    savings = [part for part in _flops(report).parts if isinstance(part, str) and part.startswith("Exact savings")]
+def short_text(report: Report) -> str:
+    """What the command prints: the FLOP table, the encoder's times if there are any, and the exact savings."""
+    flops, encoder = _flops(report), _encoder(report)
+    tables = [text_table(part) for part in (flops[0], encoder) if isinstance(part, Table) and part.body]
+    savings = [part for part in flops if isinstance(part, str) and part.startswith("Exact savings")]
     return "\n\n".join([*tables, *savings])
-
-
-def _padded_table(lines: Sequence[Sequence[str]], labels: int) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < labels else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def markdown(report: Report, title: str) -> str:
-    """The document as Markdown."""
-    lines = [f"# {title}"]
-    for section in sections(report):
-        lines.append(f"## {section.title}")
-        for part in section.parts:
-            if isinstance(part, str):
-                lines.append(part)
-            elif isinstance(part, Picture):
-                lines.append(f"![{part.caption}]({part.name}.png)")
-            else:
-                rule = ["---"] * part.labels + ["---:"] * (len(part.header) - part.labels)
-                table = ("| " + " | ".join(line) + " |" for line in (part.header, rule, *part.body))
-                lines += ["\n".join(table), f"*{part.how}*"]
-    return "\n\n".join(lines) + "\n"
-
-
-def page(report: Report, title: str, folder: Path) -> str:
-    """The document as HTML, with the SVG pictures of the folder inside."""
-    body = "\n".join(_render(section, folder) for section in sections(report))
-    return _PAGE.format(title=html.escape(title), body=body)
-
-
-def _render(section: Section, folder: Path) -> str:
-    ways: dict[type, Callable[[Any], str]] = {
-        str: lambda text: f"<p>{html.escape(text)}</p>",
-        Table: _render_table,
-        Picture: lambda picture: _render_picture(picture, folder),
-    }
-    parts = "\n".join(ways[type(part)](part) for part in section.parts)
-    return f"<section>\n<h2>{html.escape(section.title)}</h2>\n{parts}\n</section>"
-
-
-def _render_table(table: Table) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        marked = (
-            f"<{tag}{'' if i < table.labels else CLASS_OF_NUMBERS}>{html.escape(cell)}</{tag}>"
-            for i, cell in enumerate(cells)
-        )
-        return f"<tr>{''.join(marked)}</tr>"
-
-    head = f"<thead>{line(table.header, 'th')}</thead>" if any(table.header) else ""
-    body = "\n".join(line(cells, "td") for cells in table.body)
-    scroll = f'<div class="table">\n<table>\n{head}\n<tbody>\n{body}\n</tbody>\n</table>\n</div>'
-    return f"<figure>\n{scroll}\n<figcaption>{html.escape(table.how)}</figcaption>\n</figure>"
-
-
-def _render_picture(picture: Picture, folder: Path) -> str:
-    svg = (folder / f"{picture.name}.svg").read_bytes()
-    data, caption = base64.b64encode(svg).decode(), html.escape(picture.caption)
-    found = re.search(rb'<svg [^>]*?width="([0-9.]+)pt"', svg)
-    assert found is not None
-    # Letters of the size of those in tables.
-    rem = float(found[1]) / 11.5
-    kind = "wide" if rem > 40 else "small"
-    image = (
-        f'<div class="scroll"><img class="{kind}" style="width: {rem:.0f}rem" src="data:image/svg+xml;base64,{data}" '
-        f'alt="{caption}" /></div>'
-    )
-    return f"<figure>\n{image}\n<figcaption>{caption}</figcaption>\n</figure>"
-
-
-CLASS_OF_NUMBERS = ' class="n"'
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8" />
-<meta name="viewport" content="width=device-width, initial-scale=1" />
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light; --ink: #1c2126; --soft: #5b6670; --line: #d9dee3; --band: #f5f7f9; --accent: #0b5c8c; }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
-  "Helvetica Neue", Arial, sans-serif; }}
-main {{ max-width: 72rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }}
-h1 {{ font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }}
-h2 {{ font-size: 1.3rem; margin: 2.75rem 0 .75rem; padding-top: .9rem; border-top: 2px solid var(--accent); }}
-p {{ max-width: 46rem; margin: .7rem 0; overflow-wrap: anywhere; }}
-figure {{ margin: 1.1rem 0 1.8rem; }}
-figcaption {{ max-width: 46rem; margin-top: .5rem; color: var(--soft); font-size: .86rem; line-height: 1.45;
-  overflow-wrap: anywhere; }}
-.scroll {{ overflow-x: auto; }}
-.table {{ overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }}
-table {{ border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .38rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }}
-td {{ white-space: nowrap; }}
-th {{ background: var(--band); font-weight: 600; vertical-align: bottom; }}
-th.n, td.n {{ text-align: right; }}
-tbody tr:last-child td {{ border-bottom: 0; }}
-tbody tr:hover {{ background: var(--band); }}
-img {{ display: block; max-width: 100%; height: auto; }}
-@media (max-width: 40rem) {{
-  main {{ padding: 1.25rem .9rem 3rem; }}
-  h1 {{ font-size: 1.5rem; }}
-  th, td {{ padding: .32rem .5rem; font-size: .8rem; }}
-  td:first-child {{ white-space: normal; min-width: 5.5rem; background: #fff; }}
-  th:first-child, td:first-child {{ position: sticky; left: 0; border-right: 1px solid var(--line); }}
-  img.wide {{ min-width: 38rem; }}
-}}
-</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-{body}
-</main>
-</body>
-</html>
-"""

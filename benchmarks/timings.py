@@ -1,7 +1,7 @@
-"""What `xtrimogene bench` measures: encoder, dense encoder, scaling, drop-in and pre-training step, time and memory.
+"""What `xtrimogene bench` measures: encoder, full-length models, scaling, drop-in, pre-training step; time and memory.
 
-Every function yields rows of benchmarks.run. Providers of a case take turns in one process. Encoder and drop-in are
-checked against float64 before they get a time; the points of a scaling series against plain PyTorch in their dtype.
+Every function yields rows of benchmarks.run. Providers of a case take turns in one process, and each is checked against
+float64, output and gradients, before it gets a time.
 Peak memory is that of a process of its own, above its weights and input: python -m benchmarks.timings JSON
 """
 
@@ -26,22 +26,30 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import baselines
-from benchmarks.cases import BACKWARD, BOTH, DTYPES, FORWARD, Lengths, Provider, Task, encoder_task, offsets
+from benchmarks.baselines import FULL_LENGTH
+from benchmarks.cases import (
+    BACKWARD,
+    BOTH,
+    DTYPES,
+    FORWARD,
+    Lengths,
+    Provider,
+    Task,
+    encoder_task,
+    full_length_task,
+    offsets,
+)
 from benchmarks.cells import Cells
-from benchmarks.counting import counts_of
+from benchmarks.counting import AUTO_ENCODERS, counts_of
 from benchmarks.measured import digits, status_mib
-from benchmarks.pretraining import in_float64, mean_loss
-from benchmarks.run import PLAIN_LIMIT, Row, right, task_rows
-from xtg_kernels import use_backend
+from benchmarks.pretraining import error_columns, exact_step, mean_loss, step_errors, step_is_right
+from benchmarks.run import Row, check, right, task_rows
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.dropin import ragged_encoder
-from xtrimogene.flops import dense_flops, encoder_flops, step_flops
+from xtrimogene.flops import encoder_flops, step_flops
 from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells
 from xtrimogene.model import XTrimoGene
 from xtrimogene.vocabulary import Vocabulary
-
-# A loss in pre-training against float64, and one in bfloat16.
-LOSS_LIMIT = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 @dataclass(frozen=True)
@@ -51,23 +59,25 @@ class Size:
     cells           most cells of a batch
     shorter         every measured cell has this many times fewer genes than the real one
     task_gflop      most forward GFLOP of a batch, unless one cell has more
-    dense_seconds   longest run of the dense encoder (forward and backward); beyond, its time is extrapolated
+    full_seconds    longest run of a full-length model (forward and backward); beyond, its time is extrapolated
     expressed       expressed genes of the scaling series
     rounds          runs of each that count, at least
     step_gflop      most GFLOP of a pre-training step
+    exact_gflop     most GFLOP of a check of long cells against float64, see check_layers
     """
 
     cells: int
     shorter: int
     task_gflop: float
-    dense_seconds: float
+    full_seconds: float
     expressed: tuple[int, ...]
     rounds: int
     step_gflop: float
+    exact_gflop: float
 
 
-FULL = Size(4, 1, 100.0, 10.0, (200, 500, 1000, 2000, 4000, 8000, 15000), 3, 4e3)
-QUICK = Size(4, 8, 20.0, 0.5, (100, 250, 500, 1000), 2, 300.0)
+FULL = Size(4, 1, 100.0, 8.0, (200, 500, 1000, 2000, 4000, 8000, 15000), 3, 4e3, 400.0)
+QUICK = Size(4, 8, 20.0, 0.5, (100, 250, 500, 1000), 2, 300.0, 20.0)
 
 
 def measured_lengths(cells: Cells, preset: str, size: Size) -> Lengths:
@@ -93,44 +103,50 @@ def encoder(presets: Sequence[str], cells: Cells, size: Size, device: str) -> It
             yield _with_rates(row) | {"preset": preset}
 
 
-def dense(presets: Sequence[str], cells: Cells, size: Size, device: str) -> Iterator[Row]:
-    """A dense torch.nn.TransformerEncoder of the same width and depth on one cell, every gene a token.
+def full_length(presets: Sequence[str], cells: Cells, size: Size, device: str) -> Iterator[Row]:
+    """The models of baselines.FULL_LENGTH on one cell, every gene a token.
 
-    At a thirty-second of the genes, a sixteenth, and so on as long as a run takes size.dense_seconds. Where that ends
-    before all genes, a row with `extrapolated` says what a curve through the measured times gives.
+    At a sixty-fourth of the genes, a thirty-second, and so on as long as a run takes size.full_seconds. Where that
+    ends before all genes, a row with `extrapolated` says what a curve through the measured times gives.
     """
-    for preset, dtype in itertools.product(presets, DTYPES):
+    for preset, model, dtype in itertools.product(presets, FULL_LENGTH, DTYPES):
         times: dict[str, list[tuple[int, float]]] = {FORWARD: [], BOTH: []}
-        lengths = [max(1, round(cells.num_genes / 2**k)) for k in range(5, -1, -1)]
-        for n in lengths:
-            if times[BOTH] and times[BOTH][-1][1] * (n / times[BOTH][-1][0]) ** 2 > size.dense_seconds:
-                break
-            task = encoder_task(preset, (n,), dtype, full=True, orders=(), device=device)
-            checked, case = agreement(task), f"{preset}, {n:,} genes"
-            alone = dataclasses.replace(
-                task, benchmark="dense", case=case, providers={"dense": task.providers["dense"]}
+        linear, quadratic = _growth(preset, model)
+        for n in [max(1, round(cells.num_genes / 2**k)) for k in range(6, -1, -1)]:
+            if times[BOTH]:
+                last, seconds = times[BOTH][-1]
+                growth = (linear * n + quadratic * n * n) / (linear * last + quadratic * last * last)
+                if seconds * growth > size.full_seconds:
+                    break
+            task, checked, layers = check_layers(
+                functools.partial(full_length_task, model, preset, n, dtype, device=device), preset, size
             )
-            for row in task_rows(alone, 0, checked={"dense": checked["dense"]}, rounds_at_least=2):
+            for row in task_rows(task, 0, checked=checked, rounds_at_least=2):
                 if row["direction"] not in times:
                     continue
                 if row["correct"]:
                     times[row["direction"]].append((n, row["median_ms"] / 1e3))
-                yield _with_rates(row) | {"preset": preset, "x": n}
-            if not right(checked["dense"]):
+                yield _with_rates(row) | {"preset": preset, "x": n, "checked_layers": layers}
+            if not right(checked[model]):
                 break
         for direction, points in times.items():
             # One point is no curve.
             if len(points) > 1 and points[-1][0] < cells.num_genes:
-                config = XTrimoGeneConfig.preset(preset, num_genes=1)
-                flops = dense_flops(config, 1)
-                seconds, deviation = extrapolated(points, cells.num_genes, (flops.linear, flops.attention))
+                seconds, deviation = extrapolated(points, cells.num_genes, (linear, quadratic))
                 yield {
                     "benchmark": "dense", "case": f"{preset}, {cells.num_genes:,} genes", "cells": 1, "preset": preset,
-                    "tokens": cells.num_genes, "dtype": dtype, "direction": direction, "provider": "dense",
+                    "tokens": cells.num_genes, "dtype": dtype, "direction": direction, "provider": model,
                     "correct": True, "median_ms": digits(1e3 * seconds), "cells_per_second": digits(1 / seconds),
                     "x": cells.num_genes, "extrapolated": True, "fit_deviation": digits(deviation),
                     "fit_up_to": points[-1][0],
                 }  # fmt: skip
+
+
+def _growth(preset: str, model: str) -> tuple[float, float]:
+    """(a, b) of a full-length model whose forward on n genes takes a n + b n n FLOPs."""
+    one, two = (FULL_LENGTH[model].flops(XTrimoGeneConfig.preset(preset, num_genes=n), 1).total for n in (1, 2))
+    quadratic = (two - 2 * one) / 2
+    return one - quadratic, quadratic
 
 
 def extrapolated(points: Sequence[tuple[int, float]], n: int, flops: tuple[float, float]) -> tuple[float, float]:
@@ -153,19 +169,17 @@ def extrapolated(points: Sequence[tuple[int, float]], n: int, flops: tuple[float
     return value, deviation
 
 
-def agreement(task: Task) -> dict[str, dict[str, tuple[float, float]]]:
-    """Provider -> direction -> (error, limit) of its output against that of plain PyTorch in the same dtype."""
-    limit = PLAIN_LIMIT[task.dtype][FORWARD]
-    with torch.no_grad():
-        expected = task.providers["plain"].run().double()
-        errors = {
-            name: float((provider.run().double() - expected).norm() / expected.norm())
-            for name, provider in task.providers.items()
-        }
-    return {
-        name: dict.fromkeys((FORWARD, BACKWARD, BOTH), (error if error == error else np.inf, limit))
-        for name, error in errors.items()
-    }
+def check_layers(
+    make: Callable[..., Task], preset: str, size: Size
+) -> tuple[Task, dict[str, dict[str, tuple[float, float]]], int]:
+    """The task that make() gives, its errors and limits against float64, and the number of layers that were checked.
+
+    make(layers=k) gives the task with k layers. As many are checked as size.exact_gflop allows, one at least: a row
+    needs all rows of the layer below, so on a long cell fewer layers bound the work, and fewer rows do not.
+    """
+    task, layers = make(), XTrimoGeneConfig.preset(preset, num_genes=1).num_layers
+    number = min(layers, max(1, int(1e9 * size.exact_gflop * layers / task.flops[BOTH])))
+    return task, check(task if number == layers else make(layers=number)), number
 
 
 def _series(
@@ -174,16 +188,15 @@ def _series(
 ) -> Iterator[Row]:  # fmt: skip
     """Rows of a scaling series: (case, x, lengths) of each point; skipped providers are not timed."""
     for case, x, lengths in points:
-        task = encoder_task(preset, lengths, dtype, orders=(), device=device)
-        if len(lengths) > 1 and preset == "100m":
-            task = dataclasses.replace(task, providers={k: p for k, p in task.providers.items() if k != "padded"})
+        make = functools.partial(encoder_task, preset, lengths, dtype, check_cells=1, orders=(2,), device=device)
+        task, checked, layers = check_layers(make, preset, size)
         kept = {name: p for name, p in task.providers.items() if not skipped(name, lengths)}
-        checked = {name: found for name, found in agreement(task).items() if name in kept}
         task = dataclasses.replace(task, benchmark=benchmark, case=case, providers=kept)
+        checked = {name: checked[name] for name in kept}
         # A point of a series needs no more runs than show that it is not an outlier.
         for row in task_rows(task, 0, checked=checked, rounds_at_least=2):
             if row["direction"] != BACKWARD:
-                yield _with_rates(row) | {"preset": preset, "x": x}
+                yield _with_rates(row) | {"preset": preset, "x": x, "checked_layers": layers}
 
 
 def by_length(preset: str, size: Size, device: str) -> Iterator[Row]:
@@ -325,87 +338,98 @@ def _padded(module: Any, x: Tensor, lengths: Lengths) -> Tensor:
 def step(presets: Sequence[str], cells: Cells, size: Size, device: str) -> Iterator[Row]:
     """A pre-training step of the whole auto-encoder: forward, backward and AdamW, on masked real cells.
 
-    The loss of the first cell is checked against the model in float64 on the reference backend.
+    Ours, and the network as it is written down with the same weights, which take turns. Before, the loss of the first
+    cell is checked against the model in float64 on the reference backend, and its gradient where size.exact_gflop
+    allows a whole step in float64.
     """
     vocabulary = Vocabulary(f"gene{gene}" for gene in range(cells.num_genes))
     for preset in presets:
         config = XTrimoGeneConfig.preset(preset, num_genes=cells.num_genes)
         chosen, masked, flops = _step_cells(config, cells, size)
-        if flops > 1e9 * size.step_gflop:
+        if flops[True] > 1e9 * size.step_gflop:
             continue
         model = XTrimoGene.from_preset(preset, vocabulary, dropout=0.0).to(device).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         first = mask_cells(cells.batch(chosen[:1]), np.asarray(chosen[:1]), MaskingConfig(), epoch=0,
-                           num_genes=cells.num_genes).to(device)  # fmt: skip
-        errors = _loss_errors(model, first)
+                           num_genes=cells.num_genes)  # fmt: skip
+        whole = _masked_flops(config, first)[True] <= 1e9 * size.exact_gflop
+        exact, first = exact_step(model, first.to(device), gradient=whole), first.to(device)
         on_device = masked.to(device)
-        steps = {
-            dtype: functools.partial(_step, model, on_device, optimizer, dtype)
-            for dtype in DTYPES
-            if errors[dtype] <= LOSS_LIMIT[dtype]
-        }
-        times = _in_turns(steps, size.rounds if flops < 1e12 else 2)
-        for dtype in DTYPES:
+        ways = {(dtype, name): loss for dtype in DTYPES for name, (loss, _) in AUTO_ENCODERS.items()}
+        errors = {(dtype, name): step_errors(model, first, dtype, exact, loss) for (dtype, name), loss in ways.items()}
+        right_ways = [way for way in ways if step_is_right(errors[way], way[0])]
+        steps = {way: functools.partial(_step, model, on_device, optimizer, way[0], ways[way]) for way in right_ways}
+        times = _in_turns(steps, size.rounds if flops[True] < 1e12 else 2, device)
+        for dtype, name in ways:
+            way, savings = (dtype, name), AUTO_ENCODERS[name][1]
             row: Row = {
                 "benchmark": "step", "case": f"{preset}, {len(chosen)} cell{'s' * (len(chosen) > 1)}",
                 "cells": len(chosen), "tokens": masked.batch.total_nnz, "dtype": dtype, "direction": "training step",
-                "provider": "xtg", "correct": dtype in steps, "error": f"{errors[dtype]:.2e}",
-                "error_limit": f"{LOSS_LIMIT[dtype]:.2e}", "preset": preset,
+                "provider": name, "correct": way in steps, "preset": preset, **error_columns(errors[way], dtype),
             }  # fmt: skip
-            if dtype in steps:
-                low, median, high = np.quantile(times[dtype], [0.2, 0.5, 0.8])
-                gemm = 2 * 2048**3 / float(np.median(times[f"gemm {dtype}"])) / 1e9
+            if way in steps:
+                low, median, high = np.quantile(times[way], [0.2, 0.5, 0.8])
+                gemm = 2 * 2048**3 / float(np.median(times["gemm", dtype])) / 1e9
+                rate = flops[savings] / median / 1e9
                 row |= {
-                    "runs": len(times[dtype]), "median_ms": digits(1e3 * median), "q20_ms": digits(1e3 * low),
-                    "q80_ms": digits(1e3 * high), "gflops": digits(flops / median / 1e9),
-                    "gemm_gflops": digits(gemm), "share_of_gemm": digits(flops / median / 1e9 / gemm),
+                    "runs": len(times[way]), "median_ms": digits(1e3 * median), "q20_ms": digits(1e3 * low),
+                    "q80_ms": digits(1e3 * high), "gflops": digits(rate), "gemm_gflops": digits(gemm),
+                    "share_of_gemm": digits(rate / gemm),
                 }  # fmt: skip
             yield _with_rates(row)
 
 
-def _step_cells(config: XTrimoGeneConfig, cells: Cells, size: Size) -> tuple[list[int], MaskedBatch, int]:
+def _step_cells(config: XTrimoGeneConfig, cells: Cells, size: Size) -> tuple[list[int], MaskedBatch, dict[bool, int]]:
     """As many of the shuffled cells as size.step_gflop allows, one at least; their masked batch and its FLOPs."""
-    found: tuple[list[int], MaskedBatch, int] | None = None
+    found: tuple[list[int], MaskedBatch, dict[bool, int]] | None = None
     for count in range(1, size.cells + 1):
         chosen = cells.shuffled()[:count]
         masked = mask_cells(
             cells.batch(chosen), np.asarray(chosen), MaskingConfig(), epoch=0, num_genes=cells.num_genes
         )
-        tokens, distinct, hidden, asked = counts_of(masked)
-        flops = step_flops(config, tokens, distinct=distinct, masked=hidden, asked=asked)
-        if found is not None and flops > 1e9 * size.step_gflop / 2:
+        flops = _masked_flops(config, masked)
+        if found is not None and flops[True] > 1e9 * size.step_gflop / 2:
             break
         found = chosen, masked, flops
     assert found is not None
     return found
 
 
-def _loss_errors(model: XTrimoGene, masked: MaskedBatch) -> dict[str, float]:
-    with torch.no_grad():
-        with use_backend("reference"):
-            expected = float(mean_loss(*in_float64(model, masked), "float64"))
-        errors = {dtype: abs(float(mean_loss(model, masked, dtype)) / expected - 1) for dtype in DTYPES}
-    return {dtype: error if error == error else np.inf for dtype, error in errors.items()}
+def _masked_flops(config: XTrimoGeneConfig, masked: MaskedBatch) -> dict[bool, int]:
+    """FLOPs of a step, with the exact savings (True) and without."""
+    tokens, distinct, hidden, asked = counts_of(masked)
+    return {
+        savings: step_flops(config, tokens, distinct=distinct, masked=hidden, asked=asked, savings=savings)
+        for savings in (True, False)
+    }
 
 
-def _step(model: XTrimoGene, masked: MaskedBatch, optimizer: torch.optim.Optimizer, dtype: str) -> None:
-    mean_loss(model, masked, dtype).backward()
+def _step(
+    model: XTrimoGene,
+    masked: MaskedBatch,
+    optimizer: torch.optim.Optimizer,
+    dtype: str,
+    loss: Callable[[XTrimoGene, MaskedBatch], Tensor],
+) -> None:
+    mean_loss(model, masked, dtype, loss).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if masked.chosen_values.is_cuda:
-        torch.cuda.synchronize()
 
 
-def _in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Name -> seconds; "gemm DTYPE" is the matrix product of benchmarks.run."""
-    times: dict[str, list[float]] = {}
-    squares = {dtype: torch.randn(2048, 2048, dtype=DTYPES[dtype]) for dtype in ways}
-    products = {f"gemm {dtype}": functools.partial(torch.mm, square, square) for dtype, square in squares.items()}
-    every: dict[str, Callable[[], object]] = {**ways, **products}
+def _in_turns(
+    ways: Mapping[tuple[str, str], Callable[[], object]], rounds: int, device: str
+) -> dict[tuple[str, str], list[float]]:
+    """(dtype, name) -> seconds; ("gemm", dtype) is the matrix product of benchmarks.run."""
+    times: dict[tuple[str, str], list[float]] = {}
+    squares = {dtype: torch.randn(2048, 2048, device=device).to(DTYPES[dtype]) for dtype, _ in ways}
+    products = {("gemm", dtype): functools.partial(torch.mm, square, square) for dtype, square in squares.items()}
+    every: dict[tuple[str, str], Callable[[], object]] = {**ways, **products}
     for number in range(rounds + 1):
         for name, way in every.items():
             clock = time.perf_counter()
             way()
+            if device == "cuda":
+                torch.cuda.synchronize()
             # The first round warms caches, allocators and oneDNN's kernels.
             if number:
                 times.setdefault(name, []).append(time.perf_counter() - clock)
@@ -417,38 +441,37 @@ def memory(
     cells: Cells,
     size: Size,
     device: str,
-    dense_up_to: dict[str, int],
+    longest: Mapping[tuple[str, str], int],
     wrong: Collection[tuple[str, str]],
 ) -> Iterator[Row]:
     """Peak memory of forward and of forward and backward in float32, above weights and input.
 
-    dense_up_to is the longest dense run of each preset; where that is not all genes, a line through it and its half
-    says what all genes take. Nothing is said of what is in wrong: (preset, provider) whose numbers were not right.
-    """  # fmt: skip
+    longest is the longest run of each full-length model, (preset, model); where that is not all genes, a line through
+    it and its half says what all genes take. Nothing is said of what is in wrong: (preset, provider) whose numbers were
+    not right.
+    """
     for preset in presets:
         lengths = measured_lengths(cells, preset, size)
         # One cell has no padding, and encoder_task pads no 100m.
         forms = ["xtg"] if len(lengths) == 1 or preset == "100m" else ["xtg", "padded"]
-        forms = [form for form in forms if (preset, form) not in wrong]
-        for provider, direction in itertools.product(forms, (FORWARD, BOTH)):
-            peak = _memory_of(preset, lengths, provider, direction, device)
-            if peak is not None:
-                yield _memory_row(preset, lengths, provider, direction, peak)
-        longest = dense_up_to.get(preset, 0)
-        for direction in (FORWARD, BOTH) if longest > 1 else ():
-            peak = _memory_of(preset, (longest,), "dense", direction, device)
-            if peak is None:
+        for form in forms:
+            if (preset, form) not in wrong:
+                for direction, peak in _memory_of(preset, lengths, form, device).items():
+                    yield _memory_row(preset, lengths, form, direction, peak)
+        for model in FULL_LENGTH:
+            most = longest.get((preset, model), 0)
+            if most < 2:
                 continue
-            if longest == cells.num_genes:
-                yield _memory_row(preset, (longest,), "dense", direction, peak)
-                continue
-            half = _memory_of(preset, (longest // 2,), "dense", direction, device)
-            if half is None:
-                continue
-            slope = (peak - half) / (longest - longest // 2)
-            total = peak + slope * (cells.num_genes - longest)
-            row = _memory_row(preset, (cells.num_genes,), "dense", direction, total)
-            yield row | {"extrapolated": True, "fit_up_to": longest}
+            peaks = _memory_of(preset, (most,), model, device)
+            half = _memory_of(preset, (most // 2,), model, device) if most < cells.num_genes else peaks
+            for direction, peak in peaks.items():
+                if most == cells.num_genes:
+                    yield _memory_row(preset, (most,), model, direction, peak)
+                    continue
+                slope = (peak - half[direction]) / (most - most // 2)
+                total = peak + slope * (cells.num_genes - most)
+                row = _memory_row(preset, (cells.num_genes,), model, direction, total)
+                yield row | {"extrapolated": True, "fit_up_to": most}
 
 
 def _memory_row(preset: str, lengths: Lengths, provider: str, direction: str, peak: float) -> Row:
@@ -459,35 +482,43 @@ def _memory_row(preset: str, lengths: Lengths, provider: str, direction: str, pe
     }  # fmt: skip
 
 
-def _memory_of(preset: str, lengths: Lengths, provider: str, direction: str, device: str) -> float | None:
-    """MiB, or None where the system does not tell."""
+def _memory_of(preset: str, lengths: Lengths, provider: str, device: str) -> dict[str, float]:
+    """Direction -> MiB; nothing where the system does not tell."""
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
-        return None
-    case = json.dumps([preset, lengths, provider, direction, device])
+        return {}
+    case = json.dumps([preset, lengths, provider, device])
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     root = Path(__file__).parents[1]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "benchmarks.timings", case]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def _run_and_tell_memory(preset: str, lengths: list[int], provider: str, direction: str, device: str) -> None:
-    """In a process of its own: one forward, or forward and backward, and the memory at its peak."""
-    task = encoder_task(preset, tuple(lengths), "float32", full=provider == "dense", orders=(), device=device)
+def _run_and_tell_memory(preset: str, lengths: list[int], provider: str, device: str) -> None:
+    """In a process of its own: one forward, then one forward and backward, and the memory of each at its peak."""
+    task = (
+        full_length_task(provider, preset, lengths[0], "float32", device=device)
+        if provider in FULL_LENGTH
+        else encoder_task(preset, tuple(lengths), "float32", orders=(), device=device)
+    )
     way = task.providers[provider]
-    if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status_mib("VmRSS")
-    else:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-    if direction == FORWARD:
-        with torch.no_grad():
-            way.run()
-    else:
-        torch.autograd.grad(way.run(), way.inputs, task.grad_out)
-    print((status_mib("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20) - before)
+    before = status_mib("VmRSS") if device == "cpu" else torch.cuda.memory_allocated() / 2**20
+    peaks = {}
+    for direction in (FORWARD, BOTH):
+        if device == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")
+        else:
+            torch.cuda.reset_peak_memory_stats()
+        if direction == FORWARD:
+            with torch.no_grad():
+                way.run()
+        else:
+            torch.autograd.grad(way.run(), way.inputs, task.grad_out)
+        peak = status_mib("VmHWM") if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
+        peaks[direction] = peak - before
+    print(json.dumps(peaks))
 
 
 def _with_rates(row: Row) -> Row:

@@ -353,7 +353,7 @@ def _init(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> int:
     # Measuring takes pictures and baselines with it, which no other command needs.
     from benchmarks.bench import WrongNumbers, bench
-    from benchmarks.report import short_table
+    from benchmarks.report import short_text
 
     _set_threads(arguments)
     if arguments.input is None:
@@ -368,7 +368,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     except WrongNumbers as error:
         _show_error(error)
         return 1
-    print(f"\n{short_table(report)}\n\n{arguments.output}: report.html, report.md, results.csv, pictures")
+    print(f"\n{short_text(report)}\n\n{arguments.output}: report.html, report.md, results.csv, pictures")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import re
 import sys
 import tomllib
@@ -15,19 +16,31 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import baselines, bench, costs, counting, readme, report, timings
+from benchmarks import baselines, bench, cases, costs, counting, readme, report, timings
 from benchmarks.cells import Cells, cells_of_file, known_cells
 from benchmarks.pretraining import prepared
+from benchmarks.run import right
 from xtg_kernels import RaggedBatch
 from xtrimogene.cli import main
+from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.masking import MaskingConfig, mask_cells
+from xtrimogene.model import XTrimoGene
 from xtrimogene.vocabulary import Vocabulary
 
 GENES = 120
+DIRECTIONS = ("forward", "forward+backward")
 TINY = timings.Size(
-    cells=3, shorter=2, task_gflop=1.0, dense_seconds=5.0, expressed=(10, 20, 40), rounds=2, step_gflop=2.0
+    cells=3,
+    shorter=10,
+    task_gflop=1.0,
+    full_seconds=5.0,
+    expressed=(10, 20, 40),
+    rounds=2,
+    step_gflop=4.0,
+    exact_gflop=4.0,
 )
 
 
@@ -171,6 +184,77 @@ def test_curves_and_exponents() -> None:
     assert report.exponent([(n, 7 * n**1.4) for n in (2, 30, 400)]) == pytest.approx(1.4)
 
 
+def test_costs_of_full_length_models_grow_as_their_flops() -> None:
+    # 3m: 4 layers of width 128 with 24 d d a gene; 2 decoder layers as wide, a bridge and a head.
+    layers, decoder = 4 * 24 * 128 * 128, 2 * 128 * 128 + 2 * 24 * 128 * 128 + 2 * 128
+    assert timings._growth("3m", "dense") == (layers, 4 * 4 * 128)
+    assert timings._growth("3m", "dense auto-encoder") == (layers + decoder, 6 * 4 * 128)
+    assert timings._growth("3m", "performer") == (layers + 4 * 8 * 128 * 266, 0)
+    # A model without a quadratic part is extrapolated by a line through the origin.
+    value, deviation = timings.extrapolated([(10, 2.0), (20, 4.0)], 1000, (5.0, 0.0))
+    assert value == pytest.approx(200)
+    assert deviation == pytest.approx(0)
+
+
+def test_as_many_layers_are_checked_as_float64_can_do() -> None:
+    asked: list[int | None] = []
+
+    def make(layers: int | None = None) -> cases.Task:
+        asked.append(layers)
+        return cases.encoder_task("3m", (9, 4), "float32", check_cells=1, orders=(2,), layers=layers)
+
+    work = make().flops["forward+backward"] / 1e9
+    for share, layers in ((1.01, 4), (0.6, 2), (0.0, 1)):
+        asked.clear()
+        task, errors, number = timings.check_layers(make, "3m", dataclasses.replace(TINY, exact_gflop=share * work))
+        assert number == layers
+        assert asked == ([None] if layers == 4 else [None, layers])
+        # Whatever is checked, all layers are timed.
+        assert task.flops["forward+backward"] == work * 1e9
+        assert set(errors) == {"plain", "xtg", "padded"}
+        assert all(right(found) for found in errors.values())
+
+
+class _Rounded(nn.Module):
+    """Right in float64 alone."""
+
+    def __init__(self, config: XTrimoGeneConfig) -> None:
+        super().__init__()
+        self.encoder = baselines.PerformerEncoder(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x) * (1 if x.dtype == torch.float64 else 1.2)
+
+
+def test_a_wrong_full_length_model_gets_no_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = baselines.FULL_LENGTH["performer"]._replace(build=_Rounded)
+    monkeypatch.setattr("benchmarks.run.GEMM_SIZE", 64)
+    monkeypatch.setattr(timings, "FULL_LENGTH", {"performer": wrong})
+    monkeypatch.setattr(baselines, "FULL_LENGTH", {"performer": wrong})
+    rows = list(timings.full_length(["3m"], cells_of_file(path), TINY, "cpu"))
+    assert {row["x"] for row in rows} == {2}
+    assert not any(row["correct"] or "median_ms" in row for row in rows)
+
+
+def test_a_wrong_loss_or_gradient_gets_no_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written down, with a loss of another value; with the savings, one of the same value and another gradient."""
+    ways = {
+        "auto-encoder, plain": (lambda model, masked: 1.05 * XTrimoGene.loss(model, masked), False),
+        "auto-encoder": (lambda model, masked: _wrong_gradient(XTrimoGene.loss(model, masked)), True),
+    }
+    monkeypatch.setattr(timings, "AUTO_ENCODERS", ways)
+    rows = list(timings.step(["3m"], cells_of_file(path), TINY, "cpu"))
+    assert len(rows) == 4
+    assert not any(row["correct"] or "median_ms" in row for row in rows)
+    for row in rows:
+        loss_is_right = float(row["loss_error"]) <= row["loss_limit"]
+        assert loss_is_right == (row["provider"] == "auto-encoder")
+
+
+def _wrong_gradient(loss: Tensor) -> Tensor:
+    return 2 * loss - loss.detach()
+
+
 def test_a_run_writes_everything_and_all_of_it_is_right(run: tuple[Path, str]) -> None:
     folder, printed = run
     pictures = {"flops", "parts", "lengths", "time_by_length", "unevenness", "dropin"}
@@ -188,12 +272,52 @@ def test_a_run_writes_everything_and_all_of_it_is_right(run: tuple[Path, str]) -
     saved = {row["provider"]: int(row["flops_counted"]) for row in rows if row["benchmark"] == "exact savings"}
     assert 0 < saved["auto-encoder"] < saved["auto-encoder, plain"]
     assert all(row["flops_counted"] == row["flops_closed_form"] != "" for row in counted)
-    dense = [row for row in rows if row["benchmark"] == "dense" and row["direction"] == "forward"]
-    assert {int(row["x"]) for row in dense} == {4, 8, 15, 30, 60, 120}
-    assert not any(row.get("extrapolated") for row in dense)
+    full = [row for row in rows if row["benchmark"] == "dense" and row["direction"] == "forward"]
+    assert {row["provider"] for row in full} == set(baselines.FULL_LENGTH)
+    assert {int(row["x"]) for row in full} == {2, 4, 8, 15, 30, 60, 120}
+    assert not any(row.get("extrapolated") for row in full)
+    assert all(float(row["error"]) <= float(row["error_limit"]) for row in rows if row["error"])
+    # 3m takes more than exact_gflop with all its layers only on the longest batches.
+    assert {row["checked_layers"] for row in full} == {"4"}
+    steps = [row for row in rows if row["benchmark"] == "step"]
+    assert {(row["dtype"], row["provider"]) for row in steps} == {
+        (dtype, name) for dtype in ("float32", "bfloat16") for name in counting.AUTO_ENCODERS
+    }
+    assert all(row["median_ms"] and row["gradient_error"] for row in steps)
     assert {row["provider"] for row in rows if row["benchmark"] == "drop-in"} == {"plain", "padded", "xtg"}
     assert "dense Transformer encoder" in printed
     assert "report.html, report.md, results.csv, pictures" in printed
+
+
+def test_ratios_are_to_the_way_that_their_column_names() -> None:
+    common = {"correct": True, "preset": "3m", "dtype": "float32", "case": "3m, 2 cells", "cells": 2, "tokens": 9}
+    speed = {"gflops": 5.0, "share_of_gemm": 0.5, "q20_ms": 99.0, "q80_ms": 104.0, "tokens_per_second": 90.0}
+    ours = {"median_ms": 100.0, "cells_per_second": 20.0, **speed, **common}
+    rows = [
+        {"benchmark": "encoder", "provider": "xtg", "direction": "forward", **ours},
+        {"benchmark": "encoder", "provider": "plain", "direction": "forward", **ours, "median_ms": 250.0},
+        {"benchmark": "step", "provider": "auto-encoder", "direction": "training step", **ours},
+        {"benchmark": "step", "provider": "auto-encoder, plain", "direction": "training step", **ours,
+         "median_ms": 150.0},
+    ]  # fmt: skip
+    for model, direction, seconds in (
+        ("dense", "forward", 8.0), ("performer", "forward", 0.6), ("dense auto-encoder", "forward+backward", 30.0)
+    ):  # fmt: skip
+        one = {**common, "case": "3m, 120 genes", "cells": 1, "x": GENES, "median_ms": 1e3 * seconds, **speed}
+        rows.append({"benchmark": "dense", "provider": model, "direction": direction, **one})
+    rows[-1] |= {"extrapolated": True, "fit_deviation": 0.5}
+    made = report.Report(rows, {}, {}, "", GENES, dataclasses.replace(TINY, shorter=1), False)
+    for table, wanted in (
+        (report._encoder(made), {
+            "packed plain PyTorch": "2.50x", "padded": "", "dense": "160x", "Performer": "12.0x", "noise": "-1 / +4 %",
+        }),
+        (report._step(made), {"as written down": "1.50x", "dense auto-encoder": "600x\N{DAGGER}"}),
+    ):  # fmt: skip
+        (line,) = (dict(zip(table.header, line, strict=True)) for line in table.body)
+        assert {name: line[name] for name in wanted} == wanted
+    # Cells that were made shorter are held against no whole cell.
+    (other,) = report._encoder(dataclasses.replace(made, size=TINY)).body
+    assert "160x" not in other
 
 
 def test_the_page_is_well_formed_and_fetches_nothing(run: tuple[Path, str]) -> None:
@@ -242,14 +366,28 @@ def test_readme_shows_the_committed_run(run: tuple[Path, str]) -> None:
 
 def test_memory_is_told_of_right_ways_and_extrapolated_by_a_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = cells_of_file(path)
-    monkeypatch.setattr(timings, "_memory_of", lambda preset, lengths, *a: 5.0 + 2 * sum(lengths))
-    rows = list(timings.memory(["3m"], cells, TINY, "cpu", {"3m": 60}, set()))
-    assert {row["provider"] for row in rows} == {"xtg", "padded", "dense"}
-    dense = [row for row in rows if row["provider"] == "dense"]
-    assert [row["peak_mib"] for row in dense] == [5.0 + 2 * GENES] * 2
-    assert all(row["extrapolated"] and row["fit_up_to"] == 60 for row in dense)
+    monkeypatch.setattr(
+        timings, "_memory_of", lambda preset, lengths, *a: dict.fromkeys(DIRECTIONS, 5.0 + 2 * sum(lengths))
+    )
+    longest = {("3m", "dense"): 60, ("3m", "performer"): GENES}
+    rows = list(timings.memory(["3m"], cells, TINY, "cpu", longest, set()))
+    assert {row["provider"] for row in rows} == {"xtg", "padded", "dense", "performer"}
+    for model, extrapolated in (("dense", True), ("performer", None)):
+        found = [row for row in rows if row["provider"] == model]
+        assert [row["direction"] for row in found] == list(DIRECTIONS)
+        assert [row["peak_mib"] for row in found] == [5.0 + 2 * GENES] * 2
+        assert all(row.get("extrapolated") == extrapolated for row in found)
+        assert all(row.get("fit_up_to") == (60 if extrapolated else None) for row in found)
     rows = list(timings.memory(["3m"], cells, TINY, "cpu", {}, {("3m", "padded")}))
     assert {row["provider"] for row in rows} == {"xtg"}
+
+
+def test_memory_is_that_of_a_process_and_grows_with_the_cell() -> None:
+    small, large = (timings._memory_of("3m", (n,), "performer", "cpu") for n in (200, 4000))
+    for direction in DIRECTIONS:
+        assert 0 <= small[direction] < large[direction]
+    # Keeping what the backward needs of 4 layers, at least 10 rows of 128 float32 each.
+    assert large["forward+backward"] > large["forward"] + 4 * 10 * 4000 * 128 * 4 / 2**20 / 2
 
 
 def test_wrong_counts_end_the_run_with_an_error(
@@ -258,8 +396,7 @@ def test_wrong_counts_end_the_run_with_an_error(
     monkeypatch.setattr(counting, "encoder_flops", lambda *a: costs.FlopCount(1, 2, 3))
     monkeypatch.setattr(bench, "_rows", lambda presets, cells, *a: counting.counted_rows(presets, cells))
     monkeypatch.setattr(bench.figures, "draw", lambda *a: {})
-    monkeypatch.setattr(bench.report, "markdown", lambda *a: "")
-    monkeypatch.setattr(bench.report, "page", lambda *a: "")
+    monkeypatch.setattr(bench.report, "sections", lambda *a: [])
     assert main(["bench", "--quick", "--preset", "3m", "--input", str(path), "--output", str(tmp_path / "out")]) == 1
     message = capsys.readouterr().err
     assert "wrong numbers, which got no time: flops counted, 3m, encoder\n" in message

@@ -139,6 +139,17 @@ def test_inference_and_training_are_those_of_the_original(name: str) -> None:
 
 
 @pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("name", ["torch", "bert"])
+def test_cells_without_genes_change_nothing(name: str) -> None:
+    original = ORIGINALS[name]().eval()
+    x, empty = torch.randn(sum(LENGTHS), DIM), _offsets([0, 5, 0, 0, 1, 40, 23, 0])
+    with torch.no_grad():
+        out = ragged_encoder(original)(x, empty, max(LENGTHS))
+        assert _error(out, _one_by_one(original, x, LENGTHS)) < 2e-6
+        assert ragged_encoder(original)(x[:0], _offsets([0, 0]), 0).shape == (0, DIM)
+
+
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("name", ["torch, pre-norm, gelu", "bert", "torch"])
 @pytest.mark.parametrize("how", ["weights", "autocast"])
 def test_bfloat16_errors_are_within_those_of_the_original(name: str, how: str) -> None:
@@ -370,6 +381,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"layers\.0\.linear1\.weight is a Parameter of torch\.int8",
     ),
     "causal": (lambda: bert(is_decoder=True), r"layer\.0 attends causally \(is_decoder\); layer\.1 attends"),
+    "causal attention": (
+        _changed(bert, _set("encoder.layer.1.attention.self.is_causal", True)),
+        r"layer\.1 attends causally \(is_decoder\)$",
+    ),
     "cross-attention": (
         lambda: bert(is_decoder=True, add_cross_attention=True),
         r"layer\.0 attends causally \(is_decoder\); layer\.0 has cross-attention",
@@ -413,6 +428,7 @@ def test_what_computes_something_else_is_refused(name: str) -> None:
         (lambda: nn.Transformer(DIM, HEADS, 1, 1, 8), r"Transformer; pass its submodule \.encoder$"),
         (lambda: transformers.BertForMaskedLM(bert().config), r"BertForMaskedLM; pass its submodule \.bert$"),
         (lambda: nn.TransformerEncoderLayer(DIM, HEADS), "TransformerEncoderLayer$"),
+        (lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(DIM, HEADS), 1), "TransformerDecoder$"),
     ],
 )
 def test_other_classes_are_refused(make: Callable[[], nn.Module], message: str) -> None:
