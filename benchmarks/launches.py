@@ -194,7 +194,8 @@ def _embedding_calls(dtype: torch.dtype, num_bins: int, lengths: Lengths, device
 
 
 def _favor_sums(precision: str, width: int) -> list[Config]:
-    half = ((64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2))
+    narrow = _if_narrow(width, (64, 64, 2, 2))
+    half = ((64, 64, 4, 2), (64, 128, 8, 2), (64, 32, 8, 2), (32, 64, 4, 2), (32, 32, 4, 2), *narrow)
     single = ((32, 32, 8, 1), (32, 16, 8, 1), (16, 32, 8, 1))
     return _configs(*(half if precision == "half" else single), names="BLOCK_F BLOCK_T")
 
@@ -208,13 +209,14 @@ def _favor_rows(precision: str, width: int) -> list[Config]:
         (64, 16, 4, 2),
         (64, 16, 8, 2),
         (32, 16, 4, 2),
+        *_if_narrow(width, (64, 64, 2, 2)),
     )
     single = ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1))
     return _configs(*(half if precision == "half" else single), names="BLOCK_T BLOCK_F")
 
 
 def _favor_sum_parts(precision: str, width: int) -> list[Config]:
-    return _configs((32, 4, 1), names="BLOCK_F")
+    return _configs((32, 4, 1), *_if_narrow(width, (64, 4, 1)), names="BLOCK_F")
 
 
 def _favor_calls(dtype: torch.dtype, head_dim: int, lengths: Lengths, device: torch.device) -> dict[str, Call]:
