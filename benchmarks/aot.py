@@ -56,7 +56,7 @@ class Case:
 
 
 def reports(cases: Sequence[Case], *, progress: Callable[[int], None] | None = None) -> list[list[Report]]:
-    """The reports of each case, one for each kernel and set of flags, from two processes that compile side by side.
+    """The reports of each case, one for each kernel and set of flags, from processes that compile side by side.
 
     progress: called with the number of cases done.
     """
@@ -320,7 +320,9 @@ def main() -> None:
         Case(**{**case, "config": case["config"] and tuple((name, size) for name, size in case["config"])})
         for case in json.loads(sys.stdin.read())
     ]
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    # Each takes most of a GB.
+    processes = max(2, min(len(os.sched_getaffinity(0)), 8))
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for found in pool.map(_case_reports, cases):
             print(json.dumps(found), flush=True)
 

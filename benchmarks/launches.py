@@ -216,7 +216,8 @@ def _favor_rows(precision: str, width: int) -> list[Config]:
 
 
 def _favor_sum_parts(precision: str, width: int) -> list[Config]:
-    return _configs((32, 4, 1), *_if_narrow(width, (64, 4, 1)), names="BLOCK_F")
+    """16 bytes of float32, whatever the precision, for each of 256 threads."""
+    return _configs((max(1024 // width, 32), 4, 1), names="BLOCK_F")
 
 
 def _favor_calls(dtype: torch.dtype, head_dim: int, lengths: Lengths, device: torch.device) -> dict[str, Call]:

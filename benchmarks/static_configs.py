@@ -9,6 +9,7 @@ the tests compare. Where two candidates are too close for the model, the first i
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -188,6 +189,12 @@ def _json(tree: dict[str, Any], depth: int) -> str:
     return "{\n" + body + "\n" + "  " * depth + "}"
 
 
+def source_hash(op: str) -> str:
+    """Of the code that the kernels of an op are compiled from."""
+    files = (OPS_FOLDER / op / "triton_kernel.py", OPS_FOLDER.parent / "triton_launch.py")
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 def table_rows(ops: Iterable[str]) -> list[Report]:
     """What the compiler makes of every config that is shipped, with the static model's time in microseconds."""
     import triton
@@ -198,7 +205,9 @@ def table_rows(ops: Iterable[str]) -> list[Report]:
         for report in variants:
             config = {name: int(value) for name, value in (pair.split("=") for pair in report["config"].split())}
             time = "" if "error" in report else f"{model_microseconds(key, config, report):.4g}"
-            rows.append({**report, "model_microseconds": time, "triton": triton.__version__})
+            rows.append(
+                {**report, "model_microseconds": time, "triton": triton.__version__, "source": source_hash(key[0])}
+            )
     return rows
 
 
