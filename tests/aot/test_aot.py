@@ -79,8 +79,8 @@ def test_the_table_has_every_shipped_config() -> None:
     """Of each kernel, card, precision and width, as configs.json has it, and made from the code that is here; nothing
     in the table is faulty."""
     rows = read_rows(TABLE)
-    sources = {op: source_hash(op) for op in OPS}
-    assert {row["op"]: row["source"] for row in rows} == sources, "python -m benchmarks.static_configs --table"
+    sources = {(op, source_hash(op)) for op in OPS}
+    assert {(row["op"], row["source"]) for row in rows} == sources, "python -m benchmarks.static_configs --table"
     found = {tuple(row[name] for name in ("op", "kernel", "architecture", "dtype", "width")): row for row in rows}
     shipped = {(case.op, case.kernel, case.architecture, case.dtype, str(case.width)): key
                for key in keys(OPS) for case in [case_of(key)]}  # fmt: skip
@@ -90,7 +90,8 @@ def test_the_table_has_every_shipped_config() -> None:
             row["op"], row["kernel"], row["architecture"], row["dtype"], row["width"]
         ]
         config = read_tables(op)[architecture][kernel][precision][str(width)]
-        assert dict(pair.split("=") for pair in row["config"].split()) == {k: str(v) for k, v in config.items()}
+        # Beside what is chosen a launch has sizes that follow from its shapes.
+        assert {f"{name}={value}" for name, value in config.items()} <= set(row["config"].split())
         typed = {name: int(value) if value.isdigit() else value for name, value in row.items()}
         assert faults(typed) + shortfalls(typed) == []
 
