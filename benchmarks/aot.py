@@ -164,7 +164,8 @@ def report(case: Case, launch: Any) -> Report:
 def _machine_code(compiled: Any, architecture: str) -> Report:
     """What the machine code says; kept beside the compiled kernel, since disassembling takes as long as compiling."""
     reader = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    kept = Path(os.environ["TRITON_CACHE_DIR"]) / f"{compiled.hash}-{reader}.json"
+    kept = Path(os.environ.get("TRITON_CACHE_DIR", CACHE)) / f"{compiled.hash}-{reader}.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
     if not kept.is_file():
         nvidia = CARDS[architecture].target[0] == "cuda"
         found = _nvidia_report(compiled, architecture) if nvidia else _amd_report(compiled)

@@ -101,6 +101,7 @@ def _forward_kernel(
             HEAD_DIM,
         )
     for key_block in tl.range(num_keys // BLOCK_K, tl.cdiv(num_keys, BLOCK_K), num_stages=1):
+        key_start = key_block * BLOCK_K
         row_max, row_sum, acc = _attend_key_block(
             query,
             row_max,
@@ -108,7 +109,7 @@ def _forward_kernel(
             acc,
             k,
             v,
-            key_block * BLOCK_K,
+            key_start,
             num_keys,
             k_row_stride,
             v_row_stride,
