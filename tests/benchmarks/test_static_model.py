@@ -37,6 +37,8 @@ KEY: Key = ("ragged_attention", "forward", "sm_90", "half", 64)
         ("sm_80", 64, 0, 8, 4),  # 65,536 registers / (64 x 256 threads)
         ("sm_80", 32, 0, 8, 8),  # 64 warps
         ("sm_80", 255, 0, 8, 1),  # 256 each after rounding up to 8
+        ("sm_80", 41, 0, 4, 10),  # 48 registers each: ten warps to a scheduler
+        ("sm_90", 32, 114 * 1024, 4, 1),  # 228 KiB / (114 + 1)
         ("sm_90", 32, 100 * 1024, 4, 2),  # 228 KiB / (100 + 1)
         ("sm_90", 32, 228 * 1024, 4, 0),  # more than one program may have
         ("sm_80", 168, 0, 4, 3),  # 12 warps: three to each scheduler
@@ -203,6 +205,11 @@ def test_good_candidates_come_first_then_whole_ones_then_fast_ones() -> None:
     chosen = order(KEY, candidates, good)[0]
     assert times[chosen] <= 1.03 * times[fast]
     assert all(times[n] > 1.03 * times[fast] for n in range(chosen)), "of those that are close the first in the list"
+
+    crowded = [[GOOD | {"resident_programs": 1 if n == chosen else 4}] for n in range(4)]
+    alone = model_microseconds(KEY, candidates[chosen], crowded[chosen][0])
+    assert 1.03 < alone / min(model_microseconds(KEY, candidates[n], crowded[n][0]) for n in range(4)) < 3
+    assert order(KEY, candidates, crowded)[0] != chosen, "three in a hundred are close, more is slower"
 
     def but(number: int, **change: Any) -> list[list[dict[str, Any]]]:
         return [[GOOD | change] if n == number else [GOOD] for n in range(4)]
