@@ -27,8 +27,8 @@ demo: setup
 test: setup check-kernels
 	$(BIN)/python -m pytest
 
-# The complete ahead-of-time checks of the Triton kernels: every shipped launch config, for every GPU (about ten minutes
-# on two cores; XTG_GPU_STATIC_PART=0/7 takes a seventh).
+# The complete ahead-of-time checks of the Triton kernels: every shipped launch config, for every GPU.
+# XTG_GPU_STATIC_PART=0/7 takes a seventh of them.
 test-gpu-static: setup
 	$(BIN)/python -m pytest -m gpu_static tests/aot
 

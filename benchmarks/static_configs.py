@@ -189,9 +189,9 @@ def _json(tree: dict[str, Any], depth: int) -> str:
     return "{\n" + body + "\n" + "  " * depth + "}"
 
 
-def source_hash(op: str) -> str:
-    """Of the code that the kernels of an op are compiled from."""
-    files = (OPS_FOLDER / op / "triton_kernel.py", OPS_FOLDER.parent / "triton_launch.py")
+def source_hash() -> str:
+    """Of the code that all kernels are compiled from; one for all, since ops share functions."""
+    files = [*sorted(OPS_FOLDER.glob("*/triton_kernel.py")), OPS_FOLDER.parent / "triton_launch.py"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
@@ -205,9 +205,7 @@ def table_rows(ops: Iterable[str]) -> list[Report]:
         for report in variants:
             config = {name: int(value) for name, value in (pair.split("=") for pair in report["config"].split())}
             time = "" if "error" in report else f"{model_microseconds(key, config, report):.4g}"
-            rows.append(
-                {**report, "model_microseconds": time, "triton": triton.__version__, "source": source_hash(key[0])}
-            )
+            rows.append({**report, "model_microseconds": time, "triton": triton.__version__, "source": source_hash()})
     return rows
 
 
