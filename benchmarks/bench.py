@@ -92,17 +92,17 @@ def _rows(presets: tuple[str, ...], cells: Cells, size: timings.Size, device: st
     yield from counting.counted_rows(SIZES, cells)
     # The 13,000 ops of a step of the largest one are counted for half a minute.
     yield from counting.savings_rows(SIZES[0] if size.shorter > 1 else SIZES[-1])
-    longest: dict[tuple[str, str], int] = {}
+    full_length: dict[tuple[str, str], bool] = {}
     wrong = set()
     for row in timings.encoder(presets, cells, size, device):
         if not row["correct"]:
             wrong.add((row["preset"], row["provider"]))
         yield row
     for row in timings.full_length(presets, cells, size, device):
-        if row["correct"] and not row.get("extrapolated") and row["dtype"] == "float32":
-            longest[row["preset"], row["provider"]] = row["x"]
+        if row["correct"] and row["benchmark"] == "dense" and row["dtype"] == "float32":
+            full_length[row["preset"], row["provider"]] = not row.get("extrapolated")
         yield row
-    yield from timings.memory(presets, cells, size, device, longest, wrong)
+    yield from timings.memory(presets, cells, size, device, full_length, wrong)
     yield from timings.step(presets, cells, size, device)
     yield from timings.by_length(presets[0], size, device)
     yield from timings.by_unevenness(presets[0], size, device)

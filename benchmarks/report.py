@@ -103,9 +103,7 @@ def full_seconds(report: Report, model: str, preset: str, dtype: str, direction:
     """
     if report.size.shorter > 1:
         return None
-    row = report.one(
-        "dense", provider=model, preset=preset, dtype=dtype, direction=direction, x=report.num_genes
-    )  # fmt: skip
+    row = report.one("dense", provider=model, preset=preset, dtype=dtype, direction=direction)
     return None if row is None else (row["median_ms"] / 1e3, bool(row.get("extrapolated")))
 
 
@@ -287,44 +285,37 @@ def _encoder(report: Report) -> Table:
 
 
 def _full_length(report: Report) -> Table:
-    def whole(last: Row) -> Row | None:
-        return report.one("dense", **{name: last[name] for name in _CURVE}, x=report.num_genes)
+    def whole(layer: Row) -> Row | None:
+        return report.one("dense", **{name: layer[name] for name in ("preset", "provider", "dtype", "direction")})
 
-    def runs(last: Row) -> int:
-        return len(report.of("dense", **{name: last[name] for name in _CURVE}, extrapolated=None))
+    def time(layer: Row) -> str:
+        return _seconds(found["median_ms"]) + _mark(found) if (found := whole(layer)) else ""
 
-    longest = {
-        tuple(row[name] for name in _CURVE): row
-        for row in report.of("dense", extrapolated=None)
-        if row["direction"] in DIRECTION_NAMES
-    }
-    genes = f"{report.num_genes:,} genes"
+    def scaled(layer: Row) -> str:
+        found = whole(layer)
+        if found is None or found.get("extrapolated"):
+            return ""
+        return f"{100 * (found['scaled_ms'] / found['median_ms'] - 1):+.0f} %"
+
+    layers = [row for row in report.of("dense layer") if row["direction"] in DIRECTION_NAMES]
+    genes = f"{layers[0]['tokens']:,} genes" if layers else ""
     return Table.of(
-        longest.values(),
+        layers,
         {
             "model": lambda row: f"{row['preset']}, {MODEL_NAMES[row['provider']]}, {_what(row)}",
-            "lengths": lambda row: f"{runs(row)}",
-            "longest run": lambda row: f"{row['x']:,}",
-            "its time": lambda row: _seconds(row["median_ms"]),
+            f"one layer, {genes}": lambda row: _seconds(row["median_ms"]),
             "its GFLOP/s": lambda row: _number(row["gflops"]),
             "of GEMM": lambda row: _percent(row["share_of_gemm"], 0),
-            genes: lambda row: _seconds(found["median_ms"]) + _mark(found) if (found := whole(row)) else "",
-            "misfit": lambda row: (
-                _percent(found["fit_deviation"], 0) if (found := whole(row)) and found.get("extrapolated") else ""
-            ),
+            "all layers": time,
+            "one layer scaled, off by": scaled,
         },
         "Every gene a token. Dense: torch.nn.TransformerEncoder with F.scaled_dot_product_attention. Auto-encoder: the "
-        "same, with a second one of our decoder's width and depth behind it. Performer: the layers and the fused "
-        "linear attention of our own decoder at the encoder's width and depth, which is faster than PyTorch's einsum. "
-        "Embeddings are left out. Run at a sixty-fourth of the genes, a thirty-second and so on, as long as a run was "
-        f"expected to take {report.size.full_seconds:g} s at most. {DAGGER} extrapolated: the curve of its FLOPs, what "
-        "grows as n and what grows as n\N{SUPERSCRIPT TWO} each at a rate of its own, fitted to the measured times by "
-        "least relative squares (the second between a quarter of and four times the rate of the first); misfit is its "
-        "largest relative deviation from them, where there are more than the two lengths that always fit.",
+        "same, with a second one of our decoder's width and depth behind it; one layer is one of each. Performer: the "
+        "layers and the fused linear attention of our own decoder at the encoder's width and depth, which is faster "
+        "than PyTorch's einsum. Embeddings are left out. All layers were run where that was expected to take "
+        f"{report.size.full_seconds:g} s at most. {DAGGER} extrapolated: the time of one layer times the FLOPs of all "
+        "by those of one. The last column says what this would have given where all were run.",
     )
-
-
-_CURVE = ("preset", "provider", "dtype", "direction")
 
 
 def _memory(report: Report) -> Table:
@@ -344,7 +335,7 @@ def _memory(report: Report) -> Table:
         },
         "Highest resident memory of a process that does this once, above that with weights and input in place, by the "
         "cells of the batch (full-length models: one cell). Backward: gradients of all weights are included. "
-        f"{DAGGER} a line through the longest run and its half: fused attention stores no scores.",
+        f"{DAGGER} a line through an eighth and a quarter of the genes: fused attention stores no scores.",
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from xtg_kernels.info import info
 
 Row = dict[str, Any]
 GEMM_SIZE = 2048
+LONG_ROUND = 10.0  # seconds of a provider
 # An approximated exp cannot be as good as a correctly rounded one on inputs where PyTorch is nearly exact.
 FLOAT32_FLOOR = 2e-6
 # The baseline itself: what its dtype can do. A rounding that moves a row across the kink of a ReLU changes its gradient
@@ -104,26 +105,31 @@ def measure(
     if task.moves:
         others["copy"] = task.grad_out.clone
     times |= {name: {FORWARD: []} for name in others}
-    started, rounds = time.perf_counter(), 0
+    started, rounds, warm = time.perf_counter(), 0, 1
     while True:
         spent = time.perf_counter() - started
-        # One round warms up; of those that count, two are enough where they are slow.
-        enough = 1 + (min(2, rounds_at_least) if spent > 60 else rounds_at_least)
+        # Of the rounds that count, two are enough where they are slow.
+        enough = warm + (min(2, rounds_at_least) if spent > 60 else rounds_at_least)
         if rounds >= enough and (spent >= seconds or rounds >= 60):
-            return times
+            break
         for name in (*names[rounds % len(names) :], *names[: rounds % len(names)]):
             forward, backward, both = _time_once(task.providers[name], task.grad_out)
-            # The first round warms caches, allocators and oneDNN's kernels.
-            if rounds:
-                times[name][FORWARD].append(forward)
-                times[name][BACKWARD].append(backward)
-                times[name][BOTH].append(both)
+            times[name][FORWARD].append(forward)
+            times[name][BACKWARD].append(backward)
+            times[name][BOTH].append(both)
         for name, run in others.items():
             clock = _now(square)
             run()
-            if rounds:
-                times[name][FORWARD].append(_now(square) - clock)
+            times[name][FORWARD].append(_now(square) - clock)
         rounds += 1
+        # The first round warms caches, allocators and oneDNN's kernels, and does not count; where each provider runs
+        # for seconds, that is nothing.
+        if rounds == 1 and time.perf_counter() - started > LONG_ROUND * len(names):
+            warm = 0
+    return {
+        name: {direction: found[warm:] for direction, found in by_direction.items()}
+        for name, by_direction in times.items()
+    }
 
 
 def _now(x: Tensor) -> float:

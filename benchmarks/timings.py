@@ -43,7 +43,7 @@ from benchmarks.cells import Cells
 from benchmarks.counting import AUTO_ENCODERS, counts_of
 from benchmarks.measured import digits, status_mib
 from benchmarks.pretraining import error_columns, exact_step, mean_loss, step_errors, step_is_right
-from benchmarks.run import Row, check, right, task_rows
+from benchmarks.run import Row, check, task_rows
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.dropin import ragged_encoder
 from xtrimogene.flops import encoder_flops, step_flops
@@ -59,7 +59,7 @@ class Size:
     cells           most cells of a batch
     shorter         every measured cell has this many times fewer genes than the real one
     task_gflop      most forward GFLOP of a batch, unless one cell has more
-    full_seconds    longest run of a full-length model (forward and backward); beyond, its time is extrapolated
+    full_seconds    longest run of a full-length model (forward and backward); beyond, one of its layers is run
     expressed       expressed genes of the scaling series
     rounds          runs of each that count, at least
     step_gflop      most GFLOP of a pre-training step
@@ -76,8 +76,8 @@ class Size:
     exact_gflop: float
 
 
-FULL = Size(4, 1, 100.0, 8.0, (200, 500, 1000, 2000, 4000, 8000, 15000), 3, 4e3, 400.0)
-QUICK = Size(4, 8, 20.0, 0.5, (100, 250, 500, 1000), 2, 300.0, 20.0)
+FULL = Size(4, 1, 100.0, 30.0, (200, 500, 1000, 2000, 4000, 8000, 15000), 3, 4e3, 400.0)
+QUICK = Size(4, 8, 20.0, 1.0, (100, 250, 500, 1000), 2, 300.0, 20.0)
 
 
 def measured_lengths(cells: Cells, preset: str, size: Size) -> Lengths:
@@ -106,67 +106,39 @@ def encoder(presets: Sequence[str], cells: Cells, size: Size, device: str) -> It
 def full_length(presets: Sequence[str], cells: Cells, size: Size, device: str) -> Iterator[Row]:
     """The models of baselines.FULL_LENGTH on one cell, every gene a token.
 
-    At a sixty-fourth of the genes, a thirty-second, and so on as long as a run takes size.full_seconds. Where that
-    ends before all genes, a row with `extrapolated` says what a curve through the measured times gives.
+    First with one layer (of encoder and decoder each), benchmark "dense layer", then with all, "dense", where that is
+    expected to take size.full_seconds at most. Elsewhere the row of all layers has `extrapolated`, and the time of
+    one layer by the FLOPs of all: layers are alike, and all genes are there. Where both were run, `scaled_ms` says
+    what this would have given.
     """
+    genes = max(1, cells.num_genes // size.shorter)
     for preset, model, dtype in itertools.product(presets, FULL_LENGTH, DTYPES):
-        times: dict[str, list[tuple[int, float]]] = {FORWARD: [], BOTH: []}
-        linear, quadratic = _growth(preset, model)
-        for n in [max(1, round(cells.num_genes / 2**k)) for k in range(6, -1, -1)]:
-            if times[BOTH]:
-                last, seconds = times[BOTH][-1]
-                growth = (linear * n + quadratic * n * n) / (linear * last + quadratic * last * last)
-                if seconds * growth > size.full_seconds:
-                    break
-            task, checked, layers = check_layers(
-                functools.partial(full_length_task, model, preset, n, dtype, device=device), preset, size
-            )
-            for row in task_rows(task, 0, checked=checked, rounds_at_least=2):
-                if row["direction"] not in times:
-                    continue
-                if row["correct"]:
-                    times[row["direction"]].append((n, row["median_ms"] / 1e3))
-                yield _with_rates(row) | {"preset": preset, "x": n, "checked_layers": layers}
-            if not right(checked[model]):
-                break
-        for direction, points in times.items():
-            # One point is no curve.
-            if len(points) > 1 and points[-1][0] < cells.num_genes:
-                seconds, deviation = extrapolated(points, cells.num_genes, (linear, quadratic))
-                yield {
-                    "benchmark": "dense", "case": f"{preset}, {cells.num_genes:,} genes", "cells": 1, "preset": preset,
-                    "tokens": cells.num_genes, "dtype": dtype, "direction": direction, "provider": model,
-                    "correct": True, "median_ms": digits(1e3 * seconds), "cells_per_second": digits(1 / seconds),
-                    "x": cells.num_genes, "extrapolated": True, "fit_deviation": digits(deviation),
-                    "fit_up_to": points[-1][0],
-                }  # fmt: skip
-
-
-def _growth(preset: str, model: str) -> tuple[float, float]:
-    """(a, b) of a full-length model whose forward on n genes takes a n + b n n FLOPs."""
-    one, two = (FULL_LENGTH[model].flops(XTrimoGeneConfig.preset(preset, num_genes=n), 1).total for n in (1, 2))
-    quadratic = (two - 2 * one) / 2
-    return one - quadratic, quadratic
-
-
-def extrapolated(points: Sequence[tuple[int, float]], n: int, flops: tuple[float, float]) -> tuple[float, float]:
-    """Value at n of a curve through points (n, value), and its largest relative deviation from them.
-
-    The curve is that of the FLOPs, flops[0] n of linear layers and flops[1] n n of attention, each at a rate of its
-    own: s (flops[0] n + flops[1] n n / r), by least relative squares, with r, the rate of attention by that of linear
-    layers, between a quarter and four. Without a bound, noise in short runs could do away with either term.
-    """
-    xs, values = (np.asarray(column, dtype=float) for column in zip(*points, strict=True))
-    fits = []
-    for ratio in np.geomspace(0.25, 4, 161):
-        shape = flops[0] * xs + flops[1] * xs * xs / ratio
-        relative = shape / values
-        scale = float(relative.sum() / (relative**2).sum())
-        deviations = np.abs(scale * relative - 1)
-        at_n = scale * (flops[0] * n + flops[1] * n * n / ratio)
-        fits.append((float((deviations**2).sum()), float(at_n), float(deviations.max())))
-    _, value, deviation = min(fits)
-    return value, deviation
+        make = functools.partial(full_length_task, model, preset, genes, dtype, device=device)
+        whole, checked, layers = check_layers(make, preset, size)
+        common = {"preset": preset, "checked_layers": layers}
+        one = dataclasses.replace(make(layers=1), benchmark="dense layer")
+        scaled: dict[str, float] = {}
+        for row in task_rows(one, 0, checked=checked, rounds_at_least=2):
+            if row["direction"] == BACKWARD:
+                continue
+            yield _with_rates(row) | common
+            if row["correct"]:
+                direction = row["direction"]
+                scaled[direction] = row["median_ms"] * whole.flops[direction] / one.flops[direction]
+        if not scaled:
+            continue
+        if scaled[BOTH] <= 1e3 * size.full_seconds:
+            for row in task_rows(whole, 0, checked=checked, rounds_at_least=2):
+                if row["direction"] != BACKWARD:
+                    yield _with_rates(row) | common | {"scaled_ms": digits(scaled[row["direction"]])}
+            continue
+        for direction, milliseconds in scaled.items():
+            row = {
+                "benchmark": "dense", "case": whole.case, "cells": 1, "tokens": genes, "dtype": dtype,
+                "direction": direction, "provider": model, "correct": True, "median_ms": digits(milliseconds),
+                "extrapolated": True,
+            }  # fmt: skip
+            yield _with_rates(row) | common
 
 
 def check_layers(
@@ -441,15 +413,17 @@ def memory(
     cells: Cells,
     size: Size,
     device: str,
-    longest: Mapping[tuple[str, str], int],
+    full_length: Mapping[tuple[str, str], bool],
     wrong: Collection[tuple[str, str]],
 ) -> Iterator[Row]:
     """Peak memory of forward and of forward and backward in float32, above weights and input.
 
-    longest is the longest run of each full-length model, (preset, model); where that is not all genes, a line through
-    it and its half says what all genes take. Nothing is said of what is in wrong: (preset, provider) whose numbers were
+    full_length says of each right full-length model, (preset, model), whether all of its layers were run over all
+    genes. If so, so they are here; otherwise a line through an eighth and a quarter of the genes says what all take,
+    since fused attention stores no scores. Nothing is said of what is in wrong: (preset, provider) whose numbers were
     not right.
     """
+    genes = max(1, cells.num_genes // size.shorter)
     for preset in presets:
         lengths = measured_lengths(cells, preset, size)
         # One cell has no padding, and encoder_task pads no 100m.
@@ -459,19 +433,18 @@ def memory(
                 for direction, peak in _memory_of(preset, lengths, form, device).items():
                     yield _memory_row(preset, lengths, form, direction, peak)
         for model in FULL_LENGTH:
-            most = longest.get((preset, model), 0)
-            if most < 2:
+            if (preset, model) not in full_length:
                 continue
-            peaks = _memory_of(preset, (most,), model, device)
-            half = _memory_of(preset, (most // 2,), model, device) if most < cells.num_genes else peaks
-            for direction, peak in peaks.items():
-                if most == cells.num_genes:
-                    yield _memory_row(preset, (most,), model, direction, peak)
-                    continue
-                slope = (peak - half[direction]) / (most - most // 2)
-                total = peak + slope * (cells.num_genes - most)
-                row = _memory_row(preset, (cells.num_genes,), model, direction, total)
-                yield row | {"extrapolated": True, "fit_up_to": most}
+            if full_length[preset, model]:
+                for direction, peak in _memory_of(preset, (genes,), model, device).items():
+                    yield _memory_row(preset, (genes,), model, direction, peak)
+                continue
+            few, many = genes // 8, genes // 4
+            below, above = (_memory_of(preset, (n,), model, device) for n in (few, many))
+            for direction, peak in above.items():
+                slope = (peak - below[direction]) / (many - few)
+                row = _memory_row(preset, (genes,), model, direction, peak + slope * (genes - many))
+                yield row | {"extrapolated": True, "fit_up_to": many}
 
 
 def _memory_row(preset: str, lengths: Lengths, provider: str, direction: str, peak: float) -> Row:
