@@ -24,8 +24,10 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)
 demo: setup
 	$(BIN)/python -m xtrimogene.demo --output demo_output
 
+# A file of tests goes to one process, since tests of a file share what is dear to make. Threads that wait must not spin:
+# two processes would take the cores from each other.
 test: setup check-kernels
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The complete ahead-of-time checks of the Triton kernels: every shipped launch config, for every GPU.
 # XTG_GPU_STATIC_PART=0/7 takes a seventh of them.
