@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import costs, counting, document, figures, report, timings
+from benchmarks.cases import BOTH
 from benchmarks.cells import Cells, cells_of_file, known_cells
 from benchmarks.costs import SIZES
 from benchmarks.run import Row, machine, write_csv
@@ -75,15 +76,20 @@ def bench(
         "transformers": _version("transformers"), "xtrimogene": found["xtg_kernels"],
         "seconds": f"{time.perf_counter() - started:.0f}",
     }  # fmt: skip
-    made = report.Report(rows, {}, described, cells.source, cells.num_genes, size, quick)
-    made = dataclasses.replace(made, pictures=figures.draw(made, cells, folder))
-    sections = report.sections(made)
-    (folder / "report.md").write_text(document.markdown(sections, TITLE), encoding="utf-8")
-    (folder / "report.html").write_text(document.page(sections, TITLE, folder), encoding="utf-8")
+    made = write(report.Report(rows, {}, described, cells.source, cells.num_genes, size, quick), cells, folder)
     wrong = [row for row in rows if not row["correct"]]
     if wrong:
         cases = "; ".join(f"{row['benchmark']}, {row['case']}, {row['provider']}" for row in wrong)
         raise WrongNumbers(f"{folder / 'results.csv'}: wrong numbers, which got no time: {cases}")
+    return made
+
+
+def write(measured: report.Report, cells: Cells, folder: Path) -> report.Report:
+    """The pictures and documents of what was measured on the cells; the report with the names of its pictures."""
+    made = dataclasses.replace(measured, pictures=figures.draw(measured, cells, folder))
+    sections = report.sections(made)
+    (folder / "report.md").write_text(document.markdown(sections, TITLE), encoding="utf-8")
+    (folder / "report.html").write_text(document.page(sections, TITLE, folder), encoding="utf-8")
     return made
 
 
@@ -92,15 +98,15 @@ def _rows(presets: tuple[str, ...], cells: Cells, size: timings.Size, device: st
     yield from counting.counted_rows(SIZES, cells)
     # The 13,000 ops of a step of the largest one are counted for half a minute.
     yield from counting.savings_rows(SIZES[0] if size.shorter > 1 else SIZES[-1])
-    full_length: dict[tuple[str, str], bool] = {}
+    full_length: dict[tuple[str, str], float] = {}
     wrong = set()
     for row in timings.encoder(presets, cells, size, device):
         if not row["correct"]:
             wrong.add((row["preset"], row["provider"]))
         yield row
     for row in timings.full_length(presets, cells, size, device):
-        if row["correct"] and row["benchmark"] == "dense" and row["dtype"] == "float32":
-            full_length[row["preset"], row["provider"]] = not row.get("extrapolated")
+        if row["correct"] and (row["benchmark"], row["dtype"], row["direction"]) == ("dense", "float32", BOTH):
+            full_length[row["preset"], row["provider"]] = row["median_ms"] / 1e3
         yield row
     yield from timings.memory(presets, cells, size, device, full_length, wrong)
     yield from timings.step(presets, cells, size, device)

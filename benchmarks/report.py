@@ -334,7 +334,8 @@ def _memory(report: Report) -> Table:
             "dense auto-encoder": peak("dense auto-encoder"), "cells in the batch": lambda row: f"{row['cells']}",
         },
         "Highest resident memory of a process that does this once, above that with weights and input in place, by the "
-        "cells of the batch (full-length models: one cell). Backward: gradients of all weights are included. "
+        "cells of the batch (full-length models: one cell). What is freed goes back to the system at once "
+        "(MALLOC_MMAP_THRESHOLD_). Backward: gradients of all weights are included. "
         f"{DAGGER} a line through an eighth and a quarter of the genes: fused attention stores no scores.",
     )  # fmt: skip
 

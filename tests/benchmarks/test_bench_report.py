@@ -390,7 +390,7 @@ def test_memory_is_told_of_right_ways_and_extrapolated_by_a_line(path: Path, mon
     monkeypatch.setattr(
         timings, "_memory_of", lambda preset, lengths, *a: dict.fromkeys(DIRECTIONS, 5.0 + 2 * sum(lengths))
     )
-    full_length = {("3m", "dense"): False, ("3m", "performer"): True}
+    full_length = {("3m", "dense"): 4.1 * TINY.full_seconds, ("3m", "performer"): 3.9 * TINY.full_seconds}
     rows = list(timings.memory(["3m"], cells, TINY, "cpu", full_length, set()))
     assert {row["provider"] for row in rows} == {"xtg", "padded", "dense", "performer"}
     for model, extrapolated in (("dense", True), ("performer", None)):
@@ -403,12 +403,13 @@ def test_memory_is_told_of_right_ways_and_extrapolated_by_a_line(path: Path, mon
     assert {row["provider"] for row in rows} == {"xtg"}
 
 
-def test_memory_is_that_of_a_process_and_grows_with_the_cell() -> None:
-    small, large = (timings._memory_of("3m", (n,), "performer", "cpu") for n in (200, 4000))
+def test_memory_is_that_of_a_process_and_grows_with_the_cell_along_a_line() -> None:
+    few, some, many = (timings._memory_of("3m", (n,), "dense", "cpu") for n in (2000, 4000, 8000))
     for direction in DIRECTIONS:
-        assert 0 <= small[direction] < large[direction]
+        # With what the allocator keeps of freed memory, the second rise is off by 5 to 10 %.
+        assert many[direction] - some[direction] == pytest.approx(2 * (some[direction] - few[direction]), rel=0.02)
     # Keeping what the backward needs of 4 layers, at least 10 rows of 128 float32 each.
-    assert large["forward+backward"] > large["forward"] + 4 * 10 * 4000 * 128 * 4 / 2**20 / 2
+    assert some["forward+backward"] > some["forward"] + 4 * 10 * 4000 * 128 * 4 / 2**20 / 2
 
 
 def test_wrong_counts_end_the_run_with_an_error(
