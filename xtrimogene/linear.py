@@ -41,6 +41,9 @@ _MIN_UNITS = 4
 _LARGE_BYTES = 16 << 20
 # Where oneDNN is the faster one it is so from the rows on that earn back the packing of the weight.
 _PACKING_PAYS_ROWS = 512
+# For the gradient of a weight oneDNN has to be given both operands turned around, which takes as long as the product
+# where the weight is narrow.
+_TURNING_PAYS_WIDTH = 512
 # Activation -> oneDNN's name for it and for its algorithm. gelu is the exact one (erf).
 _ONEDNN_ACTIVATIONS = {
     "none": ("none", ""),
@@ -344,7 +347,8 @@ class _LinearGrads:
 
     def add(self, grad_rows: Tensor, x_rows: Tensor) -> None:
         if self.weight is not None:
-            if self.dtype == torch.float32 and onednn_takes(self.dtype):
+            wide = min(self.weight.shape) >= _TURNING_PAYS_WIDTH
+            if wide and self.dtype == torch.float32 and onednn_takes(self.dtype):
                 # torch.mm would go to MKL; here that is the slow one.
                 self.weight.add_(row_linear(x_rows.t(), None)(grad_rows.t().contiguous()))
             else:

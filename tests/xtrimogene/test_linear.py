@@ -36,10 +36,12 @@ def _asks_again() -> Iterator[None]:
         asked.cache_clear()
 
 
-@pytest.fixture(params=["onednn", "fallback"])
+@pytest.fixture(params=["onednn", "onednn, as where all weights are wide", "fallback"])
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "fallback":
         monkeypatch.setattr(linear, "_onednn_works", lambda dtype: False)
+    elif request.param != "onednn":
+        monkeypatch.setattr(linear, "_TURNING_PAYS_WIDTH", 1)
     return str(request.param)
 
 
@@ -433,6 +435,23 @@ def test_float32_goes_through_onednn_where_mkl_is_slow(
     assert not linear.pays_in_training(torch.float64)
     monkeypatch.setattr(linear, "_onednn_works", lambda dtype: False)
     assert not linear.pays_in_training(torch.float32)
+
+
+@pytest.mark.parametrize(("outputs", "width", "turned"), [(512, 600, True), (600, 511, False), (511, 600, False)])
+def test_gradients_of_wide_float32_weights_go_through_onednn(
+    outputs: int, width: int, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not linear.onednn_takes(torch.float32):
+        pytest.skip("this build of PyTorch has no oneDNN")
+    x, weight, bias = _operands(70, width, outputs, torch.float32)
+    weight.requires_grad_()
+    out, made = linear.linear(x, weight, bias), []
+    original = linear.row_linear
+    monkeypatch.setattr(linear, "row_linear", lambda *a, **k: made.append(a[0].shape) or original(*a, **k))
+    out.sum().backward()
+    # One layer for the gradient of x, and one for the gradient of the weight from each block: 64, 4 and 2 rows.
+    blocks = [torch.Size([width, rows]) for rows in (64, 4, 2)]
+    assert made == [torch.Size([width, outputs]), *(blocks if turned else [])]
 
 
 def test_the_vendor_is_what_the_system_says() -> None:
