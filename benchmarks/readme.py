@@ -210,8 +210,11 @@ def _where(rows: Rows) -> str:
     first = rows[0]
     dirty = ", with changes that are not committed" if first["dirty"] == "True" else ""
     quick = " Quick shapes: not for comparison." if first["quick"] == "True" else ""
+    # A part that a later change concerned may have been measured again.
+    commits = list(dict.fromkeys(row["commit"] for row in rows))
+    at = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
     return (
-        f"Measured on {first['date']} at commit {first['commit']}{dirty}: {first['machine']}, {first['isa']} kernels, "
+        f"Measured on {first['date']} at {at}{dirty}: {first['machine']}, {first['isa']} kernels, "
         f"{first['threads']} threads, torch {first['torch']}.{quick}"
     )
 
