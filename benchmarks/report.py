@@ -142,7 +142,8 @@ def summary_table(report: Report) -> Table:
     if not measured:
         return Table(header[:5], [line[:5] for line in body], how)
     return Table(header, body, how + (
-        f"Speed of the encoder's layers, forward, measured on some of these cells ({'; '.join(measured.values())}), "
+        f"Speed of the encoder's layers, forward, measured on some of these cells ({'; '.join(measured.values())}; "
+        "their FLOPs differ from the mean), "
         "against the time of the dense encoder for a cell in the same run: ours by our kernels, the dense one by "
         "PyTorch's, so that the ratio is not that of the FLOPs. Empty where a size was not measured. "
         f"{DAGGER} the dense time is extrapolated."
@@ -221,14 +222,17 @@ def _flops(report: Report) -> Parts:
             "closed form": lambda row: f"{row['flops_closed_form']:,}",
         },
         "Counted: forward passes on the first cells, called in this run under torch.utils.flop_counter."
-        "FlopCounterMode with the real shapes and offsets, but without doing the arithmetic. A difference of one would "
-        "end this run with an error. PyTorch's attention is called as matrix products here, since its fused one on a "
+        "FlopCounterMode with the real shapes and offsets, but without doing the arithmetic. Linear layers and "
+        "PyTorch's "
+        "attention are counted by PyTorch; for an op of this project the counter takes the formula that the op states. "
+        "A difference of one would end this run with an error. PyTorch's attention is called as matrix products here, "
+        "since its fused one on a "
         "CPU counts as 0. Padded: to the longest of these cells.",
     )
     parts: Parts = [
         main, *_pictures(report, "flops"), "Where they go, in GFLOP per cell:", by_part, *_pictures(report, "parts"),
         "Cells are unequal, and the cost grows faster than the length. Our encoder over the distribution:", by_length,
-        *_pictures(report, "lengths"), "The closed forms are what runs, to the last unit:", counted,
+        *_pictures(report, "lengths"), "The closed forms beside what is counted when the networks are called:", counted,
     ]  # fmt: skip
     saved = {row["provider"]: row for row in report.of("exact savings")}
     if len(saved) == 2:
@@ -276,10 +280,14 @@ def _encoder(report: Report) -> Table:
         },
         "Median of the runs of a process in which all ways take turns. Packed plain PyTorch: linear layers over all "
         "tokens, F.scaled_dot_product_attention cell by cell. Padded: torch.nn.TransformerEncoder with a mask; one "
-        "cell has no padding, and 100m is not run padded. Dense and Performer: the table below, by cell, not in turns. "
+        "cell has no padding, and 100m is not run padded; PyTorch's fast path for inference, which stores all scores, "
+        "is off. Dense and Performer: the table below, by cell, not in turns. "
         "Of GEMM: closed-form FLOPs by time, against torch.mm at 2048 x 2048 x 2048 in the same turns and dtype; "
-        "above 100 % where PyTorch's own product is slow. Forward: without gradients. Forward + backward: gradients of "
-        "input and all weights, no optimiser. Noise: 20 % and 80 % quantile around the median. Outputs and gradients "
+        "above 100 % where PyTorch's own product is slow or had a slow turn: it runs once a turn. Forward: without "
+        "gradients. Forward + backward: gradients of "
+        "input and all weights, no optimiser; scores that a backward computes again are among its FLOPs. Noise: 20 % "
+        "and "
+        "80 % quantile around the median, of as many runs as results.csv says, here few. Outputs and gradients "
         f"of the first cell were right against float64 before a way was timed. {DAGGER} extrapolated.",
     )
 
@@ -309,7 +317,8 @@ def _full_length(report: Report) -> Table:
             "all layers": time,
             "one layer scaled, off by": scaled,
         },
-        "Every gene a token. Dense: torch.nn.TransformerEncoder with F.scaled_dot_product_attention. Auto-encoder: the "
+        "Every gene a token. Dense: torch.nn.TransformerEncoder with F.scaled_dot_product_attention, its fast path for "
+        "inference, which stores all scores, off. Auto-encoder: the "
         "same, with a second one of our decoder's width and depth behind it; one layer is one of each. Performer: the "
         "layers and the fused linear attention of our own decoder at the encoder's width and depth, which is faster "
         "than PyTorch's einsum. Embeddings are left out. All layers were run where that was expected to take "
@@ -379,9 +388,9 @@ def _scaling(report: Report) -> Parts:
             "from 2,000 genes": from_2000,
             "time of the longest cell": lambda rows: _milliseconds(_point(rows[-1])[1]),
         },
-        "Slope of the least-squares line through log time and log genes. Between 1 (linear layers) and 2 (attention) "
-        "by construction; a batch of equal cells per point, about as many tokens in each; plain PyTorch is not timed "
-        "on the longest.",
+        "Slope of the least-squares line through log time and log genes, of each way over the lengths it was timed at. "
+        "FLOPs grow with an exponent between 1 (linear layers) and 2 (attention); a batch of equal cells per point, "
+        f"about {4096 // report.size.shorter:,} tokens unless one cell has more.",
     )
     uneven = Table.of(
         report.of("unevenness", provider="xtg", direction=FORWARD),
@@ -391,7 +400,8 @@ def _scaling(report: Report) -> Parts:
             "packed plain PyTorch": lambda row: _beside(report, row, "plain"),
             "padded": lambda row: _beside(report, row, "padded"),
         },
-        "The same number of genes in every batch; one cell holds so many times the mean, the others share the rest. "
+        "About the same number of genes in every batch; one cell holds so many times the mean, the others share the "
+        "rest. "
         "The attention of the long cell is real work, the padding is not.",
     )
     threads = Table.of(
@@ -451,7 +461,8 @@ def _dropin(report: Report) -> Parts:
             "against one by one": lambda row: _ratio(report.beside(row, "plain"), row),
         },
         "xtrimogene.dropin.ragged_encoder(module) on the module's own weights. Padded: the module on a batch padded "
-        "to its longest cell, with its mask. One by one: the module on a cell at a time. Modules have random weights "
+        "to its longest cell, with its mask, PyTorch's fast path for inference off. One by one: the module on a cell "
+        "at a time. Modules have random weights "
         "and the sizes of published models; cells longer than the model's input are cut. All three ways take turns, "
         "and the outputs and gradients of the first cell were right against float64.",
     )
@@ -476,7 +487,10 @@ def _how(report: Report) -> Parts:
         "with a fixed seed too.",
         "All rows, with the runs and quantiles of each, are in results.csv beside this page. A way whose numbers are "
         "not right gets no time: outputs and gradients of the first cell are held against float64, and may be off by "
-        "at most twice (gradients: three times) what plain PyTorch is off by in the same dtype. Plain PyTorch itself "
+        "at most twice (gradients: three times) what plain PyTorch is off by in the same dtype, at the worst of its "
+        "orders of summation, or by 2e-6 in float32. The gradient of the bias of BERT's keys, zero but for rounding, "
+        "is "
+        "not judged. Plain PyTorch itself "
         "and the full-length models are baselines, and have a fixed limit for each dtype (in bfloat16 without the "
         "gradients of their LayerNorms, which PyTorch sums in bfloat16 on a CPU). Full-length models and the points of "
         f"a scaling series are checked with as many of their layers as take {report.size.exact_gflop:,.0f} GFLOP, at "
