@@ -99,6 +99,8 @@ def ragged_encoder(module: nn.Module, *, omit_attention_dropout: bool = False) -
         )
     # Hooks on the outermost module are not among its layers.
     reasons = [*_touched("", module, kind), *encoder.not_supported_reasons()]
+    if kind.__name__ == "BertModel":
+        reasons += _touched("encoder", cast(nn.Module, module.encoder), ("BertEncoder",))
     if reasons:
         raise ValueError(f"module: cannot be run as a ragged encoder: {'; '.join(reasons)}")
     return encoder
@@ -383,6 +385,9 @@ def _layer_reasons(root: str, layers: nn.Module, expected: Mapping[str, _Kind], 
                 reasons += _touched(f"{name}.{path}", found[path], kind)
             elif path:
                 reasons.append(f"{name} has no {path}")
+        if activation in found:
+            # Its class is judged by whoever knows the activations.
+            reasons += _touched(f"{name}.{activation}", found[activation], type(found[activation]))
         for path, part in found.items():
             # Cross-attention, and what is inside modules of another class, are reasons of their own.
             known = path in expected or path == activation or path.startswith("crossattention")

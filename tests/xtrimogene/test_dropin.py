@@ -328,6 +328,14 @@ def _set(path: str, value: Any) -> Callable[[Any], object]:
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "activation": (lambda: torch_encoder(activation=F.silu), r"layers\.0\.activation is silu, expected relu or gelu"),
+    "hook of a BertModel's encoder": (
+        _changed(bert, lambda m: m.encoder.register_forward_hook(_hook)),
+        "encoder has hooks",
+    ),
+    "hook of an activation": (
+        _changed(bert, lambda m: m.encoder.layer[0].intermediate.intermediate_act_fn.register_forward_hook(_hook)),
+        r"layer\.0\.intermediate\.intermediate_act_fn has hooks",
+    ),
     "own layer": (
         lambda: nn.TransformerEncoder(OwnLayer(DIM, HEADS), 2, enable_nested_tensor=False),
         r"layers\.0: expected a plain TransformerEncoderLayer, got .*OwnLayer; layers\.1: expected",
