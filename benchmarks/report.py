@@ -143,9 +143,8 @@ def summary_table(report: Report) -> Table:
         return Table(header[:5], [line[:5] for line in body], how)
     return Table(header, body, how + (
         f"Speed of the encoder's layers, forward, measured on some of these cells ({'; '.join(measured.values())}; "
-        "their FLOPs differ from the mean), "
-        "against the time of the dense encoder for a cell in the same run: ours by our kernels, the dense one by "
-        "PyTorch's, so that the ratio is not that of the FLOPs. Empty where a size was not measured. "
+        "their FLOPs differ from the mean), against the time of the dense encoder for a cell: ours by our kernels, the "
+        "dense one by PyTorch's, so that the ratio is not that of the FLOPs. Empty where a size was not measured. "
         f"{DAGGER} the dense time is extrapolated."
     ))  # fmt: skip
 
@@ -192,9 +191,9 @@ def _flops(report: Report) -> Parts:
         "same width and depth; its embedding is left out, which favours it. The dense auto-encoder has a softmax "
         "decoder of our decoder's width and depth. Both of our auto-encoders are counted in pre-training: "
         f"{_percent(masking.nonzero_rate, 0)} of the expressed and {_percent(masking.zero_rate, 0)} of the other genes "
-        f"are to be predicted, and {_percent(masking.mask_share, 0)} of these are hidden from the encoder, which "
-        "costs less there than for an embedding. The savings are exact: nothing is approximated; they are shared by "
-        f"batches of {costs.STEP_CELLS} cells.",
+        f"are to be predicted, and {_percent(masking.mask_share, 0)} of these are hidden from the encoder, which costs "
+        "less there than for an embedding. The savings are exact: nothing is approximated; they are shared by batches "
+        f"of {costs.STEP_CELLS} cells.",
     )  # fmt: skip
     split = {PART_NAMES.get(part, part): functools.partial(_part, f"gflop_{part}") for part in costs.PARTS}
     by_part = Table.of(
@@ -221,13 +220,11 @@ def _flops(report: Report) -> Parts:
             "counted": lambda row: f"{row['flops_counted']:,}",
             "closed form": lambda row: f"{row['flops_closed_form']:,}",
         },
-        "Counted: forward passes on the first cells, called in this run under torch.utils.flop_counter."
-        "FlopCounterMode with the real shapes and offsets, but without doing the arithmetic. Linear layers and "
-        "PyTorch's "
-        "attention are counted by PyTorch; for an op of this project the counter takes the formula that the op states. "
-        "A difference of one would end this run with an error. PyTorch's attention is called as matrix products here, "
-        "since its fused one on a "
-        "CPU counts as 0. Padded: to the longest of these cells.",
+        "Counted: forward passes on the first cells, called in this run under torch.utils.flop_counter.FlopCounterMode "
+        "with the real shapes and offsets, but without doing the arithmetic. Linear layers and PyTorch's attention are "
+        "counted by PyTorch; for an op of this project the counter takes the formula that the op states. A difference "
+        "of one would end this run with an error. PyTorch's attention is called as matrix products here, since its "
+        "fused one on a CPU counts as 0. Padded: to the longest of these cells.",
     )
     parts: Parts = [
         main, *_pictures(report, "flops"), "Where they go, in GFLOP per cell:", by_part, *_pictures(report, "parts"),
@@ -281,14 +278,12 @@ def _encoder(report: Report) -> Table:
         "Median of the runs of a process in which all ways take turns. Packed plain PyTorch: linear layers over all "
         "tokens, F.scaled_dot_product_attention cell by cell. Padded: torch.nn.TransformerEncoder with a mask; one "
         "cell has no padding, and 100m is not run padded; PyTorch's fast path for inference, which stores all scores, "
-        "is off. Dense and Performer: the table below, by cell, not in turns. "
-        "Of GEMM: closed-form FLOPs by time, against torch.mm at 2048 x 2048 x 2048 in the same turns and dtype; "
-        "above 100 % where PyTorch's own product is slow or had a slow turn: it runs once a turn. Forward: without "
-        "gradients. Forward + backward: gradients of "
+        "is off. Dense and Performer: the table below, by cell, not in turns. Of GEMM: closed-form FLOPs by time, "
+        "against torch.mm at 2048 x 2048 x 2048 in the same turns and dtype; above 100 % where PyTorch's own product "
+        "is slow or had a slow turn: it runs once a turn. Forward: without gradients. Forward + backward: gradients of "
         "input and all weights, no optimiser; scores that a backward computes again are among its FLOPs. Noise: 20 % "
-        "and "
-        "80 % quantile around the median, of as many runs as results.csv says, here few. Outputs and gradients "
-        f"of the first cell were right against float64 before a way was timed. {DAGGER} extrapolated.",
+        "and 80 % quantile around the median, of as many runs as results.csv says, here few. Outputs and gradients of "
+        f"the first cell were right against float64 before a way was timed. {DAGGER} extrapolated.",
     )
 
 
@@ -318,12 +313,12 @@ def _full_length(report: Report) -> Table:
             "one layer scaled, off by": scaled,
         },
         "Every gene a token. Dense: torch.nn.TransformerEncoder with F.scaled_dot_product_attention, its fast path for "
-        "inference, which stores all scores, off. Auto-encoder: the "
-        "same, with a second one of our decoder's width and depth behind it; one layer is one of each. Performer: the "
-        "layers and the fused linear attention of our own decoder at the encoder's width and depth, which is faster "
-        "than PyTorch's einsum. Embeddings are left out. All layers were run where that was expected to take "
-        f"{report.size.full_seconds:g} s at most. {DAGGER} extrapolated: the time of one layer times the FLOPs of all "
-        "by those of one. The last column says what this would have given where all were run.",
+        "inference, which stores all scores, off. Auto-encoder: the same, with a second one of our decoder's width and "
+        "depth behind it; one layer is one of each. Performer: the layers and the fused linear attention of our own "
+        "decoder at the encoder's width and depth, which is faster than PyTorch's einsum. Embeddings are left out. All "
+        f"layers were run where that was expected to take {report.size.full_seconds:g} s at most. {DAGGER} "
+        "extrapolated: the time of one layer times the FLOPs of all by those of one. The last column says what this "
+        "would have given where all were run.",
     )
 
 
@@ -344,8 +339,8 @@ def _memory(report: Report) -> Table:
         },
         "Highest resident memory of a process that does this once, above that with weights and input in place, by the "
         "cells of the batch (full-length models: one cell). What is freed goes back to the system at once "
-        "(MALLOC_MMAP_THRESHOLD_). Backward: gradients of all weights are included. "
-        f"{DAGGER} a line through an eighth and a quarter of the genes: fused attention stores no scores.",
+        f"(MALLOC_MMAP_THRESHOLD_). Backward: gradients of all weights are included. {DAGGER} a line through an eighth "
+        "and a quarter of the genes: fused attention stores no scores.",
     )  # fmt: skip
 
 
@@ -401,8 +396,7 @@ def _scaling(report: Report) -> Parts:
             "padded": lambda row: _beside(report, row, "padded"),
         },
         "About the same number of genes in every batch; one cell holds so many times the mean, the others share the "
-        "rest. "
-        "The attention of the long cell is real work, the padding is not.",
+        "rest. The attention of the long cell is real work, the padding is not.",
     )
     threads = Table.of(
         [rows for rows in _series(report, "threads") if len(rows) > 1],
@@ -460,11 +454,10 @@ def _dropin(report: Report) -> Parts:
             "against padded": lambda row: _ratio(report.beside(row, "padded"), row),
             "against one by one": lambda row: _ratio(report.beside(row, "plain"), row),
         },
-        "xtrimogene.dropin.ragged_encoder(module) on the module's own weights. Padded: the module on a batch padded "
-        "to its longest cell, with its mask, PyTorch's fast path for inference off. One by one: the module on a cell "
-        "at a time. Modules have random weights "
-        "and the sizes of published models; cells longer than the model's input are cut. All three ways take turns, "
-        "and the outputs and gradients of the first cell were right against float64.",
+        "xtrimogene.dropin.ragged_encoder(module) on the module's own weights. Padded: the module on a batch padded to "
+        "its longest cell, with its mask, PyTorch's fast path for inference off. One by one: the module on a cell at a "
+        "time. Modules have random weights and the sizes of published models; cells longer than the model's input are "
+        "cut. All three ways take turns, and the outputs and gradients of the first cell were right against float64.",
     )
     intro = (
         "Other single-cell models are plain Transformer encoders, as Geneformer's BERT or scGPT's "
@@ -489,12 +482,10 @@ def _how(report: Report) -> Parts:
         "not right gets no time: outputs and gradients of the first cell are held against float64, and may be off by "
         "at most twice (gradients: three times) what plain PyTorch is off by in the same dtype, at the worst of its "
         "orders of summation, or by 2e-6 in float32. The gradient of the bias of BERT's keys, zero but for rounding, "
-        "is "
-        "not judged. Plain PyTorch itself "
-        "and the full-length models are baselines, and have a fixed limit for each dtype (in bfloat16 without the "
-        "gradients of their LayerNorms, which PyTorch sums in bfloat16 on a CPU). Full-length models and the points of "
-        f"a scaling series are checked with as many of their layers as take {report.size.exact_gflop:,.0f} GFLOP, at "
-        "least one (column checked_layers).",
+        "is not judged. Plain PyTorch itself and the full-length models are baselines, and have a fixed limit for each "
+        "dtype (in bfloat16 without the gradients of their LayerNorms, which PyTorch sums in bfloat16 on a CPU). "
+        "Full-length models and the points of a scaling series are checked with as many of their layers as take "
+        f"{report.size.exact_gflop:,.0f} GFLOP, at least one (column checked_layers).",
     ]
     noise = [
         (row["q80_ms"] - row["q20_ms"]) / row["median_ms"]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertEncoder
 
 from xtrimogene.dropin import RaggedEncoder, packed_embeddings, ragged_encoder
 
@@ -301,6 +302,10 @@ class OwnLinear(nn.Linear):
         return 2 * super().forward(x)
 
 
+class OwnBertEncoder(BertEncoder):
+    """Might do anything in its forward."""
+
+
 class OwnBert(transformers.BertModel):
     pass
 
@@ -331,6 +336,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "hook of a BertModel's encoder": (
         _changed(bert, lambda m: m.encoder.register_forward_hook(_hook)),
         "encoder has hooks",
+    ),
+    "own encoder in a BertModel": (
+        _changed(bert, lambda m: setattr(m, "encoder", OwnBertEncoder(m.config))),
+        "encoder: expected a plain BertEncoder, got .*OwnBertEncoder",
     ),
     "hook of an activation": (
         _changed(bert, lambda m: m.encoder.layer[0].intermediate.intermediate_act_fn.register_forward_hook(_hook)),
