@@ -14,7 +14,7 @@ import pytest
 import scipy.sparse as sp
 
 from benchmarks import readme
-from xtrimogene.vocabulary import Vocabulary
+from xtrimogene.network.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

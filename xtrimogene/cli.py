@@ -12,14 +12,20 @@ from typing import Any, TextIO
 
 import torch
 
-from xtrimogene.config import PRESETS
-from xtrimogene.convert import PARTS, from_scfoundation
-from xtrimogene.embed import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DTYPES, embed
-from xtrimogene.gene_level import DEFAULT_BATCH_SIZE, EMBEDDINGS_KEY, IMPUTED_LAYER, gene_embeddings, predict_expression
-from xtrimogene.gene_level import DTYPES as GENE_DTYPES
-from xtrimogene.model import POOLINGS, XTrimoGene
-from xtrimogene.model_cells import DEFAULT_TARGET_DEPTH
-from xtrimogene.vocabulary import Vocabulary
+from xtrimogene.inference.embed import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DTYPES, embed
+from xtrimogene.inference.gene_level import (
+    DEFAULT_BATCH_SIZE,
+    EMBEDDINGS_KEY,
+    IMPUTED_LAYER,
+    gene_embeddings,
+    predict_expression,
+)
+from xtrimogene.inference.gene_level import DTYPES as GENE_DTYPES
+from xtrimogene.inference.model_cells import DEFAULT_TARGET_DEPTH
+from xtrimogene.interop.scfoundation import PARTS, from_scfoundation
+from xtrimogene.network.config import PRESETS
+from xtrimogene.network.model import POOLINGS, XTrimoGene
+from xtrimogene.network.vocabulary import Vocabulary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -273,9 +279,9 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 def _pretrain(arguments: argparse.Namespace) -> int:
     # Here, because torch's distributed checkpoints and FSDP take longer to import than the other commands to begin.
-    from xtrimogene.pretrain import TrainingFailed, pretrain
-    from xtrimogene.pretrain_config import PretrainConfig
-    from xtrimogene.ranks import FirstRankFailed
+    from xtrimogene.training.config import PretrainConfig
+    from xtrimogene.training.pretrain import TrainingFailed, pretrain
+    from xtrimogene.training.ranks import FirstRankFailed
 
     _set_threads(arguments)
     try:

@@ -23,12 +23,12 @@ import numpy.typing as npt
 
 import xtrimogene
 from xtg_kernels.info import info
-from xtrimogene.config import PRESETS, XTrimoGeneConfig
-from xtrimogene.flops import Counts, FlopCount, dense_flops, encoder_flops, padded_flops
-from xtrimogene.pretrain import RUN_FILE, pretrain
-from xtrimogene.pretrain_config import PretrainConfig
-from xtrimogene.training_data import TrainingCells
-from xtrimogene.training_log import LOG_FILE, read_log
+from xtrimogene.cells.stream import TrainingCells
+from xtrimogene.network.config import PRESETS, XTrimoGeneConfig
+from xtrimogene.network.flops import Counts, FlopCount, dense_flops, encoder_flops, padded_flops
+from xtrimogene.training.config import PretrainConfig
+from xtrimogene.training.log import LOG_FILE, read_log
+from xtrimogene.training.pretrain import RUN_FILE, pretrain
 
 CELL_LENGTHS = Path(__file__).parents[1] / "benchmarks" / "cell_lengths.json"
 LABELS = "bulk_labels"

@@ -24,10 +24,10 @@ import torch
 
 from xtg_kernels.info import info
 from xtrimogene import XTrimoGene
-from xtrimogene.masking import MaskedBatch
-from xtrimogene.pretrain import gene_means, pretrain
-from xtrimogene.pretrain_config import PretrainConfig
-from xtrimogene.training_data import TrainingCells
+from xtrimogene.cells.masking import MaskedBatch
+from xtrimogene.cells.stream import TrainingCells
+from xtrimogene.training.config import PretrainConfig
+from xtrimogene.training.pretrain import gene_means, pretrain
 
 HERE = Path(__file__).parent
 FILES = ("zheng_pbmc_facs.h5ad", "pbmc3k_counts_labelled.h5ad")

@@ -16,7 +16,7 @@ from anndata import AnnData
 
 from xtrimogene import XTrimoGene, embed
 from xtrimogene.cli import main
-from xtrimogene.vocabulary import Vocabulary
+from xtrimogene.network.vocabulary import Vocabulary
 
 GENES = [f"G{i}" for i in range(30)]
 

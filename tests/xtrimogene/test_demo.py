@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from xtrimogene import XTrimoGene, demo
-from xtrimogene.config import XTrimoGeneConfig
-from xtrimogene.flops import dense_flops, encoder_flops
+from xtrimogene.network.config import XTrimoGeneConfig
+from xtrimogene.network.flops import dense_flops, encoder_flops
 
 
 @pytest.fixture(scope="module")

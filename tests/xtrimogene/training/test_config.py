@@ -1,0 +1,114 @@
+"""Tests of xtrimogene.pretrain_config: YAML, key=value changes, the learning rate, and the error for each bad key."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from xtrimogene.cells.masking import MaskingConfig
+from xtrimogene.network.config import XTrimoGeneConfig
+from xtrimogene.training.config import PretrainConfig
+
+
+def test_defaults_are_the_published_recipe() -> None:
+    config = PretrainConfig()
+    assert (config.learning_rate, config.weight_decay, config.clip_norm) == (1e-4, 0.0, 1.0)
+    assert config.masking == MaskingConfig(0.3, 0.03, 0.8, 0.1)
+    assert config.min_genes == 200
+    assert config.redraw_every == 1000
+    assert config.model_config(19264) == XTrimoGeneConfig.preset("3m", num_genes=19264)
+    assert PretrainConfig.from_yaml(None) == config
+
+
+def test_yaml_with_changes(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("model:\n  preset: tiny\n  dim: 32\nmasking:\n  zero_rate: 0.1\nseed: 7\nlearning_rate: 1e-3\n")
+    changes = ["model.dropout=0", "masking.nonzero_rate=5e-1", "max_steps=20", "schedule=cosine", "vocabulary=g.tsv"]
+    config = PretrainConfig.from_yaml(path, changes)
+    assert config.model_config(9) == XTrimoGeneConfig.preset("tiny", num_genes=9, dim=32, dropout=0.0)
+    assert config.masking == MaskingConfig(nonzero_rate=0.5, zero_rate=0.1, seed=7)
+    assert (config.learning_rate, config.max_steps, config.schedule) == (1e-3, 20, "cosine")
+    assert config.vocabulary == "g.tsv"
+    assert PretrainConfig.from_dict(config.to_dict()) == config
+    config.to_yaml(tmp_path / "again.yaml")
+    assert PretrainConfig.from_yaml(tmp_path / "again.yaml") == config
+
+
+def test_the_model_may_be_given_by_its_sizes() -> None:
+    sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "decoder_dim": 8, "decoder_layers": 1, "decoder_heads": 2}
+    assert PretrainConfig(model=sizes).model_config(5) == XTrimoGeneConfig(num_genes=5, **sizes)
+    assert PretrainConfig.from_yaml(None, ["model.dim=256"]).model_config(5).dim == 256
+
+
+def test_rate_warms_up_then_stays_or_falls() -> None:
+    config = PretrainConfig(max_steps=100, warmup_steps=9, learning_rate=1.0)
+    assert [config.rate(step) for step in (0, 4, 8)] == pytest.approx([0.1, 0.5, 0.9])
+    assert config.rate(9) == config.rate(99) == 1.0
+    config = PretrainConfig(max_steps=109, warmup_steps=9, learning_rate=1.0, schedule="cosine", final_rate_share=0.2)
+    assert config.rate(9) == 1.0
+    assert config.rate(59) == pytest.approx(0.6)
+    assert config.rate(109) == pytest.approx(0.2)
+    assert config.rate(34) == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
+    # The published warm-up, or a tenth of a run that is too short for it.
+    assert PretrainConfig(max_steps=200).rate(19) < 1e-4 == PretrainConfig(max_steps=200).rate(20)
+    assert PretrainConfig(max_steps=10**6).rate(9765) < 1e-4 == PretrainConfig(max_steps=10**6).rate(9766)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("learning_rat=1", r"config learning_rat: unknown key, got 1; did you mean learning_rate\?"),
+        ("zzz=1", r"config zzz: unknown key, got 1; known keys: model, checkpoint, vocabulary"),
+        ("masking.zero_rat=1", r"config masking.zero_rat: unknown key, got 1; did you mean masking.zero_rate\?"),
+        ("model.dims=1", r"config model: config dims: unknown key, got 1; did you mean dim\?"),
+        ("model.preset=5m", r"config model: preset: expected one of tiny, 3m, 10m, 100m, got '5m'"),
+        ("model.num_genes=5", r"config model.num_genes: expected none, the vocabulary gives it"),
+        ("model=3m", r"config model: expected keys and values, got '3m'"),
+        ("masking=3", r"config masking: expected keys and values, got 3"),
+        ("masking.zero_rate=2", r"config masking: masking zero_rate: expected a number from 0 to 1, got 2"),
+        ("masking={zero_rate: 0, nonzero_rate: 0}", r"config masking.nonzero_rate, zero_rate: expected one above 0"),
+        ("max_steps=0", r"config max_steps: expected at least 1, got 0"),
+        ("max_steps=1.5", r"config max_steps: expected an integer, got 1.5"),
+        ("accumulate=yes", r"config accumulate: expected an integer, got True"),
+        ("normalized=1", r"config normalized: expected true or false, got 1"),
+        ("learning_rate=fast", r"config learning_rate: expected a finite number, got 'fast'"),
+        ("learning_rate=0", r"config learning_rate: expected a number > 0, got 0.0"),
+        ("clip_norm=-1", r"config clip_norm: expected a number > 0, got -1.0"),
+        ("weight_decay=-1", r"config weight_decay: expected at least 0, got -1.0"),
+        ("beta2=1", r"config beta2: expected 0 <= beta2 < 1, got 1.0"),
+        ("validation_share=1", r"config validation_share: expected 0 <= validation_share < 1, got 1.0"),
+        ("final_rate_share=2", r"config final_rate_share: expected 0 to 1, got 2.0"),
+        ("schedule=linear", r"config schedule: expected one of constant, cosine, got 'linear'"),
+        ("precision=float16", r"config precision: expected one of float32, bfloat16, got 'float16'"),
+        ("parallel=tp", r"config parallel: expected one of ddp, fsdp, got 'tp'"),
+        ("layer=3", r"config layer: expected a text, got 3"),
+        ("seed", r"seed: expected key=value"),
+        ("seed.a=1", r"seed.a=1: config seed is no section of keys"),
+        ("seed=[1", r"seed=\[1: expected a value that YAML can read"),
+    ],
+)
+def test_bad_keys_and_values_are_refused_by_name(change: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    with pytest.raises(ValueError, match=message):
+        PretrainConfig.from_yaml(tmp_path / "config.yaml", [change])
+
+
+@pytest.mark.parametrize("text", ["- 3m\n", "a: [1\n", "\x00", "max_step: 4\n"])
+def test_a_broken_file_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"broken.yaml: .*(expected|did you mean max_steps)"):
+        PretrainConfig.from_yaml(path)
+    with pytest.raises(FileNotFoundError, match=r"config .*none.yaml: no such file"):
+        PretrainConfig.from_yaml(tmp_path / "none.yaml")
+
+
+def test_what_a_resumed_run_may_change() -> None:
+    fixed = PretrainConfig().fixed()
+    assert fixed["masking.zero_rate"] == 0.03
+    assert fixed["model.preset"] == "3m"
+    free = {"checkpoint_every": 7, "keep_checkpoints": 1, "tensorboard": False, "max_seconds": 5.0}
+    assert PretrainConfig(**free).fixed() == fixed  # type: ignore[arg-type]
+    assert PretrainConfig(max_steps=7).fixed() != fixed

@@ -1,0 +1,654 @@
+"""TrainingCells: many files of cells as masked batches, streamed in an order that is a function of (seed, epoch) alone.
+
+An epoch takes blocks of consecutive rows in a shuffled order, a window of several blocks at a time, and shuffles the
+cells of a window. Only the windows in use are in memory. What is the same whatever the number of processes, and after
+any interruption: the order of the cells, the cells of each batch, and the masks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import math
+import os
+import threading
+import warnings
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from anndata import AnnData
+from tqdm import tqdm
+
+from xtg_kernels import RaggedBatch
+from xtrimogene.cells.masking import MaskedBatch, MaskingConfig, hash_words, hashed_keys, mask_cells, mask_counts
+from xtrimogene.cells.sources import CellSource, check_counts, map_genes, open_cells, pack_rows_and_totals
+from xtrimogene.network.vocabulary import ColumnMap, Vocabulary
+
+Array = npt.NDArray[Any]
+Cells = npt.NDArray[np.int64]
+Data: TypeAlias = AnnData | str | os.PathLike[str]
+T = TypeVar("T")
+
+# What a hash is for; the words differ, so that the uses of one seed have nothing to do with one another.
+_BLOCKS, _CELLS, _VALIDATION = 1, 2, 3
+
+# Masks of validation cells are those of this epoch, always, so that losses can be compared.
+VALIDATION_EPOCH = 0
+
+# Rows between two that are wanted, up to which one read is cheaper than two.
+_GAP = 16
+
+# Rows in memory while the genes of all cells are counted.
+_COUNTED_ROWS = 1024
+
+
+class TrainingCells:
+    """The cells of several data sets for pre-training: checked, counted, split, shuffled, batched and masked.
+
+    Opening checks all that can be known before training starts: every file is opened, its genes are found in the
+    vocabulary, a sample of its numbers is looked at, and then every cell is read once, because the number of its genes
+    decides whether and in which batch it is. Broken files and bad numbers stop here, by name. What breaks later stops
+    the iteration with the name of the file and its rows.
+
+    Cells are numbered through all data sets in the order given, files of a folder by name. A cell with at most
+    ``min_genes`` expressed genes of the vocabulary is left out. Of the others a share is kept for validation.
+
+    Memory: 12 bytes a cell and the row offsets of the files, and three windows of cells.
+
+    Args:
+        data: AnnData, h5ad files, zarr stores, folders of these, or several of them.
+        vocabulary: its genes; what the files lack is zero.
+        layer, gene_symbols, normalized: as for embed; the same for all data sets.
+        masking: how genes are chosen.
+        depth_tokens: read-depth training, see masking.mask_counts; needs raw counts.
+        target_sum: counts of a cell are scaled to this total.
+        min_genes: cells with at most so many expressed genes are left out; 200 in the published recipe.
+        seed: of the order of the cells.
+        validation_share: share of the cells that is never trained on, a function of (split_seed, number of the cell).
+        max_validation_cells: most cells that validation() reads, always the same ones; None for all of the share.
+        batch_tokens: most expressed genes of a batch, before masking.
+        batch_cells: most cells of a batch.
+        cost: (constant, linear, quadratic): a cell of L expressed genes costs constant + linear * L + quadratic * L^2.
+            The batches of a step are made to cost about the same.
+        block_size: consecutive rows that are read together.
+        window_blocks: blocks whose cells are mixed.
+        prefetch: batches that a background thread has ready; 0 for no threads.
+        num_threads: threads of the packer, None for torch.get_num_threads(). No result depends on it.
+        genes_per_cell: what an earlier object found for the same data, to count nothing again.
+        progress: show a progress bar while genes are counted.
+
+    Attributes:
+        sources: the open data sets.
+        genes_per_cell: (num_cells,) int32, expressed genes of the vocabulary.
+        training, validation_cells: (n,) int64, numbers of the cells, ascending.
+
+    Raises:
+        FileNotFoundError: no such file, or a folder without one.
+        ValueError: a file that is broken or does not fit, a bad argument, or no cell left; names file or argument.
+    """
+
+    def __init__(
+        self,
+        data: Data | Sequence[Data],
+        vocabulary: Vocabulary,
+        *,
+        layer: str | None = None,
+        gene_symbols: str | None = None,
+        normalized: bool = False,
+        masking: MaskingConfig | None = None,
+        depth_tokens: bool = False,
+        target_sum: float = 1e4,
+        min_genes: int = 200,
+        seed: int = 0,
+        validation_share: float = 0.05,
+        split_seed: int = 0,
+        max_validation_cells: int | None = None,
+        batch_tokens: int = 65_536,
+        batch_cells: int | None = None,
+        cost: tuple[float, float, float] = (0.0, 1.0, 0.0),
+        block_size: int = 256,
+        window_blocks: int = 16,
+        prefetch: int = 2,
+        num_threads: int | None = None,
+        genes_per_cell: npt.NDArray[np.int32] | None = None,
+        progress: bool = True,
+    ) -> None:
+        _check_at_least(0, min_genes=min_genes, seed=seed, split_seed=split_seed, prefetch=prefetch)
+        _check_at_least(1, batch_tokens=batch_tokens, block_size=block_size, window_blocks=window_blocks)
+        if batch_cells is not None:
+            _check_at_least(1, batch_cells=batch_cells)
+        if max_validation_cells is not None:
+            _check_at_least(0, max_validation_cells=max_validation_cells)
+        if not 0 <= validation_share < 1:
+            raise ValueError(f"validation_share: expected 0 <= share < 1, got {validation_share}")
+        if len(cost) != 3 or not all(math.isfinite(part) and part >= 0 for part in cost) or sum(cost) == 0:
+            raise ValueError(f"cost: expected three numbers of at least 0 and not all 0, got {cost}")
+        if depth_tokens and normalized:
+            raise ValueError("normalized: expected raw counts with depth_tokens=True, got normalized=True")
+        self.vocabulary = vocabulary
+        self.masking = MaskingConfig() if masking is None else masking
+        self.normalized, self.depth_tokens, self.target_sum = normalized, depth_tokens, target_sum
+        self.min_genes, self.seed = min_genes, seed
+        self.batch_tokens, self.batch_cells, self.cost = batch_tokens, batch_cells, cost
+        self.block_size, self.window_blocks, self.prefetch = block_size, window_blocks, prefetch
+        self.num_threads = num_threads
+        self.sources: list[CellSource] = []
+        self._column_maps: list[ColumnMap] = []
+        self._epoch: tuple[int, _Order] | None = None
+        try:
+            self._open(data, layer, gene_symbols)
+            # Number of the first cell of each source, and past the last of all.
+            self._first_cells = np.cumsum([0, *(source.n_obs for source in self.sources)])
+            self.genes_per_cell = self._count_genes(progress) if genes_per_cell is None else genes_per_cell
+            if self.genes_per_cell.shape != (self.num_cells,):
+                raise ValueError(
+                    f"genes_per_cell: expected one number for each of the {self.num_cells} cells, got shape "
+                    f"{self.genes_per_cell.shape}; leave it out to count again"
+                )
+            self._split(validation_share, split_seed, max_validation_cells)
+            self._check_longest_cell()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, data: Data | Sequence[Data], layer: str | None, gene_symbols: str | None) -> None:
+        for each in expand_data(data):
+            source = open_cells(each, layer=layer, gene_symbols=gene_symbols)
+            self.sources.append(source)
+            if isinstance(each, AnnData):
+                source.name = f"AnnData {len(self.sources)}"
+            column_map = map_genes(source, self.vocabulary, normalized=self.normalized)
+            self._column_maps.append(column_map)
+            if column_map.merged:
+                warnings.warn(f"{source.name}: {column_map}", stacklevel=3)
+            check_counts(source, self.normalized)
+
+    def _count_genes(self, progress: bool) -> npt.NDArray[np.int32]:
+        counts = np.empty(self.num_cells, np.int32)
+        with tqdm(total=self.num_cells, unit="cell", desc="count genes", disable=not progress) as bar:
+            for file, source in enumerate(self.sources):
+                for start in range(0, source.n_obs, _COUNTED_ROWS):
+                    stop = min(start + _COUNTED_ROWS, source.n_obs)
+                    packed = self._pack(file, start, stop, None, normalized=True)
+                    if self.depth_tokens:
+                        _check_whole(source, packed, start)
+                    first = self._first_cells[file]
+                    counts[first + start : first + stop] = packed.lengths.numpy()
+                    bar.update(stop - start)
+        return counts
+
+    def _split(self, share: float, split_seed: int, most: int | None) -> None:
+        keys = hashed_keys(hash_words(split_seed, _VALIDATION)[0], self.num_cells)
+        held_out = keys < np.uint64(share * 2.0**64)
+        long_enough = self.genes_per_cell > self.min_genes
+        self.training = np.flatnonzero(long_enough & ~held_out)
+        validation = np.flatnonzero(long_enough & held_out)
+        if most is not None:
+            validation = np.sort(validation[np.argsort(keys[validation])[:most]])
+        self.validation_cells = validation
+        if not len(self.training):
+            raise ValueError(
+                f"{', '.join(source.name for source in self.sources)}: expected cells to train on with more than "
+                f"min_genes = {self.min_genes} expressed genes of the vocabulary, got none among {self.num_cells:,}"
+            )
+
+    def _check_longest_cell(self) -> None:
+        """Refuses batch_tokens below the longest cell before training."""
+        for cells in (self.training, self.validation_cells):
+            lengths = self.genes_per_cell[cells]
+            if len(cells) and lengths.max() > self.batch_tokens:
+                file, row = self._place(int(cells[np.argmax(lengths)]))
+                source = self.sources[file]
+                raise ValueError(
+                    f"batch_tokens: expected room for the longest cell, got {self.batch_tokens:,}, and cell "
+                    f"{source.cell_name(row)!r} (row {row}) of {source.name} expresses {lengths.max():,} vocabulary "
+                    f"genes; raise batch_tokens to {lengths.max():,}"
+                )
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of all data sets, those that are left out too."""
+        return int(self._first_cells[-1])
+
+    @property
+    def genes_found(self) -> int:
+        """Genes of the vocabulary that at least one data set has."""
+        found = [column_map.gene_ids[column_map.gene_ids >= 0] for column_map in self._column_maps]
+        return len(np.unique(np.concatenate(found)))
+
+    def __str__(self) -> str:
+        left_out = int(np.count_nonzero(self.genes_per_cell <= self.min_genes))
+        return (
+            f"{self.num_cells:,} cells of {len(self.sources):,} data sets: {len(self.training):,} for training, "
+            f"{len(self.validation_cells):,} for validation, {left_out:,} left out with at most {self.min_genes:,} "
+            f"expressed genes; {self.genes_found:,} of {len(self.vocabulary):,} vocabulary genes found"
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for objects that give the same batches: of the cells, the vocabulary and the options, not of paths."""
+        digest = hashlib.sha256()
+        options = (
+            [source.n_obs for source in self.sources], self.normalized, self.depth_tokens, self.target_sum,
+            self.masking, self.seed, self.batch_tokens, self.batch_cells, self.cost, self.block_size,
+            self.window_blocks, self.vocabulary.genes,
+        )  # fmt: skip
+        digest.update(repr(options).encode())
+        for array in (self.genes_per_cell, self.training, self.validation_cells):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def num_steps(self, epoch: int, *, world_size: int = 1, accumulate: int = 1) -> int:
+        """Steps of an epoch: the same for every rank."""
+        return len(self._order(epoch).steps(world_size * accumulate)) - 1
+
+    def iterate(
+        self, epoch: int, start_step: int = 0, *, rank: int = 0, world_size: int = 1, accumulate: int = 1
+    ) -> Generator[MaskedBatch, None, None]:
+        """The masked batches of one rank in one epoch, from a step on: ``accumulate`` of them, one after the other, a
+        step.
+
+        The cells of a step go to world_size * accumulate batches of about equal cost, and each to one of them, so that
+        a step has the same batches for 2 ranks as for 1 rank that accumulates 2. Every batch keeps to batch_tokens and
+        batch_cells and has at least one cell. The batches from ``start_step`` on are those of an uninterrupted epoch,
+        bit for bit, and no window before theirs is read.
+
+        An epoch has every training cell once. (Where batches have room for few cells, fewer cells than a step has
+        batches may be over at the end; they are left out then.)
+
+        Raises ValueError, also while iterating, for a file that has become unreadable; it names the file and the rows.
+        """
+        _check_at_least(0, epoch=epoch)
+        return self._iterate(self._order(epoch), epoch, start_step, rank, world_size, accumulate)
+
+    def validation(self, *, rank: int = 0, world_size: int = 1) -> Generator[MaskedBatch, None, None]:
+        """The masked batches of one rank over the validation cells, in the order of the data, always masked alike."""
+        cells = self.validation_cells
+        windows = np.arange(0, len(cells) + self._window_cells, self._window_cells).clip(max=len(cells))
+        return self._iterate(self._ordered(cells, windows), VALIDATION_EPOCH, 0, rank, world_size, 1)
+
+    def read(self, cells: Array) -> RaggedBatch:
+        """The log-normalised values of cells by their numbers, in the order given, not masked."""
+        wanted, place = np.unique(np.asarray(cells, np.int64), return_inverse=True)
+        if len(wanted) and not (wanted[0] >= 0 and wanted[-1] < self.num_cells):
+            raise ValueError(f"cells: expected numbers from 0 to {self.num_cells - 1}, got {wanted[0]} to {wanted[-1]}")
+        return _taken(self._read(wanted, normalized=self.normalized), place)
+
+    def close(self) -> None:
+        """Close the files. Iterations have to be over, or closed, before."""
+        for source in self.sources:
+            source.close()
+
+    def __enter__(self) -> TrainingCells:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _window_cells(self) -> int:
+        return self.block_size * self.window_blocks
+
+    def _order(self, epoch: int) -> _Order:
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, self._shuffled(epoch))
+        return self._epoch[1]
+
+    def _shuffled(self, epoch: int) -> _Order:
+        """The training cells in the order of an epoch."""
+        first_of_block = np.concatenate(
+            [np.arange(first, stop, self.block_size) for first, stop in itertools.pairwise(self._first_cells)]
+        )
+        # A block ends where the next one begins; those of different data sets meet at a first cell of a data set.
+        bounds = np.searchsorted(self.training, [*first_of_block, self.num_cells])
+        order_of_blocks = np.argsort(hashed_keys(hash_words(self.seed, epoch, _BLOCKS)[0], len(first_of_block)))
+        windows, begins = [], [0]
+        for start in range(0, len(order_of_blocks), self.window_blocks):
+            blocks = order_of_blocks[start : start + self.window_blocks]
+            cells = np.concatenate([self.training[bounds[block] : bounds[block + 1]] for block in blocks.tolist()])
+            windows.append(cells[np.argsort(hash_words(self.seed, epoch, _CELLS, cells))])
+            begins.append(begins[-1] + len(cells))
+        return self._ordered(np.concatenate(windows), np.array(begins))
+
+    def _ordered(self, cells: Cells, windows: Array) -> _Order:
+        lengths = self.genes_per_cell[cells].astype(np.int64)
+        return _Order(cells, windows, lengths, self.batch_tokens, self.batch_cells, self.cost)
+
+    def _iterate(
+        self, order: _Order, epoch: int, start_step: int, rank: int, world_size: int, accumulate: int
+    ) -> Generator[MaskedBatch, None, None]:
+        _check_at_least(1, world_size=world_size, accumulate=accumulate)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
+        steps = order.steps(world_size * accumulate)
+        if not 0 <= start_step < len(steps):
+            raise ValueError(f"start_step: expected 0 to {len(steps) - 1}, the steps of the epoch, got {start_step}")
+        parts = range(rank * accumulate, (rank + 1) * accumulate)
+        windows = self._windows(order, steps[start_step:], parts, world_size * accumulate)
+        if not self.prefetch:
+            return self._batches(windows, epoch)
+        return prefetched(self._batches(prefetched(windows, 1), epoch), self.prefetch)
+
+    def _windows(self, order: _Order, steps: Array, parts: range, num_parts: int) -> Generator[_Window, None, None]:
+        """Window after window, what the given parts of its steps need of it, read and packed."""
+        for begin, end in itertools.pairwise(order.windows.tolist()):
+            first = max(int(np.searchsorted(steps, begin, side="right")) - 1, 0)
+            last = int(np.searchsorted(steps, end))
+            batches, own = [], []
+            for start, stop in itertools.pairwise(steps[first : last + 1].tolist()):
+                part_of = order.parts(start, stop, num_parts)
+                for part in parts:
+                    positions = start + np.flatnonzero(part_of == part)
+                    own.append(positions[(positions >= begin) & (positions < end)])
+                    if stop <= end:
+                        batches.append(order.cells[positions])
+            cells = np.sort(order.cells[np.concatenate([np.zeros(0, np.int64), *own])])
+            if len(cells) or batches:
+                yield _Window(cells, self._read(cells, normalized=self.normalized or self.depth_tokens), batches)
+
+    def _batches(self, windows: Generator[_Window, None, None], epoch: int) -> Generator[MaskedBatch, None, None]:
+        with contextlib.closing(windows):
+            # Windows whose last steps end in a later one
+            open_windows: list[_Window] = []
+            for window in windows:
+                open_windows.append(window)
+                for cells in window.batches:
+                    yield self._masked(open_windows, cells, epoch)
+                if window.batches:
+                    del open_windows[:-1]
+
+    def _masked(self, windows: list[_Window], cells: Cells, epoch: int) -> MaskedBatch:
+        packed, rows = _find(windows, cells)
+        options: dict[str, Any] = {
+            "epoch": epoch,
+            "num_genes": len(self.vocabulary),
+            "num_threads": self.num_threads,
+        }
+        if self.depth_tokens:
+            counts = _taken(packed, rows)
+            return mask_counts(counts, cells, self.masking, target_sum=self.target_sum, **options)
+        return mask_cells(packed, cells, self.masking, rows=rows, **options)
+
+    def _place(self, cell: int) -> tuple[int, int]:
+        """The data set of a cell and its row there."""
+        file = int(np.searchsorted(self._first_cells, cell, side="right")) - 1
+        return file, cell - int(self._first_cells[file])
+
+    def _read(self, cells: Cells, *, normalized: bool) -> RaggedBatch:
+        """Ascending cells, packed; neighbours are read together."""
+        files = np.searchsorted(self._first_cells, cells, side="right") - 1
+        ends = np.flatnonzero((np.diff(files) > 0) | (np.diff(cells) > _GAP)) + 1
+        pieces = []
+        for first, last in itertools.pairwise([0, *ends.tolist(), len(cells)]):
+            if first == last:
+                continue
+            file = int(files[first])
+            rows = cells[first:last] - self._first_cells[file]
+            start, stop = int(rows[0]), int(rows[-1]) + 1
+            pieces.append(self._pack(file, start, stop, rows - start, normalized=normalized))
+        return _joined(pieces)
+
+    def _pack(self, file: int, start: int, stop: int, rows: Cells | None, *, normalized: bool) -> RaggedBatch:
+        source = self.sources[file]
+        rows_csr = source.read_rows(start, stop)
+        try:
+            return pack_rows_and_totals(
+                rows_csr,
+                self._column_maps[file].gene_ids,
+                rows=rows,
+                normalized=normalized,
+                target_sum=self.target_sum,
+                distinct=False,
+                num_threads=self.num_threads,
+                first_row=start,
+            )[0]
+        except ValueError as error:
+            raise ValueError(f"{source.name}: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Order:
+    """Cells in the order in which batches take them.
+
+    cells    (n,) numbers of the cells
+    windows  (w + 1,) positions at which windows begin, and n
+    lengths  (n,) expressed genes of each
+    """
+
+    cells: Cells
+    windows: Array
+    lengths: Array
+    batch_tokens: int
+    batch_cells: int | None
+    cost: tuple[float, float, float]
+
+    def steps(self, num_parts: int) -> Array:
+        """(steps + 1,) positions at which steps of num_parts batches begin, and the end of the last.
+
+        Batches are filled in order, as far as their limits go, and a step is num_parts of them: which cells are in the
+        first k batches does not depend on the number of parts.
+        """
+        total = len(self.cells)
+        if 0 < total < num_parts:
+            raise ValueError(
+                f"world_size, accumulate: expected at most as many batches a step as there are cells, got {num_parts} "
+                f"batches and {total} cells"
+            )
+        bounds = self._filled(0, total)
+        steps = [*bounds[:-1:num_parts], total]
+        missing = num_parts - (steps[-1] - steps[-2]) if total else 0
+        if missing > 0:
+            # Every batch of the last step has a cell: the step before it gives some away, or there is no last step.
+            gives = len(steps) > 2 and steps[-2] - missing - steps[-3] >= num_parts
+            if gives:
+                steps[-2] -= missing
+            else:
+                del steps[-1]
+        return np.array(steps)
+
+    def parts(self, start: int, stop: int, num_parts: int) -> Array:
+        """(stop - start,) the batch of the step, 0 ... num_parts - 1, for each of its cells.
+
+        The costliest cells first, each to the batch that costs least so far and has room for it.
+        """
+        lengths = self.lengths[start:stop]
+        constant, linear, quadratic = self.cost
+        costs = constant + lengths * (linear + quadratic * lengths)
+        part_of = np.zeros(len(lengths), np.int64)
+        if num_parts == 1:
+            return part_of
+        cells, tokens, spent = [0] * num_parts, [0] * num_parts, [0.0] * num_parts
+        most = math.inf if self.batch_cells is None else self.batch_cells
+        for i in np.argsort(-costs, kind="stable").tolist():
+            length = int(lengths[i])
+            fitting = [
+                part for part in range(num_parts) if cells[part] < most and tokens[part] + length <= self.batch_tokens
+            ]
+            if not fitting:
+                return self._parts_in_order(start, stop, num_parts)
+            part = min(fitting, key=lambda part: spent[part])
+            part_of[i] = part
+            cells[part] += 1
+            tokens[part] += length
+            spent[part] += float(costs[i])
+        return part_of
+
+    def _parts_in_order(self, start: int, stop: int, num_parts: int) -> Array:
+        """The batches as they were filled, where no balanced ones keep to the limits; halved until there are enough."""
+        bounds = self._filled(start, stop)
+        while len(bounds) <= num_parts:
+            longest = int(np.argmax(np.diff(bounds)))
+            bounds.insert(longest + 1, (bounds[longest] + bounds[longest + 1]) // 2)
+        return np.repeat(np.arange(num_parts), np.diff(bounds))
+
+    def _filled(self, start: int, stop: int) -> list[int]:
+        """Positions at which batches begin that are filled in order, and stop."""
+        past = np.cumsum(self.lengths[start:stop])
+        bounds = [start]
+        while bounds[-1] < stop:
+            begin = bounds[-1] - start
+            before = int(past[begin - 1]) if begin else 0
+            end = int(np.searchsorted(past, before + self.batch_tokens, side="right"))
+            if self.batch_cells is not None:
+                end = min(end, begin + self.batch_cells)
+            bounds.append(start + end)
+        return bounds
+
+
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """Cells of a window that one rank needs, and its batches that end in the window.
+
+    cells    (n,) ascending
+    packed   RaggedBatch of these cells
+    batches  cells of each batch
+    """
+
+    cells: Cells
+    packed: RaggedBatch
+    batches: list[Cells]
+
+
+def _find(windows: list[_Window], cells: Cells) -> tuple[RaggedBatch, Array]:
+    """A packed batch that holds the cells, and the row of each in it."""
+    last = windows[-1]
+    if np.all(np.isin(cells, last.cells)):
+        return last.packed, np.searchsorted(last.cells, cells)
+    pieces, found = [], []
+    for window in windows:
+        rows = np.flatnonzero(np.isin(window.cells, cells))
+        pieces.append(_taken(window.packed, rows))
+        found.append(window.cells[rows])
+    joined = np.concatenate(found)
+    by_number = np.argsort(joined)
+    return _joined(pieces), by_number[np.searchsorted(joined[by_number], cells)]
+
+
+def _taken(packed: RaggedBatch, rows: Array) -> RaggedBatch:
+    """Some cells of a batch, in the order of rows; without distinct_index."""
+    cu_seqlens = packed.cu_seqlens.numpy()
+    lengths = np.diff(cu_seqlens)[rows]
+    ends = np.cumsum(lengths, dtype=np.int64)
+    entries = np.arange(int(lengths.sum())) + np.repeat(cu_seqlens[rows] - ends + lengths, lengths)
+    return _batch(packed.values.numpy()[entries], packed.gene_ids.numpy()[entries], lengths)
+
+
+def _joined(pieces: list[RaggedBatch]) -> RaggedBatch:
+    """The cells of several batches in one; without distinct_index."""
+    if len(pieces) == 1:
+        return pieces[0]
+    values, gene_ids, lengths = (
+        np.concatenate([np.zeros(0, dtype), *(getattr(piece, name).numpy() for piece in pieces)])
+        for name, dtype in (("values", np.float32), ("gene_ids", np.int32), ("lengths", np.int32))
+    )
+    return _batch(values, gene_ids, lengths)
+
+
+def _batch(values: Array, gene_ids: Array, lengths: Array) -> RaggedBatch:
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return RaggedBatch(
+        torch.from_numpy(values),
+        torch.from_numpy(gene_ids),
+        torch.from_numpy(cu_seqlens),
+        int(lengths.max(initial=0)),
+    )
+
+
+def expand_data(data: Data | Sequence[Data]) -> list[AnnData | Path]:
+    """Data sets in order: a folder that is no zarr store stands for the h5ad files and zarr stores in it, by name.
+
+    Raises FileNotFoundError for a folder without any, ValueError for nothing at all or a file that is given twice.
+    """
+    found: list[AnnData | Path] = []
+    for each in [data] if isinstance(data, AnnData | str | os.PathLike) else data:
+        if isinstance(each, AnnData):
+            found.append(each)
+            continue
+        path = Path(each)
+        if path.is_dir() and path.suffix != ".zarr" and not any((path / name).exists() for name in _ZARR_FILES):
+            files = sorted(entry for entry in path.iterdir() if entry.suffix in (".h5ad", ".zarr"))
+            if not files:
+                raise FileNotFoundError(f"{path}: expected h5ad files or zarr stores in the folder, got none")
+            found += files
+        else:
+            found.append(path)
+    if not found:
+        raise ValueError("data: expected at least one data set, got none")
+    paths = [each.resolve() for each in found if isinstance(each, Path)]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"data: expected each file once, got {path} more than once")
+    return found
+
+
+_ZARR_FILES = ("zarr.json", ".zgroup")
+
+
+def genes_of_data(
+    data: Data | Sequence[Data], *, layer: str | None = None, gene_symbols: str | None = None
+) -> Vocabulary:
+    """A vocabulary of all genes of the data sets, in the order in which they are met."""
+    names: dict[str, None] = {}
+    for each in expand_data(data):
+        with open_cells(each, layer=layer, gene_symbols=gene_symbols) as source:
+            names |= dict.fromkeys(name for name in source.var_names if name)
+    return Vocabulary(names)
+
+
+def prefetched(items: Generator[T, None, None], size: int) -> Generator[T, None, None]:
+    """The same items, made in a background thread up to ``size`` before they are asked for.
+
+    An error of theirs is raised where its item would have come. Closing the generator ends and joins the thread.
+    """
+    queue: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+    free, stop = threading.Semaphore(size), threading.Event()
+
+    def produce() -> None:
+        try:
+            with contextlib.closing(items):
+                while free.acquire() and not stop.is_set():
+                    queue.put(("item", next(items)))
+        except StopIteration:
+            queue.put(("end", None))
+        except BaseException as error:
+            queue.put(("error", error))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, item = queue.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise item
+            free.release()
+            yield item
+    finally:
+        stop.set()
+        free.release()
+        thread.join()
+
+
+def _check_whole(source: CellSource, counts: RaggedBatch, first_row: int) -> None:
+    values = counts.values.numpy()
+    broken = np.flatnonzero(values != np.rint(values))
+    if len(broken):
+        row = first_row + int(np.searchsorted(counts.cu_seqlens.numpy(), broken[0], side="right")) - 1
+        raise ValueError(
+            f"{source.name}: row {row} ({source.cell_name(row)}): value {values[broken[0]]}; expected whole counts, "
+            "which depth_tokens=True thins"
+        )
+
+
+def _check_at_least(low: int, **values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
+            raise ValueError(f"{name}: expected an integer of at least {low}, got {value!r}")

@@ -1,0 +1,424 @@
+"""ragged_encoder: a torch.nn.TransformerEncoder or a Hugging Face BERT encoder, run over sequences laid end to end.
+
+Other single-cell models are plain Transformer encoders on padded batches: Geneformer is a BERT, scGPT a
+TransformerEncoder. The ragged encoder made here runs the modules that it was given, without padding, through the
+kernels and the blocks of rows of xtrimogene.encoder. It has no weights of its own.
+
+transformers is needed only by who has a BERT: its classes are recognised by name, nothing of it is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xtrimogene.network.encoder import Layer, attend, infer_by_blocks, infers_by_blocks
+
+__all__ = ["RaggedEncoder", "packed_embeddings", "ragged_encoder"]
+
+_BERT = "transformers.models.bert.modeling_bert"
+# Installed by transformers itself when somebody first asks for hidden states; they do nothing unless asked.
+_HARMLESS_HOOKS = "transformers.utils.output_capturing"
+
+# Submodule -> its type, or the names of transformers' classes. Anything else in a layer means that it computes
+# something else.
+_Kind = type | tuple[str, ...]
+_TORCH_LAYER: Mapping[str, _Kind] = {
+    "": nn.TransformerEncoderLayer,
+    "self_attn": nn.MultiheadAttention,
+    "self_attn.out_proj": nn.modules.linear.NonDynamicallyQuantizableLinear,
+    "linear1": nn.Linear,
+    "dropout": nn.Dropout,
+    "linear2": nn.Linear,
+    "norm1": nn.LayerNorm,
+    "norm2": nn.LayerNorm,
+    "dropout1": nn.Dropout,
+    "dropout2": nn.Dropout,
+}
+_BERT_LAYER: Mapping[str, _Kind] = {
+    "": ("BertLayer",),
+    "attention": ("BertAttention",),
+    "attention.self": ("BertSelfAttention", "BertSdpaSelfAttention"),
+    "attention.self.query": nn.Linear,
+    "attention.self.key": nn.Linear,
+    "attention.self.value": nn.Linear,
+    "attention.self.dropout": nn.Dropout,
+    "attention.output": ("BertSelfOutput",),
+    "attention.output.dense": nn.Linear,
+    "attention.output.LayerNorm": nn.LayerNorm,
+    "attention.output.dropout": nn.Dropout,
+    "intermediate": ("BertIntermediate",),
+    "intermediate.dense": nn.Linear,
+    "output": ("BertOutput",),
+    "output.dense": nn.Linear,
+    "output.LayerNorm": nn.LayerNorm,
+    "output.dropout": nn.Dropout,
+}
+_CONVERTED = "torch.nn.TransformerEncoder, or transformers' BertModel or BertEncoder"
+
+
+def ragged_encoder(module: nn.Module, *, omit_attention_dropout: bool = False) -> RaggedEncoder:
+    """Another way to run the same encoder: over sequences of unequal length laid end to end, with no padding.
+
+        encoder = ragged_encoder(module)
+        y = encoder(x, cu_seqlens, max_seqlen)      # (total_nnz, dim) -> (total_nnz, dim)
+
+    Takes a torch.nn.TransformerEncoder (any number of layers, norm_first or not, with or without biases and final norm,
+    batch_first or not, relu, gelu or tanh-gelu) or a transformers BertModel or BertEncoder. The result for a sequence
+    is that of the original on it alone, without a mask; of a BertModel it is last_hidden_state, given what its
+    embeddings give (``packed_embeddings``).
+
+    The modules are shared, not copied: training one trains the other, train(), eval() and to() act on both, and the
+    ragged encoder's state dict has the keys of the TransformerEncoder or BertEncoder, so it loads both ways. Gradient
+    checkpointing of a BERT is not applied.
+
+    omit_attention_dropout  train without the dropout of attention probabilities. The ragged attention draws no random
+                            mask: where a layer has such a dropout above 0, training mode is refused without this.
+                            Dropout on the residual branches and after the activation works as in the original.
+
+    Raises TypeError for another class of module, and ValueError with all reasons for a module of these classes that
+    computes something else: causal or cross-attention, relative positions, another activation, layers, norms or linear
+    maps of a class of their own, hooks, quantised or other unusual weights, appended keys (add_bias_kv, add_zero_attn).
+    """
+    kind = type(module)
+    encoder: RaggedEncoder
+    if kind is nn.TransformerEncoder:
+        encoder = _RaggedTorchEncoder(cast(nn.TransformerEncoder, module), omit_attention_dropout)
+    elif _is_bert(module, ("BertModel", "BertEncoder")):
+        bert: Any = module
+        encoder = _RaggedBertEncoder(bert.encoder if kind.__name__ == "BertModel" else bert, omit_attention_dropout)
+    else:
+        inside = next((name for name, part in module.named_modules() if _is_convertible(part)), None)
+        hint = f"; pass its submodule .{inside}" if inside else ""
+        raise TypeError(
+            f"module: expected {_CONVERTED}, not a class derived from them, got {_class_name(module)}{hint}"
+        )
+    # Hooks on the outermost module are not among its layers.
+    reasons = [*_touched("", module, kind), *encoder.not_supported_reasons()]
+    if kind.__name__ == "BertModel":
+        reasons += _touched("encoder", cast(nn.Module, module.encoder), ("BertEncoder",))
+    if reasons:
+        raise ValueError(f"module: cannot be run as a ragged encoder: {'; '.join(reasons)}")
+    return encoder
+
+
+class RaggedEncoder(nn.Module):
+    """What ``ragged_encoder`` makes: the layers of another module, run over sequences laid end to end."""
+
+    def __init__(self, omit_attention_dropout: bool) -> None:
+        super().__init__()
+        self.omit_attention_dropout = omit_attention_dropout
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Encode every segment of x by itself.
+
+        x           (total_nnz, dim), the dtype of the weights (under autocast: any that the layers take)
+        cu_seqlens  (batch + 1,) int32; segment c owns rows cu_seqlens[c]:cu_seqlens[c + 1]
+        max_seqlen  length of the longest segment
+        returns     (total_nnz, dim); rows past cu_seqlens[-1] belong to no sequence and mean nothing
+
+        Raises ValueError or TypeError for a wrong shape or dtype, or offsets that do not fit x; and ValueError in
+        training mode with dropout of attention probabilities, or when the modules were changed since the conversion
+        into something that ``ragged_encoder`` refuses.
+        """
+        if not torch.compiler.is_compiling():
+            reasons = self.not_supported_reasons()
+            if reasons:
+                raise ValueError(f"the modules of this ragged encoder were changed: {'; '.join(reasons)}")
+        layers, norm = self._layers(), self._norm()
+        dim = layers[0].linear1.in_features
+        if x.dim() != 2 or x.shape[1] != dim:
+            raise ValueError(f"x: expected shape (total_nnz, {dim}), got {tuple(x.shape)}")
+        dropout = 0.0 if self.omit_attention_dropout else max(self._attention_dropouts())
+        if dropout > 0:
+            raise ValueError(
+                f"dropout of attention probabilities is {dropout}, and the ragged attention draws no mask: call "
+                "eval(), set it to 0 in the layers, or convert with omit_attention_dropout=True to train without it"
+            )
+        leaves = tuple(module for module in self.modules() if module._parameters or isinstance(module, nn.Dropout))
+        if infers_by_blocks(x, leaves, max(layer.linear1.out_features for layer in layers)):
+            return infer_by_blocks(layers, norm, x, cu_seqlens, max_seqlen)
+        for layer in layers:
+            x = layer(x, cu_seqlens, max_seqlen)
+        return x if norm is None else norm(x)
+
+    def not_supported_reasons(self) -> list[str]:
+        """Why the modules cannot be run as they are now; empty where they can."""
+        raise NotImplementedError
+
+    def _layers(self) -> list[Layer]:
+        raise NotImplementedError
+
+    def _norm(self) -> nn.LayerNorm | None:
+        return None
+
+    def _attention_dropouts(self) -> list[float]:
+        """Probability of dropout of attention probabilities in each layer, in its present mode."""
+        raise NotImplementedError
+
+
+class _RaggedTorchEncoder(RaggedEncoder):
+    def __init__(self, module: nn.TransformerEncoder, omit_attention_dropout: bool) -> None:
+        super().__init__(omit_attention_dropout)
+        self.layers, self.norm = module.layers, module.norm
+        self.training = module.training
+
+    def not_supported_reasons(self) -> list[str]:
+        reasons = _layer_reasons("layers", self.layers, _TORCH_LAYER, "activation")
+        if self.norm is not None:
+            reasons += _touched("norm", self.norm, nn.LayerNorm)
+        for name, layer in _named(self.layers, nn.TransformerEncoderLayer):
+            attention = layer.self_attn
+            if not isinstance(attention, nn.MultiheadAttention):
+                continue
+            if attention.in_proj_weight is None:
+                reasons.append(f"{name}.self_attn has keys or values of another width (kdim, vdim)")
+            if attention.bias_k is not None or attention.add_zero_attn:
+                reasons.append(f"{name}.self_attn appends a key to every sequence (add_bias_kv or add_zero_attn)")
+            if _torch_activation(layer.activation) is None:
+                reasons.append(f"{name}.activation is {_described(layer.activation)}, expected relu or gelu")
+        return reasons
+
+    def _layers(self) -> list[Layer]:
+        return [_torch_layer(cast(nn.TransformerEncoderLayer, layer)) for layer in self.layers]
+
+    def _norm(self) -> nn.LayerNorm | None:
+        return cast(nn.LayerNorm | None, self.norm)
+
+    def _attention_dropouts(self) -> list[float]:
+        attentions = [layer.self_attn for layer in cast(Sequence[nn.TransformerEncoderLayer], self.layers)]
+        return [attention.dropout if attention.training else 0.0 for attention in attentions]
+
+
+class _RaggedBertEncoder(RaggedEncoder):
+    def __init__(self, module: Any, omit_attention_dropout: bool) -> None:
+        super().__init__(omit_attention_dropout)
+        self.layer = module.layer
+        self.training = module.training
+
+    def not_supported_reasons(self) -> list[str]:
+        reasons = _layer_reasons("layer", self.layer, _BERT_LAYER, "intermediate.intermediate_act_fn")
+        layer: Any
+        for i, layer in enumerate(self.layer):
+            name = f"layer.{i}"
+            if not _is_bert(layer, ("BertLayer",)):
+                continue
+            attention = getattr(layer.attention, "self", None)
+            if layer.is_decoder or getattr(attention, "is_causal", False):
+                reasons.append(f"{name} attends causally (is_decoder)")
+            if hasattr(layer, "crossattention"):
+                reasons.append(f"{name} has cross-attention")
+            reasons += _bert_attention_reasons(f"{name}.attention.self", attention)
+            # transformers before 5 has relative positions, added to the scores.
+            positions = getattr(attention, "position_embedding_type", None) or "absolute"
+            if positions != "absolute":
+                reasons.append(f"{name} has relative positions (position_embedding_type {positions!r})")
+            activation = getattr(layer.intermediate, "intermediate_act_fn", None)
+            if _bert_activation(activation) is None:
+                reasons.append(f"{name}.intermediate has activation {_described(activation)}, expected relu or gelu")
+        return reasons
+
+    def _layers(self) -> list[Layer]:
+        return [_bert_layer(layer) for layer in self.layer]
+
+    def _attention_dropouts(self) -> list[float]:
+        attentions = [layer.attention.self for layer in self.layer]
+        # transformers reads the mode of the attention, not that of the dropout in it.
+        return [attention.dropout.p if attention.training else 0.0 for attention in attentions]
+
+
+def packed_embeddings(
+    bert: nn.Module, input_ids: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None = None
+) -> Tensor:
+    """What the ragged encoder of a transformers BertModel takes: its embeddings of sequences laid end to end.
+
+    input_ids       (total_nnz,) int32 or int64, the tokens of all sequences
+    cu_seqlens      (batch + 1,) int32; positions count from 0 in every sequence
+    token_type_ids  (total_nnz,) int32 or int64; None for zeros
+    returns         (total_nnz, dim), what bert.embeddings gives for each sequence (with its dropout in training mode)
+
+    Raises TypeError for another module than a BertModel, and ValueError for a wrong shape, offsets that do not fit, or
+    a sequence longer than the position table.
+    """
+    if not _is_bert(bert, ("BertModel",)):
+        raise TypeError(f"bert: expected transformers' BertModel, got {_class_name(bert)}")
+    total = input_ids.numel()
+    for name, ids in (("input_ids", input_ids), ("token_type_ids", token_type_ids)):
+        if ids is not None and tuple(ids.shape) != (total,):
+            raise ValueError(f"{name}: expected shape ({total},), one id for each token, got {tuple(ids.shape)}")
+    lengths = cu_seqlens.diff()
+    if int(cu_seqlens[-1]) != total or int(cu_seqlens[0]) != 0 or bool((lengths < 0).any()):
+        raise ValueError(f"cu_seqlens: expected to rise from 0 to the number of input_ids = {total}, got {cu_seqlens}")
+    embeddings: Any = bert.embeddings
+    limit = embeddings.position_embeddings.num_embeddings
+    if total and int(lengths.max()) > limit:
+        raise ValueError(f"input_ids: expected sequences of at most {limit} tokens, got one of {int(lengths.max())}")
+    starts = cu_seqlens[:-1].long().repeat_interleave(lengths)
+    positions = torch.arange(total, device=input_ids.device) - starts
+    types = torch.zeros_like(positions) if token_type_ids is None else token_type_ids
+    # One batch row with the positions of many sequences: the embeddings look at nothing else.
+    return embeddings(input_ids=input_ids[None], token_type_ids=types[None], position_ids=positions[None])[0]
+
+
+def _torch_layer(layer: nn.TransformerEncoderLayer) -> Layer:
+    attention = layer.self_attn
+
+    def in_proj() -> tuple[Tensor, Tensor | None]:
+        return attention.in_proj_weight, attention.in_proj_bias
+
+    return Layer(
+        attention.num_heads,
+        in_proj,
+        _attend(in_proj, attention.num_heads, attention.out_proj),
+        attention.out_proj,
+        layer.norm1,
+        layer.linear1,
+        layer.linear2,
+        layer.norm2,
+        cast(str, _torch_activation(layer.activation)),
+        layer.norm_first,
+        (layer.dropout1, layer.dropout, layer.dropout2),
+    )
+
+
+def _bert_layer(layer: Any) -> Layer:
+    attention = layer.attention.self
+    maps = (attention.query, attention.key, attention.value)
+
+    def in_proj() -> tuple[Tensor, Tensor | None]:
+        biases = [part.bias for part in maps if part.bias is not None]
+        return torch.cat([part.weight for part in maps]), torch.cat(biases) if biases else None
+
+    return Layer(
+        attention.num_attention_heads,
+        in_proj,
+        _attend(in_proj, attention.num_attention_heads, layer.attention.output.dense),
+        layer.attention.output.dense,
+        layer.attention.output.LayerNorm,
+        layer.intermediate.dense,
+        layer.output.dense,
+        layer.output.LayerNorm,
+        cast(str, _bert_activation(layer.intermediate.intermediate_act_fn)),
+        False,
+        (layer.attention.output.dropout, None, layer.output.dropout),
+    )
+
+
+def _bert_attention_reasons(name: str, attention: Any) -> list[str]:
+    maps: list[Any] = [getattr(attention, key, None) for key in ("query", "key", "value")]
+    if not all(type(part) is nn.Linear for part in maps):
+        return []
+    reasons = []
+    if len({(part.out_features, part.bias is None) for part in maps}) > 1:
+        reasons.append(f"{name}: query, key and value differ in width, or in whether they have a bias")
+    scaling = getattr(attention, "scaling", None)
+    if scaling is not None and scaling != (maps[0].out_features // attention.num_attention_heads) ** -0.5:
+        reasons.append(f"{name} scales the scores by {scaling}, expected one by the root of the head width")
+    return reasons
+
+
+def _attend(
+    in_proj: Callable[[], tuple[Tensor, Tensor | None]], num_heads: int, out_proj: nn.Linear
+) -> Callable[[Tensor, Tensor, int], Tensor]:
+    return lambda x, cu_seqlens, max_seqlen: out_proj(attend(x, in_proj(), num_heads, cu_seqlens, max_seqlen))
+
+
+def _torch_activation(activation: object) -> str | None:
+    if activation is F.relu or type(activation) is nn.ReLU:
+        return "relu"
+    if activation is F.gelu:
+        return "gelu"
+    if type(activation) is nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu_tanh"
+    return None
+
+
+def _bert_activation(activation: object) -> str | None:
+    kind = type(activation)
+    if kind.__module__ == "transformers.activations":
+        # gelu_new, gelu_fast and gelu_pytorch_tanh are three ways to write one formula.
+        names = {"GELUActivation": "gelu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
+        names |= {"NewGELUActivation": "gelu_tanh", "FastGELUActivation": "gelu_tanh"}
+        return names.get(kind.__name__)
+    return _torch_activation(activation)
+
+
+def _is_bert(module: object, names: tuple[str, ...]) -> bool:
+    return type(module).__module__ == _BERT and type(module).__name__ in names
+
+
+def _is_convertible(module: nn.Module) -> bool:
+    return type(module) is nn.TransformerEncoder or _is_bert(module, ("BertModel", "BertEncoder"))
+
+
+def _described(x: object) -> str:
+    return getattr(x, "__qualname__", None) or _class_name(x)
+
+
+def _class_name(x: object) -> str:
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
+def _named(layers: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[str, Any]]:
+    return ((f"layers.{name}", layer) for name, layer in layers.named_children() if type(layer) is kind)
+
+
+def _layer_reasons(root: str, layers: nn.Module, expected: Mapping[str, _Kind], activation: str) -> list[str]:
+    """Reasons of the tree: modules of other classes, modules too many, hooks and weights."""
+    reasons = _touched(root, layers, nn.ModuleList)
+    if not reasons and not len(cast(nn.ModuleList, layers)):
+        reasons.append(f"{root}: expected at least one layer")
+    for index, layer in layers.named_children():
+        name = f"{root}.{index}"
+        own = _touched(name, layer, expected[""])
+        reasons += own
+        # Of a layer of another class, what it is made of says nothing more.
+        if not _is_kind(layer, expected[""]):
+            continue
+        found = dict(layer.named_modules())
+        for path, kind in expected.items():
+            if path and path in found:
+                reasons += _touched(f"{name}.{path}", found[path], kind)
+            elif path:
+                reasons.append(f"{name} has no {path}")
+        if activation in found:
+            # Its class is judged by whoever knows the activations.
+            reasons += _touched(f"{name}.{activation}", found[activation], type(found[activation]))
+        for path, part in found.items():
+            # Cross-attention, and what is inside modules of another class, are reasons of their own.
+            known = path in expected or path == activation or path.startswith("crossattention")
+            parent = path.rpartition(".")[0]
+            if not known and (parent not in expected or _is_kind(found[parent], expected[parent])):
+                reasons.append(f"{name}.{path} ({_described(part)}) is no part of such a layer")
+    return reasons
+
+
+def _is_kind(module: nn.Module, kind: _Kind) -> bool:
+    return _is_bert(module, kind) if isinstance(kind, tuple) else type(module) is kind
+
+
+def _touched(name: str, module: nn.Module, kind: _Kind) -> list[str]:
+    """Why a module does not compute what its class does, or is of another class."""
+    name = name or "the module"
+    if not _is_kind(module, kind):
+        wanted = " or ".join(kind) if isinstance(kind, tuple) else kind.__name__
+        return [f"{name}: expected a plain {wanted}, got {_class_name(module)}"]
+    reasons = []
+    for hooks in (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    ):  # fmt: skip
+        if any(getattr(hook, "__module__", "") != _HARMLESS_HOOKS for hook in hooks.values()):
+            reasons.append(f"{name} has hooks, which would not be called")
+            break
+    if "forward" in vars(module):
+        reasons.append(f"{name} has a forward of its own")
+    for key, parameter in module._parameters.items():
+        if parameter is not None and (type(parameter) is not nn.Parameter or not parameter.is_floating_point()):
+            reasons.append(
+                f"{name}.{key} is a {type(parameter).__name__} of {parameter.dtype}, expected a plain float Parameter"
+            )
+    return reasons
