@@ -12,7 +12,8 @@ from typing import Any, TextIO
 
 import torch
 
-from xtrimogene.inference.embed import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DTYPES, embed
+from xtrimogene.cells.depth import DEFAULT_TARGET_DEPTH
+from xtrimogene.inference.embed import DEFAULT_KEY, DEFAULT_MAX_TOKENS, embed
 from xtrimogene.inference.gene_level import (
     DEFAULT_BATCH_SIZE,
     EMBEDDINGS_KEY,
@@ -21,10 +22,11 @@ from xtrimogene.inference.gene_level import (
     predict_expression,
 )
 from xtrimogene.inference.gene_level import DTYPES as GENE_DTYPES
-from xtrimogene.inference.model_cells import DEFAULT_TARGET_DEPTH
+from xtrimogene.inference.precision import DTYPES
 from xtrimogene.interop.scfoundation import PARTS, from_scfoundation
+from xtrimogene.model import XTrimoGene
 from xtrimogene.network.config import PRESETS
-from xtrimogene.network.model import POOLINGS, XTrimoGene
+from xtrimogene.network.pooling import POOLINGS
 from xtrimogene.network.vocabulary import Vocabulary
 
 
@@ -280,8 +282,9 @@ def _embed(arguments: argparse.Namespace) -> None:
 def _pretrain(arguments: argparse.Namespace) -> int:
     # Here, because torch's distributed checkpoints and FSDP take longer to import than the other commands to begin.
     from xtrimogene.training.config import PretrainConfig
-    from xtrimogene.training.pretrain import TrainingFailed, pretrain
+    from xtrimogene.training.pretrain import pretrain
     from xtrimogene.training.ranks import FirstRankFailed
+    from xtrimogene.training.run import TrainingFailed
 
     _set_threads(arguments)
     try:

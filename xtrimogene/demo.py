@@ -28,7 +28,8 @@ from xtrimogene.network.config import PRESETS, XTrimoGeneConfig
 from xtrimogene.network.flops import Counts, FlopCount, dense_flops, encoder_flops, padded_flops
 from xtrimogene.training.config import PretrainConfig
 from xtrimogene.training.log import LOG_FILE, read_log
-from xtrimogene.training.pretrain import RUN_FILE, pretrain
+from xtrimogene.training.pretrain import pretrain
+from xtrimogene.training.run_folder import RUN_FILE
 
 CELL_LENGTHS = Path(__file__).parents[1] / "benchmarks" / "cell_lengths.json"
 LABELS = "bulk_labels"

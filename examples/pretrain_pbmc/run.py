@@ -24,10 +24,11 @@ import torch
 
 from xtg_kernels.info import info
 from xtrimogene import XTrimoGene
-from xtrimogene.cells.masking import MaskedBatch
 from xtrimogene.cells.stream import TrainingCells
+from xtrimogene.network.masked_batch import MaskedBatch
 from xtrimogene.training.config import PretrainConfig
-from xtrimogene.training.pretrain import gene_means, pretrain
+from xtrimogene.training.pretrain import pretrain
+from xtrimogene.training.validation import gene_means
 
 HERE = Path(__file__).parent
 FILES = ("zheng_pbmc_facs.h5ad", "pbmc3k_counts_labelled.h5ad")

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xtg_kernels import RaggedBatch
+from xtrimogene.model import XTrimoGene
 from xtrimogene.network.config import XTrimoGeneConfig
-from xtrimogene.network.model import XTrimoGene
 
 
 class TokenEmbedding(nn.Module):

@@ -16,6 +16,7 @@ from anndata import AnnData
 
 from xtrimogene import XTrimoGene, embed
 from xtrimogene.cli import main
+from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.vocabulary import Vocabulary
 
 GENES = [f"G{i}" for i in range(30)]
@@ -188,7 +189,7 @@ def test_interruption_says_how_to_go_on(
     def interrupt(*_: object) -> torch.Tensor:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(XTrimoGene, "embed_batch", interrupt)
+    monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", interrupt)
     assert main(arguments(checkpoint, path)) == 130
     assert "--resume" in capsys.readouterr().err
     assert not path.with_name("out.h5ad.partial").exists()
@@ -201,7 +202,7 @@ def test_running_out_of_memory_says_what_helps(
         raise torch.OutOfMemoryError("tried to allocate 20 GiB")
 
     capsys.readouterr()
-    monkeypatch.setattr(XTrimoGene, "embed_batch", exhaust)
+    monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", exhaust)
     assert main(arguments(checkpoint, path)) == 2
     assert "smaller --max-tokens" in error_line(capsys)
 

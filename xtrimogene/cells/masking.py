@@ -22,7 +22,7 @@ whose genes are hidden is an empty cell to the encoder, and still has its chosen
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,9 @@ import torch
 from torch import Tensor
 
 from xtg_kernels import RaggedBatch, dispatch
-from xtrimogene.cells.sources import CsrArrays, first_of_equal_values, pack_rows_and_totals
+from xtrimogene.cells.matrix import CsrArrays
+from xtrimogene.cells.packing import first_of_equal_values, pack_rows_and_totals
+from xtrimogene.network.masked_batch import MaskedBatch
 
 Array = npt.NDArray[Any]
 UInt64 = npt.NDArray[np.uint64]
@@ -77,48 +79,6 @@ class MaskingConfig:
                 "masking mask_share, random_share: expected shares of together at most 1, got "
                 f"{self.mask_share} and {self.random_share}"
             )
-
-
-@dataclass(frozen=True)
-class MaskedBatch:
-    """Cells of a pre-training step: what the encoder sees, and where and against what the loss is taken.
-
-    batch              RaggedBatch of the encoder's tokens: genes that are not hidden, with their values or random ones
-                       (a chosen zero gene with a random value is a token as well); with depth tokens, each cell ends
-                       with T (gene id G) and S (gene id G + 1)
-    masked_ids         (total_masked,) int32, the hidden genes of each cell, ascending
-    masked_cu_seqlens  (batch + 1,) int32
-    chosen_ids         (total_chosen,) int32, all chosen genes of each cell, ascending: the positions of the loss
-    chosen_cu_seqlens  (batch + 1,) int32
-    chosen_values      (total_chosen,) float32, the true log-normalised values there, 0 for genes the cell lacks
-    cells              (batch,) int64, the number of each cell in the data
-    """
-
-    batch: RaggedBatch
-    masked_ids: Tensor
-    masked_cu_seqlens: Tensor
-    chosen_ids: Tensor
-    chosen_cu_seqlens: Tensor
-    chosen_values: Tensor
-    cells: Tensor
-
-    @property
-    def batch_size(self) -> int:
-        """Number of cells."""
-        return self.batch.batch_size
-
-    @property
-    def total_chosen(self) -> int:
-        """Number of positions in the loss."""
-        return self.chosen_ids.numel()
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> MaskedBatch:
-        """The same batch with its tensors on ``device``."""
-        moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
-            for field in dataclasses.fields(self)
-        }
-        return replace(self, **moved)
 
 
 def mask_cells(

@@ -11,30 +11,28 @@ import contextlib
 import hashlib
 import itertools
 import math
-import os
-import threading
 import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from anndata import AnnData
 from tqdm import tqdm
 
 from xtg_kernels import RaggedBatch
-from xtrimogene.cells.masking import MaskedBatch, MaskingConfig, hash_words, hashed_keys, mask_cells, mask_counts
-from xtrimogene.cells.sources import CellSource, check_counts, map_genes, open_cells, pack_rows_and_totals
+from xtrimogene.cells.data_sets import Data, expand_data
+from xtrimogene.cells.genes import map_genes
+from xtrimogene.cells.masking import MaskingConfig, hash_words, hashed_keys, mask_cells, mask_counts
+from xtrimogene.cells.numbers import check_counts
+from xtrimogene.cells.order import Array, Cells, Order
+from xtrimogene.cells.packing import pack_rows_and_totals
+from xtrimogene.cells.prefetch import prefetched
+from xtrimogene.cells.ragged import joined, taken
+from xtrimogene.cells.sources import CellSource, open_cells
+from xtrimogene.network.masked_batch import MaskedBatch
 from xtrimogene.network.vocabulary import ColumnMap, Vocabulary
-
-Array = npt.NDArray[Any]
-Cells = npt.NDArray[np.int64]
-Data: TypeAlias = AnnData | str | os.PathLike[str]
-T = TypeVar("T")
 
 # What a hash is for; the words differ, so that the uses of one seed have nothing to do with one another.
 _BLOCKS, _CELLS, _VALIDATION = 1, 2, 3
@@ -141,7 +139,7 @@ class TrainingCells:
         self.num_threads = num_threads
         self.sources: list[CellSource] = []
         self._column_maps: list[ColumnMap] = []
-        self._epoch: tuple[int, _Order] | None = None
+        self._epoch: tuple[int, Order] | None = None
         try:
             self._open(data, layer, gene_symbols)
             # Number of the first cell of each source, and past the last of all.
@@ -279,7 +277,7 @@ class TrainingCells:
         wanted, place = np.unique(np.asarray(cells, np.int64), return_inverse=True)
         if len(wanted) and not (wanted[0] >= 0 and wanted[-1] < self.num_cells):
             raise ValueError(f"cells: expected numbers from 0 to {self.num_cells - 1}, got {wanted[0]} to {wanted[-1]}")
-        return _taken(self._read(wanted, normalized=self.normalized), place)
+        return taken(self._read(wanted, normalized=self.normalized), place)
 
     def close(self) -> None:
         """Close the files. Iterations have to be over, or closed, before."""
@@ -296,12 +294,12 @@ class TrainingCells:
     def _window_cells(self) -> int:
         return self.block_size * self.window_blocks
 
-    def _order(self, epoch: int) -> _Order:
+    def _order(self, epoch: int) -> Order:
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, self._shuffled(epoch))
         return self._epoch[1]
 
-    def _shuffled(self, epoch: int) -> _Order:
+    def _shuffled(self, epoch: int) -> Order:
         """The training cells in the order of an epoch."""
         first_of_block = np.concatenate(
             [np.arange(first, stop, self.block_size) for first, stop in itertools.pairwise(self._first_cells)]
@@ -317,12 +315,12 @@ class TrainingCells:
             begins.append(begins[-1] + len(cells))
         return self._ordered(np.concatenate(windows), np.array(begins))
 
-    def _ordered(self, cells: Cells, windows: Array) -> _Order:
+    def _ordered(self, cells: Cells, windows: Array) -> Order:
         lengths = self.genes_per_cell[cells].astype(np.int64)
-        return _Order(cells, windows, lengths, self.batch_tokens, self.batch_cells, self.cost)
+        return Order(cells, windows, lengths, self.batch_tokens, self.batch_cells, self.cost)
 
     def _iterate(
-        self, order: _Order, epoch: int, start_step: int, rank: int, world_size: int, accumulate: int
+        self, order: Order, epoch: int, start_step: int, rank: int, world_size: int, accumulate: int
     ) -> Generator[MaskedBatch, None, None]:
         _check_at_least(1, world_size=world_size, accumulate=accumulate)
         if not 0 <= rank < world_size:
@@ -336,7 +334,7 @@ class TrainingCells:
             return self._batches(windows, epoch)
         return prefetched(self._batches(prefetched(windows, 1), epoch), self.prefetch)
 
-    def _windows(self, order: _Order, steps: Array, parts: range, num_parts: int) -> Generator[_Window, None, None]:
+    def _windows(self, order: Order, steps: Array, parts: range, num_parts: int) -> Generator[_Window, None, None]:
         """Window after window, what the given parts of its steps need of it, read and packed."""
         for begin, end in itertools.pairwise(order.windows.tolist()):
             first = max(int(np.searchsorted(steps, begin, side="right")) - 1, 0)
@@ -372,7 +370,7 @@ class TrainingCells:
             "num_threads": self.num_threads,
         }
         if self.depth_tokens:
-            counts = _taken(packed, rows)
+            counts = taken(packed, rows)
             return mask_counts(counts, cells, self.masking, target_sum=self.target_sum, **options)
         return mask_cells(packed, cells, self.masking, rows=rows, **options)
 
@@ -393,7 +391,7 @@ class TrainingCells:
             rows = cells[first:last] - self._first_cells[file]
             start, stop = int(rows[0]), int(rows[-1]) + 1
             pieces.append(self._pack(file, start, stop, rows - start, normalized=normalized))
-        return _joined(pieces)
+        return joined(pieces)
 
     def _pack(self, file: int, start: int, stop: int, rows: Cells | None, *, normalized: bool) -> RaggedBatch:
         source = self.sources[file]
@@ -411,95 +409,6 @@ class TrainingCells:
             )[0]
         except ValueError as error:
             raise ValueError(f"{source.name}: {error}") from error
-
-
-@dataclass(frozen=True, eq=False)
-class _Order:
-    """Cells in the order in which batches take them.
-
-    cells    (n,) numbers of the cells
-    windows  (w + 1,) positions at which windows begin, and n
-    lengths  (n,) expressed genes of each
-    """
-
-    cells: Cells
-    windows: Array
-    lengths: Array
-    batch_tokens: int
-    batch_cells: int | None
-    cost: tuple[float, float, float]
-
-    def steps(self, num_parts: int) -> Array:
-        """(steps + 1,) positions at which steps of num_parts batches begin, and the end of the last.
-
-        Batches are filled in order, as far as their limits go, and a step is num_parts of them: which cells are in the
-        first k batches does not depend on the number of parts.
-        """
-        total = len(self.cells)
-        if 0 < total < num_parts:
-            raise ValueError(
-                f"world_size, accumulate: expected at most as many batches a step as there are cells, got {num_parts} "
-                f"batches and {total} cells"
-            )
-        bounds = self._filled(0, total)
-        steps = [*bounds[:-1:num_parts], total]
-        missing = num_parts - (steps[-1] - steps[-2]) if total else 0
-        if missing > 0:
-            # Every batch of the last step has a cell: the step before it gives some away, or there is no last step.
-            gives = len(steps) > 2 and steps[-2] - missing - steps[-3] >= num_parts
-            if gives:
-                steps[-2] -= missing
-            else:
-                del steps[-1]
-        return np.array(steps)
-
-    def parts(self, start: int, stop: int, num_parts: int) -> Array:
-        """(stop - start,) the batch of the step, 0 ... num_parts - 1, for each of its cells.
-
-        The costliest cells first, each to the batch that costs least so far and has room for it.
-        """
-        lengths = self.lengths[start:stop]
-        constant, linear, quadratic = self.cost
-        costs = constant + lengths * (linear + quadratic * lengths)
-        part_of = np.zeros(len(lengths), np.int64)
-        if num_parts == 1:
-            return part_of
-        cells, tokens, spent = [0] * num_parts, [0] * num_parts, [0.0] * num_parts
-        most = math.inf if self.batch_cells is None else self.batch_cells
-        for i in np.argsort(-costs, kind="stable").tolist():
-            length = int(lengths[i])
-            fitting = [
-                part for part in range(num_parts) if cells[part] < most and tokens[part] + length <= self.batch_tokens
-            ]
-            if not fitting:
-                return self._parts_in_order(start, stop, num_parts)
-            part = min(fitting, key=lambda part: spent[part])
-            part_of[i] = part
-            cells[part] += 1
-            tokens[part] += length
-            spent[part] += float(costs[i])
-        return part_of
-
-    def _parts_in_order(self, start: int, stop: int, num_parts: int) -> Array:
-        """The batches as they were filled, where no balanced ones keep to the limits; halved until there are enough."""
-        bounds = self._filled(start, stop)
-        while len(bounds) <= num_parts:
-            longest = int(np.argmax(np.diff(bounds)))
-            bounds.insert(longest + 1, (bounds[longest] + bounds[longest + 1]) // 2)
-        return np.repeat(np.arange(num_parts), np.diff(bounds))
-
-    def _filled(self, start: int, stop: int) -> list[int]:
-        """Positions at which batches begin that are filled in order, and stop."""
-        past = np.cumsum(self.lengths[start:stop])
-        bounds = [start]
-        while bounds[-1] < stop:
-            begin = bounds[-1] - start
-            before = int(past[begin - 1]) if begin else 0
-            end = int(np.searchsorted(past, before + self.batch_tokens, side="right"))
-            if self.batch_cells is not None:
-                end = min(end, begin + self.batch_cells)
-            bounds.append(start + end)
-        return bounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -524,117 +433,11 @@ def _find(windows: list[_Window], cells: Cells) -> tuple[RaggedBatch, Array]:
     pieces, found = [], []
     for window in windows:
         rows = np.flatnonzero(np.isin(window.cells, cells))
-        pieces.append(_taken(window.packed, rows))
+        pieces.append(taken(window.packed, rows))
         found.append(window.cells[rows])
-    joined = np.concatenate(found)
-    by_number = np.argsort(joined)
-    return _joined(pieces), by_number[np.searchsorted(joined[by_number], cells)]
-
-
-def _taken(packed: RaggedBatch, rows: Array) -> RaggedBatch:
-    """Some cells of a batch, in the order of rows; without distinct_index."""
-    cu_seqlens = packed.cu_seqlens.numpy()
-    lengths = np.diff(cu_seqlens)[rows]
-    ends = np.cumsum(lengths, dtype=np.int64)
-    entries = np.arange(int(lengths.sum())) + np.repeat(cu_seqlens[rows] - ends + lengths, lengths)
-    return _batch(packed.values.numpy()[entries], packed.gene_ids.numpy()[entries], lengths)
-
-
-def _joined(pieces: list[RaggedBatch]) -> RaggedBatch:
-    """The cells of several batches in one; without distinct_index."""
-    if len(pieces) == 1:
-        return pieces[0]
-    values, gene_ids, lengths = (
-        np.concatenate([np.zeros(0, dtype), *(getattr(piece, name).numpy() for piece in pieces)])
-        for name, dtype in (("values", np.float32), ("gene_ids", np.int32), ("lengths", np.int32))
-    )
-    return _batch(values, gene_ids, lengths)
-
-
-def _batch(values: Array, gene_ids: Array, lengths: Array) -> RaggedBatch:
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return RaggedBatch(
-        torch.from_numpy(values),
-        torch.from_numpy(gene_ids),
-        torch.from_numpy(cu_seqlens),
-        int(lengths.max(initial=0)),
-    )
-
-
-def expand_data(data: Data | Sequence[Data]) -> list[AnnData | Path]:
-    """Data sets in order: a folder that is no zarr store stands for the h5ad files and zarr stores in it, by name.
-
-    Raises FileNotFoundError for a folder without any, ValueError for nothing at all or a file that is given twice.
-    """
-    found: list[AnnData | Path] = []
-    for each in [data] if isinstance(data, AnnData | str | os.PathLike) else data:
-        if isinstance(each, AnnData):
-            found.append(each)
-            continue
-        path = Path(each)
-        if path.is_dir() and path.suffix != ".zarr" and not any((path / name).exists() for name in _ZARR_FILES):
-            files = sorted(entry for entry in path.iterdir() if entry.suffix in (".h5ad", ".zarr"))
-            if not files:
-                raise FileNotFoundError(f"{path}: expected h5ad files or zarr stores in the folder, got none")
-            found += files
-        else:
-            found.append(path)
-    if not found:
-        raise ValueError("data: expected at least one data set, got none")
-    paths = [each.resolve() for each in found if isinstance(each, Path)]
-    for path in paths:
-        if paths.count(path) > 1:
-            raise ValueError(f"data: expected each file once, got {path} more than once")
-    return found
-
-
-_ZARR_FILES = ("zarr.json", ".zgroup")
-
-
-def genes_of_data(
-    data: Data | Sequence[Data], *, layer: str | None = None, gene_symbols: str | None = None
-) -> Vocabulary:
-    """A vocabulary of all genes of the data sets, in the order in which they are met."""
-    names: dict[str, None] = {}
-    for each in expand_data(data):
-        with open_cells(each, layer=layer, gene_symbols=gene_symbols) as source:
-            names |= dict.fromkeys(name for name in source.var_names if name)
-    return Vocabulary(names)
-
-
-def prefetched(items: Generator[T, None, None], size: int) -> Generator[T, None, None]:
-    """The same items, made in a background thread up to ``size`` before they are asked for.
-
-    An error of theirs is raised where its item would have come. Closing the generator ends and joins the thread.
-    """
-    queue: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-    free, stop = threading.Semaphore(size), threading.Event()
-
-    def produce() -> None:
-        try:
-            with contextlib.closing(items):
-                while free.acquire() and not stop.is_set():
-                    queue.put(("item", next(items)))
-        except StopIteration:
-            queue.put(("end", None))
-        except BaseException as error:
-            queue.put(("error", error))
-
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, item = queue.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise item
-            free.release()
-            yield item
-    finally:
-        stop.set()
-        free.release()
-        thread.join()
+    numbers = np.concatenate(found)
+    by_number = np.argsort(numbers)
+    return joined(pieces), by_number[np.searchsorted(numbers[by_number], cells)]
 
 
 def _check_whole(source: CellSource, counts: RaggedBatch, first_row: int) -> None:

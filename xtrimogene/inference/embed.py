@@ -2,113 +2,40 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import os
-import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import anndata
-import h5py
 import numpy as np
-import numpy.typing as npt
 import torch
 from anndata import AnnData
 from tqdm import tqdm
 
-from xtg_kernels import current_backend, dispatch
-from xtrimogene.cells.sources import is_legacy_store, open_cells, open_store, split_by_tokens
-from xtrimogene.inference.model_cells import (
-    DEFAULT_TARGET_DEPTH,
-    WINDOW,
-    ModelCells,
-    backend_name,
-    choose_device,
-    prepared,
-)
-from xtrimogene.network.linear import onednn_takes
-from xtrimogene.network.model import POOLINGS, XTrimoGene, check_pooling, pooled_dim
+from xtrimogene.cells.depth import DEFAULT_TARGET_DEPTH
+from xtrimogene.cells.sources import open_cells
+from xtrimogene.inference.encoding import EmbedReport, Encoding
+from xtrimogene.inference.model_cells import WINDOW, ModelCells, opened
+from xtrimogene.inference.precision import BFLOAT16_TOLERANCE, DTYPES, bfloat16_error, choose_dtype
+from xtrimogene.inference.shards import Destination
+from xtrimogene.network.devices import backend_name, choose_device, prepared
+from xtrimogene.network.model import XTrimoGeneNetwork
+from xtrimogene.network.pooling import POOLINGS, check_pooling
 
 DEFAULT_KEY = "X_xtrimogene"
 # Tokens of a batch: room for a cell that expresses every gene, and enough rows to keep the matrix products busy.
 DEFAULT_MAX_TOKENS = 32768
-DTYPES = ("auto", "float32", "bfloat16")
 
-# dtype="auto": cells that are embedded in both dtypes, and how far bfloat16 may move them, as a share of their spread.
-# At 0.05 and below, 95 % or more of a cell's ten nearest neighbours stayed what they are (pbmc3k, untrained presets).
-_CHECKED_CELLS = 16
-_BFLOAT16_TOLERANCE = 0.05
 
 # Cells that are read, packed, sorted by length and, for a path, written as one shard.
 _WINDOW = WINDOW
 
-Embeddings = npt.NDArray[np.float32]
-
-
-@dataclass
-class EmbedReport:
-    """What one run of embed did.
-
-    cells            cells of the data set
-    empty_cells      cells without any gene of the vocabulary: their embedding is NaN
-    resumed_cells    cells whose shards an earlier, interrupted run had finished
-    tokens           expressed vocabulary genes that went through the encoder in this run
-    genes_found      genes of the vocabulary that the data set has, out of ``vocabulary_size``
-    seconds_reading, seconds_packing, seconds_encoder, seconds
-                     wall time of the parts and of the whole
-    dtype, device, backend
-                     what the encoder ran in, on and with
-    bfloat16_error   dtype="auto" on a machine with bfloat16: the error that it measured and decided by, else None
-    embedding        (cells, dim) float32, None when it was written to a file
-    """
-
-    cells: int
-    vocabulary_size: int
-    genes_found: int
-    dtype: str
-    device: str
-    backend: str
-    empty_cells: int = 0
-    resumed_cells: int = 0
-    tokens: int = 0
-    seconds_reading: float = 0.0
-    seconds_packing: float = 0.0
-    seconds_encoder: float = 0.0
-    seconds: float = 0.0
-    bfloat16_error: float | None = None
-    embedding: Embeddings | None = dataclasses.field(default=None, repr=False)
-
-    @property
-    def cells_per_second(self) -> float:
-        """Cells of this run by its whole wall time."""
-        return (self.cells - self.resumed_cells) / self.seconds if self.seconds > 0 else 0.0
-
-    def __str__(self) -> str:
-        resumed = f" ({self.resumed_cells:,} of them by an earlier run)" if self.resumed_cells else ""
-        return (
-            f"{self.cells:,} cells{resumed}, {self.empty_cells:,} of them empty, {self.tokens:,} tokens, "
-            f"{self.genes_found:,} of {self.vocabulary_size:,} vocabulary genes found\n"
-            f"{self.seconds:.1f} s (reading {self.seconds_reading:.1f}, packing {self.seconds_packing:.1f}, "
-            f"encoder {self.seconds_encoder:.1f}), {self.cells_per_second:,.0f} cells/s, "
-            f"{self.dtype}{self._reason()} on {self.device}, backend {self.backend}"
-        )
-
-    def _reason(self) -> str:
-        if self.bfloat16_error is None:
-            return ""
-        return f" (bfloat16 moves cells by {self.bfloat16_error:.1%} of their spread)"
-
 
 def embed(
     adata_or_path: AnnData | str | os.PathLike[str],
-    model: XTrimoGene | str | os.PathLike[str],
+    model: XTrimoGeneNetwork | str | os.PathLike[str],
     *,
     output: str | os.PathLike[str] | None = None,
     layer: str | None = None,
@@ -172,21 +99,21 @@ def embed(
                 "output: expected None with an AnnData, whose obsm is written; to write a file, call adata.write_h5ad "
                 "afterwards, or pass the path of a file in place of the AnnData"
             )
-        destination = _Destination.checked(Path(adata_or_path), Path(output), resume, overwrite)
+        destination = Destination.checked(Path(adata_or_path), Path(output), resume, overwrite)
     elif resume or overwrite:
         raise ValueError("resume, overwrite: expected output to be given too")
 
-    network = model if isinstance(model, XTrimoGene) else XTrimoGene.from_pretrained(os.fspath(model))
+    network = opened(model)
     torch_device = choose_device(device)
-    torch_dtype = _choose_dtype(dtype, torch_device)
+    torch_dtype = choose_dtype(dtype, torch_device)
     check_pooling(pooling, network.config)
     with open_cells(adata_or_path, layer=layer, gene_symbols=gene_symbols) as source:
         cells = ModelCells.checked(source, network, normalized=normalized, target_depth=target_depth)
         cells.check_longest_cell(max_tokens, _WINDOW)
-        bfloat16_error = None
+        error = None
         if dtype == "auto" and torch_dtype == torch.bfloat16:
-            bfloat16_error = _bfloat16_error(cells, network, torch_device, pooling)
-            if not bfloat16_error <= _BFLOAT16_TOLERANCE:
+            error = bfloat16_error(cells, network, torch_device, pooling)
+            if not error <= BFLOAT16_TOLERANCE:
                 torch_dtype = torch.float32
         report = EmbedReport(
             cells=source.n_obs,
@@ -195,13 +122,13 @@ def embed(
             dtype=str(torch_dtype).removeprefix("torch."),
             device=str(torch_device),
             backend=backend_name(torch_device),
-            bfloat16_error=bfloat16_error,
+            bfloat16_error=error,
         )
         with (
             prepared(network, torch_device, torch_dtype) as ready,
             tqdm(total=source.n_obs, unit="cell", desc="embed", disable=not progress) as bar,
         ):
-            run = _Run(cells, ready, pooling, max_tokens, num_threads, report, bar)
+            run = Encoding(cells, ready, pooling, max_tokens, _WINDOW, num_threads, report, bar)
             if destination is None:
                 report.embedding = np.empty((source.n_obs, run.width), np.float32)
                 for start, stop in run.windows():
@@ -242,355 +169,3 @@ def _check_options(pooling: str, max_tokens: int, key_added: str, dtype: str, nu
         raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads: expected at least 1, got {num_threads}")
-
-
-def _choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype asked for; for "auto" the fastest of the device, whose accuracy is still to be checked."""
-    if dtype == "auto":
-        return torch.bfloat16 if _has_bfloat16(device) else torch.float32
-    return torch.float32 if dtype == "float32" else torch.bfloat16
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether attention and linear layers both have bfloat16 instructions on a device, so that it is worth taking."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    extension = dispatch.extension()
-    if device.type != "cpu" or extension is None or current_backend() not in ("auto", "cpp"):
-        return False
-    return extension.active_isa() in ("avx512bf16", "amx") and onednn_takes(torch.bfloat16)
-
-
-def _bfloat16_error(cells: ModelCells, network: XTrimoGene, device: torch.device, pooling: str) -> float:
-    """What bfloat16 does to some cells: its differences from float32 by the cells' distances from their mean.
-
-    Both as root mean squares. NaN where fewer than two of the cells have a gene.
-    """
-    source, batches = cells.source, []
-    for row in np.unique(np.linspace(0, max(source.n_obs - 1, 0), min(source.n_obs, _CHECKED_CELLS)).astype(int)):
-        packed = cells.pack(source.read_rows(int(row), int(row) + 1), first_row=int(row))
-        if packed.total_nnz:
-            batches.append(packed.to(device))
-    if len(batches) < 2:
-        return float("nan")
-    embeddings = []
-    for dtype in (torch.float32, torch.bfloat16):
-        with prepared(network, device, dtype) as ready:
-            embeddings.append(torch.cat([ready.embed_batch(batch, pooling) for batch in batches]).double())
-    exact, rounded = embeddings
-    return float((rounded - exact).norm() / (exact - exact.mean(0)).norm())
-
-
-@dataclass
-class _Run:
-    """One pass of a model over cells."""
-
-    cells: ModelCells
-    network: XTrimoGene
-    pooling: str
-    max_tokens: int
-    num_threads: int | None
-    report: EmbedReport
-    bar: tqdm
-
-    @property
-    def width(self) -> int:
-        """Numbers of one embedding."""
-        return pooled_dim(self.network.config, self.pooling)
-
-    def windows(self) -> list[tuple[int, int]]:
-        return self.cells.windows(_WINDOW)
-
-    def embed_window(self, start: int, stop: int) -> Embeddings:
-        """(stop - start, width) embeddings of the cells of one window.
-
-        Cells go through the encoder sorted by length: attention costs the square of the length, and batches of like
-        cells take about as long as one another.
-        """
-        report = self.report
-        clock = time.perf_counter()
-        window = self.cells.source.read_rows(start, stop)
-        report.seconds_reading += time.perf_counter() - clock
-
-        clock = time.perf_counter()
-        order = np.argsort(np.diff(window[0]), kind="stable").astype(np.int64)
-        packed = self.cells.pack(window, rows=order, num_threads=self.num_threads, first_row=start)
-        report.seconds_packing += time.perf_counter() - clock
-
-        clock = time.perf_counter()
-        device = next(self.network.parameters()).device
-        embeddings = np.empty((stop - start, self.width), np.float32)
-        for first, last, batch in split_by_tokens(packed, self.max_tokens):
-            pooled = self.network.embed_batch(batch.to(device), self.pooling)
-            embeddings[order[first:last]] = pooled.cpu().numpy()
-            self.bar.update(last - first)
-        report.seconds_encoder += time.perf_counter() - clock
-        report.tokens += int((packed.gene_ids < self.network.config.num_genes).sum())
-        return embeddings
-
-
-@dataclass
-class _Destination:
-    """Where a path's embedding goes, and the folder beside it that holds the finished shards until all are there.
-
-    The folder holds manifest.json (what the shards were made from), one shard-<first row>.npy per window, and lock.
-    Every file is written under another name, flushed to disk and renamed: what bears its name is whole.
-    """
-
-    input: Path
-    output: Path
-    resume: bool
-    overwrite: bool
-
-    @property
-    def folder(self) -> Path:
-        return self.output.with_name(self.output.name + ".partial")
-
-    @property
-    def manifest(self) -> Path:
-        return self.folder / "manifest.json"
-
-    @classmethod
-    def checked(cls, input: Path, output: Path, resume: bool, overwrite: bool) -> _Destination:
-        """Refuses, before any work, an output that could not be written at the end."""
-        self = cls(input, output, resume, overwrite)
-        if not input.exists():
-            raise FileNotFoundError(f"{input}: no such file")
-        kind = ".zarr" if input.is_dir() else ".h5ad"
-        if output.suffix != kind:
-            raise ValueError(f"output: expected a name that ends in {kind}, as the input is one, got {output}")
-        if not output.parent.is_dir():
-            raise FileNotFoundError(f"output: expected an existing folder, got {output.parent}; make it first")
-        if output.exists() and output.samefile(input):
-            raise ValueError(f"output: expected another file than the input, got {output}; the input is never changed")
-        if output.exists() and kind == ".h5ad" and output.is_dir():
-            raise FileExistsError(f"output: expected a file name, got the folder {output}")
-        if output.exists() and not overwrite and not self.published():
-            raise FileExistsError(f"output: {output} exists; name another file, or pass overwrite=True (--overwrite)")
-        if self.folder.exists() and not resume:
-            raise FileExistsError(
-                f"output: {self.folder} is left from an interrupted run; go on with resume=True (--resume), or remove "
-                "that folder to start again"
-            )
-        return self
-
-    def published(self) -> bool:
-        """Whether the earlier run had put the result in place already and was killed while it tidied up."""
-        if not self.resume or not self.output.exists():
-            return False
-        if self.manifest.exists():
-            return bool(json.loads(self.manifest.read_text()).get("result") == _file_identity(self.output))
-        # Without leave to overwrite, a run begins only where there is no output: this empty folder is the end of one.
-        return not self.overwrite and self.folder.is_dir() and not any(self.folder.iterdir())
-
-    def write(self, run: _Run, key: str, options: dict[str, Any]) -> None:
-        """Embeds the windows that are not there yet, then puts the result in place."""
-        report = run.report
-        wanted = {
-            "input": _fingerprint(self.input),
-            "cells": report.cells,
-            "columns": run.cells.source.n_vars,
-            "cells per shard": _WINDOW,
-            "checkpoint": _model_fingerprint(run.network),
-            **options,
-        }
-        try:
-            self.folder.mkdir(exist_ok=self.resume)
-        except OSError as error:
-            raise PermissionError(
-                f"output: the folder {self.output.parent} cannot be written to ({error}); choose another one"
-            ) from error
-        published = self.published()
-        with self._locked():
-            if self.manifest.exists():
-                self._check_same_run(wanted)
-            if published:
-                report.resumed_cells = report.cells
-                report.empty_cells = self._count_empty_cells(key)
-                self._remove()
-                return
-            if not self.manifest.exists():
-                _write_json(self.manifest, wanted)
-            windows = run.windows()
-            missing = [(start, stop) for start, stop in windows if not self._has_shard(start, stop, run.width)]
-            report.resumed_cells = report.cells - sum(stop - start for start, stop in missing)
-            try:
-                run.bar.update(report.resumed_cells)
-                for start, stop in missing:
-                    self._write_shard(start, run.embed_window(start, stop))
-            except BaseException as error:
-                # Input that cannot be embedded stays so, and mending it makes another input: its shards are void.
-                if isinstance(error, ValueError) or not any(self.folder.glob("shard-*.npy")):
-                    self._remove()
-                raise
-            if _fingerprint(self.input) != wanted["input"]:
-                self._remove()
-                raise ValueError(f"{self.input}: changed while it was read; run again")
-            self._publish([start for start, _ in windows], (report.cells, run.width), key, wanted, report)
-            self._remove()
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        import fcntl
-
-        with open(self.folder / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise FileExistsError(f"output: another run is at work in {self.folder}; wait for it") from None
-            yield
-
-    def _check_same_run(self, wanted: dict[str, Any]) -> None:
-        earlier = json.loads(self.manifest.read_text())
-        changed = [
-            f"{name} was {earlier.get(name)!r}, is {value!r}"
-            for name, value in wanted.items()
-            if earlier.get(name) != value
-        ]
-        if changed:
-            raise ValueError(
-                f"resume: expected the input, checkpoint and options of the interrupted run in {self.folder}, got "
-                f"others: {'; '.join(changed)}; give the same, or remove that folder to start again"
-            )
-
-    def _shard(self, start: int) -> Path:
-        return self.folder / f"shard-{start:012d}.npy"
-
-    def _count_empty_cells(self, key: str) -> int:
-        root, closing = open_store(self.output)
-        with closing:
-            return int(np.isnan(root["obsm"][key][:, 0]).sum())
-
-    def _write_shard(self, start: int, embeddings: Embeddings) -> None:
-        _write_atomically(self._shard(start), lambda file: np.save(file, embeddings))
-
-    def _has_shard(self, start: int, stop: int, width: int) -> bool:
-        path = self._shard(start)
-        return path.exists() and np.load(path, mmap_mode="r").shape == (stop - start, width)
-
-    def _publish(
-        self, starts: list[int], shape: tuple[int, int], key: str, manifest: dict[str, Any], report: EmbedReport
-    ) -> None:
-        result = self.folder / f"result{self.output.suffix}"
-        _remove_path(result)
-
-        def shards() -> Iterator[tuple[int, Embeddings]]:
-            for start in starts:
-                shard = np.load(self._shard(start))
-                report.empty_cells += int(np.isnan(shard[:, 0]).sum())
-                yield start, shard
-
-        if self.input.is_dir():
-            shutil.copytree(self.input, result)
-            _add_to_zarr(result, key, shards(), shape)
-        else:
-            shutil.copyfile(self.input, result)
-            _add_to_h5ad(result, key, shards(), shape)
-        _flush_to_disk(result)
-        _write_json(self.manifest, {**manifest, "result": _file_identity(result)})
-        if self.output.is_dir():
-            self.output.rename(self.folder / "replaced.zarr")  # a folder cannot be renamed onto another
-        os.replace(result, self.output)
-        _flush_to_disk(self.output.parent)
-
-    def _remove(self) -> None:
-        # The manifest goes last: it tells a resumed run that the result is in place.
-        for path in self.folder.iterdir():
-            if path != self.manifest:
-                _remove_path(path)
-        self.manifest.unlink(missing_ok=True)
-        self.folder.rmdir()
-
-
-def _add_to_h5ad(path: Path, key: str, shards: Iterator[tuple[int, Embeddings]], shape: tuple[int, int]) -> None:
-    with h5py.File(path, "r+") as root:
-        if not is_legacy_store(root):
-            obsm = _obsm_group(root)
-            if key in obsm:
-                del obsm[key]
-            _fill_array(obsm.create_dataset(key, shape=shape, dtype=np.float32), shards)
-            return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # anndata tells, item by item, how it moves old fields
-        adata = anndata.read_h5ad(path)
-    adata.obsm[key] = np.empty(shape, np.float32)
-    for start, shard in shards:
-        adata.obsm[key][start : start + len(shard)] = shard
-    adata.write_h5ad(path)
-
-
-def _add_to_zarr(path: Path, key: str, shards: Iterator[tuple[int, Embeddings]], shape: tuple[int, int]) -> None:
-    import zarr
-
-    consolidated = zarr.open_group(path, mode="r").metadata.consolidated_metadata is not None
-    obsm = _obsm_group(zarr.open_group(path, mode="r+", use_consolidated=False))
-    chunks = (max(1, min(_WINDOW, shape[0])), shape[1])
-    _fill_array(obsm.create_array(key, shape=shape, dtype=np.float32, chunks=chunks, overwrite=True), shards)
-    if consolidated:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # zarr's notice that format 3 does not have it; this store does
-            zarr.consolidate_metadata(path)
-
-
-def _obsm_group(root: Any) -> Any:
-    if "obsm" not in root:
-        root.create_group("obsm").attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
-    return root["obsm"]
-
-
-def _fill_array(array: Any, shards: Iterator[tuple[int, Embeddings]]) -> None:
-    array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    for start, shard in shards:
-        array[start : start + len(shard)] = shard
-
-
-def _model_fingerprint(network: XTrimoGene) -> str:
-    digest = hashlib.sha256(json.dumps([network.config.to_dict(), network.vocabulary.genes]).encode())
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _fingerprint(path: Path) -> list[int]:
-    """Number of files, their bytes in all and the time of the last change (ns)."""
-    stats = [file.stat() for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path.stat()]
-    return [len(stats), sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
-
-
-def _file_identity(path: Path) -> list[int]:
-    """What a rename keeps and a rewrite changes."""
-    stat = path.stat()
-    return [stat.st_dev, stat.st_ino]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
-
-def _write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _flush_to_disk(path.parent)
-
-
-def _flush_to_disk(path: Path) -> None:
-    """fsync of a file, or of a folder and, for a store, of all files in it."""
-    files = [file for file in path.rglob("*") if file.is_file()] if path.suffix == ".zarr" else []
-    for each in (*files, path):
-        descriptor = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _remove_path(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

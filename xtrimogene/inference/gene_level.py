@@ -31,9 +31,11 @@ from scipy import sparse
 from tqdm import tqdm
 
 from xtg_kernels import RaggedBatch
+from xtrimogene.cells.depth import DEFAULT_TARGET_DEPTH
 from xtrimogene.cells.sources import is_legacy_store, open_cells, open_store
-from xtrimogene.inference.model_cells import DEFAULT_TARGET_DEPTH, ModelCells, backend_name, choose_device, prepared
-from xtrimogene.network.model import XTrimoGene
+from xtrimogene.inference.model_cells import ModelCells, opened
+from xtrimogene.network.devices import backend_name, choose_device, prepared
+from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.vocabulary import Vocabulary
 
 EMBEDDINGS_KEY = "gene_embeddings"
@@ -70,7 +72,7 @@ class GeneReport:
 
 def gene_embeddings(
     adata_or_path: AnnData | str | os.PathLike[str],
-    model: XTrimoGene | str | os.PathLike[str],
+    model: XTrimoGeneNetwork | str | os.PathLike[str],
     genes: Sequence[str],
     *,
     output: str | os.PathLike[str] | None = None,
@@ -95,7 +97,7 @@ def gene_embeddings(
 
 def predict_expression(
     adata_or_path: AnnData | str | os.PathLike[str],
-    model: XTrimoGene | str | os.PathLike[str],
+    model: XTrimoGeneNetwork | str | os.PathLike[str],
     genes: Sequence[str] | None = None,
     *,
     output: str | os.PathLike[str] | None = None,
@@ -123,7 +125,7 @@ def predict_expression(
 
 def _run(
     adata_or_path: AnnData | str | os.PathLike[str],
-    model: XTrimoGene | str | os.PathLike[str],
+    model: XTrimoGeneNetwork | str | os.PathLike[str],
     genes: Sequence[str] | None,
     output: str | os.PathLike[str] | None,
     *,
@@ -148,7 +150,7 @@ def _run(
     if output is None and overwrite:
         raise ValueError("overwrite: expected output to be given too")
     destination = None if output is None else _checked_output(adata_or_path, Path(output), overwrite)
-    network = model if isinstance(model, XTrimoGene) else XTrimoGene.from_pretrained(os.fspath(model))
+    network = opened(model)
     torch_device = choose_device(device)
     gene_ids = None if genes is None else find_genes(network.vocabulary, genes)
     with open_cells(adata_or_path, layer=layer, gene_symbols=gene_symbols) as source:
@@ -194,7 +196,7 @@ def _run(
 
 
 def _decode(
-    network: XTrimoGene, batch: RaggedBatch, gene_ids: npt.NDArray[np.int32] | None, embeddings: bool
+    network: XTrimoGeneNetwork, batch: RaggedBatch, gene_ids: npt.NDArray[np.int32] | None, embeddings: bool
 ) -> torch.Tensor:
     """(cells, genes) predictions, or (cells, genes, decoder_dim) embeddings, of one batch; NaN for empty cells."""
     cells, device = batch.batch_size, batch.values.device

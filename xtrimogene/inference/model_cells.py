@@ -2,58 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import math
+import os
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from xtg_kernels import RaggedBatch, current_backend, dispatch
-from xtrimogene.cells.sources import (
-    DEPTH_TARGETS,
-    CellSource,
-    CsrArrays,
-    add_depth_tokens,
-    check_counts,
-    map_genes,
-    pack_rows_and_totals,
-)
+from xtg_kernels import RaggedBatch
+from xtrimogene.cells.depth import TargetDepth, add_depth_tokens
+from xtrimogene.cells.genes import map_genes
+from xtrimogene.cells.matrix import CsrArrays
+from xtrimogene.cells.numbers import check_counts
+from xtrimogene.cells.packing import pack_rows_and_totals
+from xtrimogene.cells.sources import CellSource
+from xtrimogene.hub import checkpoint_folder
 from xtrimogene.network.config import XTrimoGeneConfig
-from xtrimogene.network.model import XTrimoGene
+from xtrimogene.network.folder import CHECKPOINT_FILES, Checkpoint
+from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.vocabulary import ColumnMap
 
 # Cells that are read and packed at a time.
 WINDOW = 1024
-DEFAULT_TARGET_DEPTH = 4.0
 
 
-@dataclass(frozen=True)
-class TargetDepth:
-    """What the token T tells a model with depth tokens: the log10 total that is aimed at.
-
-    mode "value": T = number; "fold": T = log10(total * number); "offset": T = log10(total) + number.
-    """
-
-    mode: str
-    number: float
-
-    @classmethod
-    def parse(cls, given: float | str) -> TargetDepth:
-        """From a number (a value), or text such as "4.0", "fold:2" or "offset:0.5". Raises ValueError for all else."""
-        mode, _, number = str(given).rpartition(":")
-        with contextlib.suppress(ValueError):
-            depth = cls(mode or "value", float(number))
-            if math.isfinite(depth.number) and depth.mode in DEPTH_TARGETS and (mode != "fold" or depth.number > 0):
-                return depth
-        raise ValueError(
-            "target_depth: expected the log10 total to aim at, such as 4.0, or fold:2 (twice the cell's total), or "
-            f"offset:0.5 (added to its log10 total), got {given!r}"
-        )
+def opened(model: XTrimoGeneNetwork | str | os.PathLike[str]) -> XTrimoGeneNetwork:
+    """A model as it is, or that of a checkpoint folder or of a name on the Hub."""
+    if isinstance(model, XTrimoGeneNetwork):
+        return model
+    return XTrimoGeneNetwork.from_checkpoint(Checkpoint.open(checkpoint_folder(os.fspath(model), CHECKPOINT_FILES)))
 
 
 @dataclass
@@ -68,7 +45,7 @@ class ModelCells:
 
     @classmethod
     def checked(
-        cls, source: CellSource, network: XTrimoGene, *, normalized: bool, target_depth: float | str
+        cls, source: CellSource, network: XTrimoGeneNetwork, *, normalized: bool, target_depth: float | str
     ) -> ModelCells:
         """Maps the genes and refuses, before any work, numbers that are not what normalized says.
 
@@ -141,42 +118,3 @@ class ModelCells:
                     f"{source.cell_name(row)!r} (row {row}) of {source.name} expresses {length - depth_tokens:,} "
                     f"vocabulary genes; raise max_tokens to {enough:,}"
                 )
-
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """The device asked for, the GPU if there is one for "auto". Raises ValueError for one that is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected 'auto', 'cpu', 'cuda' or another of torch, got {device!r}") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected one that is there, got {device!r}, and torch finds no GPU; use 'cpu'")
-    return torch.empty(0, device=chosen).device  # "cuda" as "cuda:0", as parameters report it
-
-
-def backend_name(device: torch.device) -> str:
-    """The backend that ops take on a device."""
-    if current_backend() != "auto":
-        return current_backend()
-    if device.type != "cpu":
-        return "triton"
-    return "reference" if dispatch.extension() is None else "cpp"
-
-
-@contextlib.contextmanager
-def prepared(network: XTrimoGene, device: torch.device, dtype: torch.dtype) -> Iterator[XTrimoGene]:
-    """The model on a device, in a dtype and in evaluation mode; the caller's own model is as before afterwards."""
-    parameter = next(network.parameters())
-    if parameter.device != device or parameter.dtype != dtype:
-        network = copy.deepcopy(network).to(device=device, dtype=dtype)
-    training = network.training
-    network.eval()
-    try:
-        # Not inference_mode: its tensors do not count their changes, and the GPU kernels would list the blocks of a
-        # batch anew in every layer.
-        with torch.no_grad():
-            yield network
-    finally:
-        network.train(training)

@@ -33,8 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtrimogene.model import XTrimoGene
 from xtrimogene.network.config import XTrimoGeneConfig
-from xtrimogene.network.model import XTrimoGene
 from xtrimogene.network.vocabulary import Vocabulary
 
 PARTS = ("cell", "rde", "gene")

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 # The 3m shape agrees with a public re-implementation, 100m is the released scFoundation shape. The paper's row for
 # 10 M parameters could not be found: ours keeps the paper's two encoder layers for each decoder layer. tiny is ours: it
 # learns something in a minute on two CPU cores.
@@ -167,11 +165,15 @@ class XTrimoGeneConfig:
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the keys and values as a YAML file."""
+        import yaml
+
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> XTrimoGeneConfig:
         """Read a YAML file. Its key `preset`, if any, names a preset that the other keys complete or change."""
+        import yaml
+
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -7,14 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from anndata import AnnData
 
 # Stable Ensembl gene id of any species, with the version that Ensembl and GENCODE files append: ENSG00000141510.18
 _VERSIONED_ENSEMBL_ID = re.compile(r"(ENS[A-Z]*G\d{11})\.\d+")
@@ -111,7 +107,7 @@ class Vocabulary:
             raise ValueError(str(error).replace("vocabulary", f"vocabulary {path}", 1)) from None
 
     @classmethod
-    def from_adata(cls, adata: AnnData, *, gene_symbols: str | None = None) -> Vocabulary:
+    def from_adata(cls, adata: Any, *, gene_symbols: str | None = None) -> Vocabulary:
         """The genes of a data set in its order: ``adata.var_names`` or the column ``adata.var[gene_symbols]``.
 
         Rows of the column without a name are left out; names that several rows share are taken once, as ``map_columns``
@@ -164,7 +160,7 @@ class Vocabulary:
         return self.map_columns(list(names), merge_duplicates=True).num_found
 
 
-def column_names(var: pd.DataFrame, gene_symbols: str | None = None) -> list[str]:
+def column_names(var: Any, gene_symbols: str | None = None) -> list[str]:
     """Gene name of each row of ``var``: its index, or the column ``gene_symbols``; "" where the column has no value."""
     if gene_symbols is None:
         return [str(name) for name in var.index]
@@ -173,18 +169,6 @@ def column_names(var: pd.DataFrame, gene_symbols: str | None = None) -> list[str
         raise ValueError(f"gene_symbols: expected a column of var, got {gene_symbols!r}; columns: {known}")
     column = var[gene_symbols]
     return ["" if missing else str(name) for name, missing in zip(column, column.isna(), strict=True)]
-
-
-def best_name_column(vocabulary: Vocabulary, var: pd.DataFrame) -> tuple[str | None, int]:
-    """The place in ``var`` that names most genes of the vocabulary: (column, or None for the index; genes found)."""
-    best: tuple[str | None, int] = (None, vocabulary.count_found(column_names(var)))
-    for column in var.columns:
-        if var[column].dtype.kind in "biufcmM":
-            continue
-        found = vocabulary.count_found(column_names(var, column))
-        if found > best[1]:
-            best = (column, found)
-    return best
 
 
 def _in_index_order(rows: list[list[str]]) -> list[str]:

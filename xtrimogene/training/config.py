@@ -14,7 +14,6 @@ import yaml
 
 from xtrimogene.cells.masking import MaskingConfig
 from xtrimogene.network.config import XTrimoGeneConfig, _number_if_numeric
-from xtrimogene.network.model import CONFIG_FILE
 
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("float32", "bfloat16")
@@ -148,9 +147,7 @@ class PretrainConfig:
             self.model_config(num_genes=1)
 
     def model_config(self, num_genes: int) -> XTrimoGeneConfig:
-        """The model's own config, for a vocabulary of num_genes genes; that of the checkpoint if there is one."""
-        if self.checkpoint is not None:
-            return XTrimoGeneConfig.from_json(Path(self.checkpoint) / CONFIG_FILE)
+        """The config of a fresh model, for a vocabulary of num_genes genes. A checkpoint has a config of its own."""
         values = dict(self.model)
         try:
             if "preset" in values:

@@ -17,16 +17,10 @@ from hypothesis import strategies as st
 
 from tests.xtrimogene.real_cells import scanpy_cells, zheng_cells
 from xtg_kernels import RaggedBatch, dispatch, distinct_index
-from xtrimogene.cells.masking import (
-    MaskedBatch,
-    MaskingConfig,
-    mask_cells,
-    mask_cells_numpy,
-    mask_counts,
-    pack_masked,
-    thin_counts,
-)
-from xtrimogene.cells.sources import add_depth_tokens, pack_rows, pack_rows_and_totals
+from xtrimogene.cells.depth import add_depth_tokens
+from xtrimogene.cells.masking import MaskingConfig, mask_cells, mask_cells_numpy, mask_counts, pack_masked, thin_counts
+from xtrimogene.cells.packing import pack_rows, pack_rows_and_totals
+from xtrimogene.network.masked_batch import MaskedBatch
 
 Array = npt.NDArray[Any]
 needs_cpp = pytest.mark.skipif(dispatch.extension() is None, reason="the C++ extension is not built")

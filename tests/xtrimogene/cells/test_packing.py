@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xtg_kernels import dispatch
-from xtrimogene.cells.sources import pack_csr_numpy
+from xtrimogene.cells.packing import pack_csr_numpy
 
 Array = npt.NDArray[Any]
 KEYS = ("values", "gene_ids", "cu_seqlens", "distinct_index", "totals")

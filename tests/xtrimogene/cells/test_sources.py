@@ -1,4 +1,4 @@
-"""Tests of xtrimogene.data: every form of input gives the same packed batch to the bit, and what is refused."""
+"""Tests of sources and packing: every form of input gives the same packed batch to the bit, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,17 +17,12 @@ import scipy.sparse as sp
 import torch
 from anndata import AnnData
 
-import xtrimogene.cells.sources
 from xtg_kernels import RaggedBatch, dispatch
-from xtrimogene.cells.sources import (
-    CellSource,
-    looks_like_counts,
-    map_genes,
-    open_cells,
-    pack_csr_numpy,
-    pack_rows,
-    split_by_tokens,
-)
+from xtrimogene.cells import matrix
+from xtrimogene.cells.genes import map_genes
+from xtrimogene.cells.numbers import looks_like_counts
+from xtrimogene.cells.packing import pack_csr_numpy, pack_rows, split_by_tokens
+from xtrimogene.cells.sources import CellSource, open_cells
 from xtrimogene.network.vocabulary import Vocabulary
 
 # Notices of anndata and zarr about their own defaults to come
@@ -206,7 +201,7 @@ def test_layer_and_raw(expected: RaggedBatch, tmp_path: Path) -> None:
 def test_forms_on_disk(
     form: str, store: str, expected: RaggedBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(xtrimogene.data, "_BLOCK_ENTRIES", 100)  # many blocks
+    monkeypatch.setattr(matrix, "_BLOCK_ENTRIES", 100)  # many blocks
     path = tmp_path / ("cells.zarr" if "zarr" in store else "cells.h5ad")
     adata = IN_MEMORY[form](counts())
     if "zarr" in store:

@@ -20,11 +20,16 @@ import scipy.sparse as sp
 import torch
 from anndata import AnnData
 
-import xtrimogene.cells.sources
-import xtrimogene.cells.stream
-from xtrimogene.cells.masking import MaskedBatch, pack_masked
-from xtrimogene.cells.sources import map_genes, open_cells, pack_rows
-from xtrimogene.cells.stream import TrainingCells, expand_data, genes_of_data, prefetched
+from xtrimogene.cells import stream
+from xtrimogene.cells.data_sets import expand_data, genes_of_data
+from xtrimogene.cells.genes import map_genes
+from xtrimogene.cells.masking import pack_masked
+from xtrimogene.cells.order import Order
+from xtrimogene.cells.packing import pack_rows
+from xtrimogene.cells.prefetch import prefetched
+from xtrimogene.cells.sources import CellSource, open_cells
+from xtrimogene.cells.stream import TrainingCells
+from xtrimogene.network.masked_batch import MaskedBatch
 from xtrimogene.network.vocabulary import Vocabulary
 
 pytestmark = [
@@ -172,13 +177,13 @@ def test_resuming_reads_nothing_of_what_came_before(folder: Path, monkeypatch: p
     with training_cells(folder, prefetch=0) as cells:
         whole = list(cells.iterate(0))
         read: list[int] = []
-        original = xtrimogene.data.CellSource.read_rows
+        original = CellSource.read_rows
 
         def spy(self: Any, start: int, stop: int) -> Any:
             read.append(stop - start)
             return original(self, start, stop)
 
-        monkeypatch.setattr(xtrimogene.data.CellSource, "read_rows", spy)
+        monkeypatch.setattr(CellSource, "read_rows", spy)
         start = len(whole) - 2
         next(cells.iterate(0, start))
         # The window of the step, and one more that it may reach into.
@@ -196,8 +201,8 @@ def test_few_windows_are_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch
         most = max(most, len(alive))
         return made
 
-    original = xtrimogene.training_data._Window
-    monkeypatch.setattr(xtrimogene.training_data, "_Window", window)
+    original = stream._Window
+    monkeypatch.setattr(stream, "_Window", window)
     with training_cells(folder) as cells:
         assert sum(batch.batch_size for batch in cells.iterate(0)) == len(cells.training)
     assert 2 <= most <= 3
@@ -274,7 +279,7 @@ def test_batches_of_a_cell_or_two(folder: Path, batch_tokens: int, parts: int) -
 def test_steps_of_three_batches(
     lengths: list[int], batch_cells: int | None, steps: list[int], parts: list[int] | None
 ) -> None:
-    order = xtrimogene.training_data._Order(
+    order = Order(
         np.arange(len(lengths)), np.array([0, len(lengths)]), np.array(lengths), 100, batch_cells, (1.0, 0.0, 0.0)
     )
     assert order.steps(3).tolist() == steps

@@ -26,14 +26,18 @@ from anndata import AnnData
 
 import xtg_kernels
 import xtrimogene
+from xtg_kernels import dispatch
 from xtrimogene import Vocabulary, XTrimoGene, embed
+from xtrimogene.inference import precision, shards
+from xtrimogene.inference.shards import Destination
+from xtrimogene.network.model import XTrimoGeneNetwork
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Writing zarr v2 data:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*have no gene of the vocabulary:UserWarning"),
 ]
 
-embed_module = sys.modules["xtrimogene.embed"]
+embed_module = sys.modules["xtrimogene.inference.embed"]
 N_OBS, N_VARS, DIM = 50, 60, 16
 EMPTY = [0, 17]
 GENES = [f"G{i}" for i in range(N_VARS)]
@@ -57,7 +61,7 @@ def cells(matrix: Any = None) -> AnnData:
 def float32_unless_asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers are compared to many digits: "auto" is float32 here, but for the tests that are about it."""
     if "bfloat16" not in request.node.name:
-        monkeypatch.setattr(embed_module, "_has_bfloat16", lambda device: False)
+        monkeypatch.setattr(precision, "has_bfloat16", lambda device: False)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +154,7 @@ def test_batches_and_windows_do_not_matter(
         assert lengths == sorted(lengths)
         return original(self, batch, pooling)
 
-    monkeypatch.setattr(XTrimoGene, "embed_batch", spy)
+    monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", spy)
     assert_close(embed(cells(), model, max_tokens=max_tokens, progress=False).embedding, expected)
     assert max(sizes) <= max_tokens
 
@@ -196,8 +200,8 @@ def test_auto_takes_bfloat16_where_it_moves_cells_little(
     error: float, dtype: str, model: XTrimoGene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """error 0 stands for a machine without bfloat16, where nothing is measured."""
-    monkeypatch.setattr(embed_module, "_has_bfloat16", lambda device: error > 0)
-    monkeypatch.setattr(embed_module, "_bfloat16_error", lambda *args: error)
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: error > 0)
+    monkeypatch.setattr(embed_module, "bfloat16_error", lambda *args: error)
     report = embed(cells(), model, progress=False)
     assert report.dtype == dtype
     assert report.bfloat16_error == (error or None)
@@ -211,7 +215,7 @@ def test_auto_takes_bfloat16_where_it_moves_cells_little(
 def test_the_bfloat16_error_is_that_of_the_checked_cells(
     pooling: str, model: XTrimoGene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embed_module, "_has_bfloat16", lambda device: True)
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
     report = embed(cells(), model, pooling=pooling, progress=False)
     exact, rounded = (
         embed(cells(), model, dtype=dtype, pooling=pooling, progress=False).embedding
@@ -227,7 +231,7 @@ def test_the_bfloat16_error_is_that_of_the_checked_cells(
 
 
 def test_auto_without_bfloat16_cells_to_check(model: XTrimoGene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embed_module, "_has_bfloat16", lambda device: True)
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
     for adata in (cells()[:0], cells()[:3], cells()[:1]):
         adata = adata.copy()
         kept = int((np.asarray(adata.X.sum(axis=1)).ravel() > 0).sum())
@@ -237,17 +241,17 @@ def test_auto_without_bfloat16_cells_to_check(model: XTrimoGene, monkeypatch: py
         assert kept >= 2 or report.dtype == "float32"
 
 
-@pytest.mark.skipif(embed_module.dispatch.extension() is None, reason="the C++ extension was not built")
+@pytest.mark.skipif(dispatch.extension() is None, reason="the C++ extension was not built")
 def test_bfloat16_is_found_where_the_isa_has_it(model: XTrimoGene) -> None:
-    extension = embed_module.dispatch.extension()
+    extension = dispatch.extension()
     before = extension.active_isa()
     try:
         for isa in extension.available_isas():
             extension.use_isa(isa)
             has = isa in ("avx512bf16", "amx")
-            assert embed_module._has_bfloat16(torch.device("cpu")) == has
+            assert precision.has_bfloat16(torch.device("cpu")) == has
             with xtg_kernels.use_backend("reference"):
-                assert not embed_module._has_bfloat16(torch.device("cpu"))
+                assert not precision.has_bfloat16(torch.device("cpu"))
     finally:
         extension.use_isa(before)
 
@@ -389,9 +393,9 @@ def killed_at_step(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
             (Path, "rename"),
             (Path, "unlink"),
             (Path, "rmdir"),
-            (embed_module, "_add_to_h5ad"),
-            (embed_module, "_add_to_zarr"),
-            (embed_module, "_remove_path"),
+            (shards, "_add_to_h5ad"),
+            (shards, "_add_to_zarr"),
+            (shards, "_remove_path"),
         ):
             patch.setattr(owner, name, guard(getattr(owner, name)))
         yield
@@ -438,7 +442,7 @@ def test_kill_9_and_resume(
     script = f"""
         import sys, time
         from xtrimogene import XTrimoGene, cli
-        sys.modules["xtrimogene.embed"]._WINDOW = 8
+        sys.modules["xtrimogene.inference.embed"]._WINDOW = 8
         original, batches = XTrimoGene.embed_batch, []
         def stuck_in_the_fourth(self, *args):
             batches.append(args)
@@ -464,7 +468,7 @@ def test_kill_9_and_resume(
 
     monkeypatch.setattr(embed_module, "_WINDOW", 8)
     at_the_end: dict[Path, tuple[int, int]] = {}
-    publish = embed_module._Destination._publish
+    publish = Destination._publish
 
     def spy(self: Any, *args: Any) -> None:
         at_the_end.update(
@@ -472,7 +476,7 @@ def test_kill_9_and_resume(
         )
         publish(self, *args)
 
-    monkeypatch.setattr(embed_module._Destination, "_publish", spy)
+    monkeypatch.setattr(Destination, "_publish", spy)
     report = embed(path, checkpoint, output=output, resume=True, progress=False)
     assert len(at_the_end) == 7
     assert finished.items() <= at_the_end.items()
@@ -488,7 +492,7 @@ def interrupted(
     path: Path, model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_windows: None
 ) -> Path:
     """The folder that a run leaves when it is interrupted after 3 of its 7 shards."""
-    write = embed_module._Destination._write_shard
+    write = Destination._write_shard
 
     def interrupt(self: Any, start: int, embeddings: Any) -> None:
         if start == 24:
@@ -496,7 +500,7 @@ def interrupted(
         write(self, start, embeddings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(embed_module._Destination, "_write_shard", interrupt)
+        patch.setattr(Destination, "_write_shard", interrupt)
         with pytest.raises(KeyboardInterrupt):
             embed(path, model, output=tmp_path / "out.h5ad", progress=False)
     folder = tmp_path / "out.h5ad.partial"
@@ -548,7 +552,7 @@ def test_input_that_changes_meanwhile(
         os.utime(path, ns=(0, 0))
         return original(self, *args)
 
-    monkeypatch.setattr(XTrimoGene, "embed_batch", change)
+    monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", change)
     with pytest.raises(ValueError, match=r"cells\.h5ad: changed while it was read; run again"):
         embed(path, model, output=tmp_path / "out.h5ad", progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cells.h5ad"]
@@ -566,7 +570,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
 
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     with monkeypatch.context() as patch:
-        patch.setattr(XTrimoGene, "embed_batch", fail)
+        patch.setattr(XTrimoGeneNetwork, "embed_batch", fail)
         yield
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 

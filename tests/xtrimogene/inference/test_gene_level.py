@@ -1,4 +1,4 @@
-"""Tests of xtrimogene.gene_level: gene embeddings and predicted expression, in memory and in files, and every error."""
+"""Tests of the gene level: gene embeddings and predicted expression, in memory and in files, and every error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from anndata import AnnData
 
 from tests.xtrimogene.published import published_from
 from xtrimogene.inference import gene_level
-from xtrimogene.network.model import XTrimoGene
+from xtrimogene.model import XTrimoGene
+from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.vocabulary import Vocabulary
 
 N_OBS, N_VARS, WIDTH = 11, 40, 32
@@ -269,7 +270,7 @@ def test_a_run_that_fails_leaves_no_file_and_the_old_one(
         return decode(self, *args, **options)
 
     decode = XTrimoGene.decode
-    monkeypatch.setattr(XTrimoGene, "decode", fail)
+    monkeypatch.setattr(XTrimoGeneNetwork, "decode", fail)
     with pytest.raises(KeyboardInterrupt):
         gene_level.predict_expression(path, model, ASKED, output=output, overwrite=True, batch_size=4, progress=False)
     assert output.read_bytes() == b"old"

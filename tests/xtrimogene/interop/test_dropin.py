@@ -1,4 +1,4 @@
-"""Tests of xtrimogene.dropin: the ragged encoder is the original, padded or not, in numbers, gradients and weights."""
+"""Tests of the drop-in: the ragged encoder is the original, padded or not, in numbers, gradients and weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """Small batches go by blocks of 16 rows as large ones do, in float32 too, or through the modules."""
     if request.param == "by blocks":
         for name, value in (("_LARGE_BYTES", 0), ("_UNIT_ROWS", 16), ("_MIN_UNITS", 1), ("_BLOCK_BYTES", 1)):
-            monkeypatch.setattr(f"xtrimogene.linear.{name}", value)
+            monkeypatch.setattr(f"xtrimogene.network.linear.{name}", value)
         monkeypatch.setattr("xtrimogene.network.linear._mkl_is_slow", lambda: True)
 
 

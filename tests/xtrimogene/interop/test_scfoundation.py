@@ -1,4 +1,4 @@
-"""Tests of xtrimogene.convert: a file in the released layout, made of the plain network, against that network."""
+"""Tests of the conversion: a file in the released layout, made of the plain network, against that network."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from xtg_kernels import RaggedBatch, use_backend
 from xtrimogene.cli import main
 from xtrimogene.inference.embed import embed
 from xtrimogene.interop.scfoundation import PARTS, from_scfoundation
+from xtrimogene.model import XTrimoGene
 from xtrimogene.network.config import XTrimoGeneConfig
-from xtrimogene.network.model import XTrimoGene
 from xtrimogene.network.vocabulary import Vocabulary
 
 GENES = 90

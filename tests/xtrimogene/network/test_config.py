@@ -1,4 +1,4 @@
-"""Tests of xtrimogene.config: presets, round trips, and the error for each kind of bad input."""
+"""Tests of xtrimogene.network.config: presets, round trips, and the error for each kind of bad input."""
 
 from __future__ import annotations
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from tests.xtrimogene.published import cells_of, published_from, published_names
 from xtg_kernels import RaggedBatch, use_backend
-from xtrimogene.cells.masking import MaskedBatch, MaskingConfig, mask_cells
+from xtrimogene.cells.masking import MaskingConfig, mask_cells
+from xtrimogene.model import XTrimoGene
 from xtrimogene.network import linear
 from xtrimogene.network.config import XTrimoGeneConfig
 from xtrimogene.network.decoder import Decoder, orthogonal_projection
-from xtrimogene.network.model import XTrimoGene
+from xtrimogene.network.masked_batch import MaskedBatch
 from xtrimogene.network.vocabulary import Vocabulary
 
 GENES = 60

@@ -12,6 +12,7 @@ from tests.conftest import CPU_BACKENDS
 from tests.xtrimogene.published import PublishedNetwork
 from xtg_kernels import RaggedBatch, distinct_index, use_backend
 from xtrimogene.cells.masking import MaskingConfig, mask_cells
+from xtrimogene.model import XTrimoGene
 from xtrimogene.network import linear
 from xtrimogene.network.config import XTrimoGeneConfig
 from xtrimogene.network.embedding import ExpressionEmbedding
@@ -29,7 +30,6 @@ from xtrimogene.network.flops import (
     padded_flops,
     performer_flops,
 )
-from xtrimogene.network.model import XTrimoGene
 from xtrimogene.network.vocabulary import Vocabulary
 
 LENGTHS = [7, 0, 1, 64, 33]

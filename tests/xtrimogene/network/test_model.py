@@ -1,4 +1,4 @@
-"""Tests of xtrimogene.model: pooling, checkpoints on disk, and the error for each kind of broken checkpoint."""
+"""Tests of the model and its folder: pooling, checkpoints on disk, and the error for each kind of broken checkpoint."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.xtrimogene.real_cells import scanpy_cells
 from xtg_kernels import RaggedBatch
+from xtrimogene.model import XTrimoGene
 from xtrimogene.network.config import XTrimoGeneConfig
-from xtrimogene.network.model import XTrimoGene, pool
+from xtrimogene.network.pooling import pool
 from xtrimogene.network.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary([f"GENE{i}" for i in range(765)])

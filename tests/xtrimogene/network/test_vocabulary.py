@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from anndata import AnnData
 
-from xtrimogene.network.vocabulary import Vocabulary, best_name_column
+from xtrimogene.cells.genes import best_name_column
+from xtrimogene.network.vocabulary import Vocabulary
 
 
 def adata_of(names: list[str], **columns: list[object]) -> AnnData:

@@ -1,4 +1,4 @@
-"""Tests of xtrimogene.pretrain_config: YAML, key=value changes, the learning rate, and the error for each bad key."""
+"""Tests of xtrimogene.training.config: YAML, key=value changes, the learning rate, and the error for each bad key."""
 
 from __future__ import annotations
 

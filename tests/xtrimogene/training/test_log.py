@@ -1,4 +1,4 @@
-"""Tests of xtrimogene.training_log: lines, what is cut when a run goes on, and TensorBoard beside them."""
+"""Tests of xtrimogene.training.log: lines, what is cut when a run goes on, and TensorBoard beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of xtrimogene.pretrain: what a step computes, the log, and runs that are stopped, killed, resumed."""
+"""Tests of xtrimogene.training.pretrain: what a step computes, the log, and runs that are stopped, killed, resumed."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ from xtrimogene import Vocabulary, XTrimoGene
 from xtrimogene.cells.masking import MaskingConfig
 from xtrimogene.cells.stream import TrainingCells
 from xtrimogene.cli import main
+from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.training.config import PretrainConfig
 from xtrimogene.training.log import read_log
-from xtrimogene.training.pretrain import PretrainReport, TrainingFailed, _Run, gene_means, pretrain
+from xtrimogene.training.pretrain import pretrain
 from xtrimogene.training.ranks import StopSignals
+from xtrimogene.training.run import PretrainReport, Run, TrainingFailed
+from xtrimogene.training.validation import gene_means
 
 GENES = [f"G{i}" for i in range(40)]
 MODEL = {
@@ -291,14 +294,14 @@ def test_the_time_limit_ends_a_run_as_its_steps_do(path: Path, tmp_path: Path, u
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, action: Any) -> None:
     """Do something in the middle of a step, counted from 0."""
-    redraw = _Run._step
+    redraw = Run._step
 
-    def step_and_act(self: _Run, *rest: Any) -> int:
+    def step_and_act(self: Run, *rest: Any) -> int:
         if self.progress.step == step:
             action()
         return redraw(self, *rest)
 
-    monkeypatch.setattr(_Run, "_step", step_and_act)
+    monkeypatch.setattr(Run, "_step", step_and_act)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -336,15 +339,15 @@ def test_a_signal_breaks_a_validation_off(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "run"
-    validate = _Run._validate
+    validate = Run._validate
 
-    def signal_and_validate(self: _Run, signals: StopSignals) -> Any:
+    def signal_and_validate(self: Run, signals: StopSignals) -> Any:
         if self.progress.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return validate(self, signals)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Run, "_validate", signal_and_validate)
+        patch.setattr(Run, "_validate", signal_and_validate)
         # The second time, the run goes on from the checkpoint that the first one left, and comes no further.
         for more in ((), ("--resume",)):
             assert main(arguments(path, output, *more)) == 143
@@ -362,13 +365,13 @@ def test_a_signal_breaks_a_validation_off(
 def test_validations_and_checkpoints_do_not_slow_the_rate_of_steps(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    validate = _Run._validate
+    validate = Run._validate
 
-    def validate_slowly(self: _Run, signals: StopSignals) -> Any:
+    def validate_slowly(self: Run, signals: StopSignals) -> Any:
         time.sleep(3)
         return validate(self, signals)
 
-    monkeypatch.setattr(_Run, "_validate", validate_slowly)
+    monkeypatch.setattr(Run, "_validate", validate_slowly)
     report = run(path, tmp_path / "run", max_steps=1)
     (line,) = [line for line in read_log(tmp_path / "run" / "log.jsonl") if line["event"] == "train"]
     assert line["seconds"] >= 3
@@ -467,8 +470,8 @@ def test_a_run_that_dies_at_any_step_goes_on(
     [
         "xtrimogene.training.checkpoints.dcp.save",
         "xtrimogene.training.checkpoints._size_and_crc",
-        "xtrimogene.training.pretrain.XTrimoGene.save_pretrained",
-        "xtrimogene.training.pretrain.write_whole",
+        "xtrimogene.training.run.save",
+        "xtrimogene.training.run_folder.write_whole",
         "xtrimogene.training.log.TrainingLog.sync",
     ],
 )
@@ -625,7 +628,7 @@ def test_training_that_cannot_go_on_says_why(
         stop_at(monkeypatch, 5, lambda: monkeypatch.setattr(TrainingCells, "_masked", broken))
         expected = "cells.h5ad: cannot read rows 3 to 9; go on with --resume"
     elif what == "loss":
-        monkeypatch.setattr(XTrimoGene, "loss", lambda self, masked, reduction: self.mask_row.sum() * torch.nan)
+        monkeypatch.setattr(XTrimoGeneNetwork, "loss", lambda self, masked, reduction: self.mask_row.sum() * torch.nan)
         expected = "step 1: the loss is nan; lower learning_rate"
     else:
         loss = XTrimoGene.loss
@@ -635,7 +638,7 @@ def test_training_that_cannot_go_on_says_why(
             squares.register_hook(lambda gradient: gradient * torch.inf)
             return squares
 
-        monkeypatch.setattr(XTrimoGene, "loss", steep)
+        monkeypatch.setattr(XTrimoGeneNetwork, "loss", steep)
         expected = "step 1: the norm of the gradient is"
     assert main(arguments(path, tmp_path / "run", "validation_share=0")) == 1
     assert expected in error_line(capsys)

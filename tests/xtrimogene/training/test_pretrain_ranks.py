@@ -1,4 +1,4 @@
-"""Tests of xtrimogene.pretrain on two processes: DDP learns what one process learns, FSDP saves, loads and goes on."""
+"""Tests of xtrimogene.training on two processes: DDP learns what one process learns, FSDP saves, loads and goes on."""
 
 from __future__ import annotations
 

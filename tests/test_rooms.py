@@ -1,0 +1,127 @@
+"""The rooms of the project and the arrows between them: who may import whom, and which packages each room needs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Room: the rooms it may import besides itself, further down. An arrow that is not here is one that blurs the house.
+ROOMS = {
+    "xtg_kernels": set(),
+    "xtrimogene._moved": set(),
+    "xtrimogene": {"xtrimogene._moved"},
+    "xtrimogene.network": {"xtg_kernels"},
+    "xtrimogene.encoder": {"xtrimogene.network"},
+    "xtrimogene.flops": {"xtrimogene.network"},
+    "xtrimogene.hub": set(),
+    "xtrimogene.cells": {"xtrimogene.network", "xtg_kernels"},
+    "xtrimogene.inference": {"xtrimogene.cells", "xtrimogene.hub", "xtrimogene.network", "xtg_kernels"},
+    "xtrimogene.training": {"xtrimogene.cells", "xtrimogene.hub", "xtrimogene.network", "xtg_kernels"},
+    "xtrimogene.model": {"xtrimogene.inference", "xtrimogene.hub", "xtrimogene.network"},
+    "xtrimogene.interop": {"xtrimogene.model", "xtrimogene.network", "xtg_kernels"},
+    "xtrimogene.dropin": {"xtrimogene.interop"},
+}
+# On top: they may import every room of the package.
+TOP = {"xtrimogene.bench", "xtrimogene.cli", "xtrimogene.demo", "xtrimogene.__main__"}
+# Third-party packages of the rooms that other people's models are built on.
+PACKAGES = {
+    "xtg_kernels": {"numpy", "torch", "triton"},
+    "xtrimogene.network": {"numpy", "safetensors", "torch", "yaml"},
+    "xtrimogene.hub": {"huggingface_hub"},
+}
+
+
+def _room(module: str) -> str:
+    """The room that a module of ours is in: xtrimogene.network.config is in xtrimogene.network."""
+    parts = module.split(".")
+    return parts[0] if parts[0] != "xtrimogene" else ".".join(parts[:2])
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in it, but for the checker of types alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    unseen = [node for each in ast.walk(tree) if isinstance(each, ast.If) and _for_types(each) for node in each.body]
+    hidden = {id(node) for each in unseen for node in ast.walk(each)}
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            # A name may be a module: `from xtrimogene.cells import stream` leads to the same room.
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _for_types(node: ast.If) -> bool:
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _files() -> list[tuple[str, Path]]:
+    found = []
+    for package in ("xtg_kernels", "xtrimogene"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            found.append((module, path))
+    return found
+
+
+FILES = _files()
+
+
+def test_the_files_are_found() -> None:
+    assert len(FILES) > 60
+
+
+@pytest.mark.parametrize(("module", "path"), FILES, ids=[module for module, _ in FILES])
+def test_no_arrow_leads_up(module: str, path: Path) -> None:
+    room = _room(module)
+    ours = {_room(name) for name in _imports(path) if name.split(".")[0] in ("xtg_kernels", "xtrimogene")} - {room}
+    assert not any(name.split(".")[0] in ("benchmarks", "tests") for name in _imports(path))
+    if room not in TOP:
+        assert room in ROOMS, f"{module}: a room that the table lacks"
+        assert ours <= ROOMS[room]
+    else:
+        assert ours <= {*ROOMS, *TOP}
+
+
+@pytest.mark.parametrize(("module", "path"), FILES, ids=[module for module, _ in FILES])
+def test_a_room_needs_no_other_packages(module: str, path: Path) -> None:
+    if _room(module) in PACKAGES:
+        packages = {name.split(".")[0] for name in _imports(path)}
+        foreign = packages - sys.stdlib_module_names - {"xtg_kernels", "xtrimogene"}
+        assert foreign <= PACKAGES[_room(module)]
+
+
+HIDE = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {hidden!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (hidden)", name=name)
+
+sys.meta_path.insert(0, Hidden())
+"""
+SINGLE_CELL = {"anndata", "h5py", "huggingface_hub", "pandas", "scanpy", "scipy", "tqdm", "yaml", "zarr"}
+
+
+@pytest.mark.parametrize("module", ["xtg_kernels", "xtrimogene.encoder", "xtrimogene.dropin", "xtrimogene.flops"])
+def test_the_encoder_imports_without_a_single_cell_stack(module: str) -> None:
+    script = HIDE.format(hidden=SINGLE_CELL) + f"import {module}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_alone_imports_nothing() -> None:
+    script = HIDE.format(hidden={*SINGLE_CELL, "torch", "numpy"}) + "import xtrimogene; print(xtrimogene.__version__)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,5 @@
+"""RaggedTransformerEncoder, the encoder alone, for models of others. It needs torch and xtg_kernels, nothing else."""
+
+from xtrimogene.network.encoder import RaggedTransformerEncoder
+
+__all__ = ["RaggedTransformerEncoder"]

@@ -1,0 +1,50 @@
+"""The model on several ranks: a copy (DDP) or a part of it (FSDP2) on each, and when gradients are exchanged."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from xtrimogene.network.masked_batch import MaskedBatch
+from xtrimogene.network.model import XTrimoGeneNetwork
+from xtrimogene.training.ranks import Ranks
+
+
+class _LossOf(nn.Module):
+    """The model's summed loss as a module's forward, which is what DDP and FSDP act on."""
+
+    def __init__(self, model: XTrimoGeneNetwork) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, masked: MaskedBatch) -> Tensor:
+        return self.model.loss(masked, reduction="sum")
+
+
+def parallel(model: XTrimoGeneNetwork, ranks: Ranks, how: str) -> nn.Module:
+    """The module whose forward is the model's summed loss of a MaskedBatch: "ddp" or "fsdp" where there are ranks."""
+    network = _LossOf(model)
+    if ranks.world_size == 1:
+        return network
+    if how == "ddp":
+        # Projections are drawn alike on all ranks: there is nothing to broadcast.
+        return DistributedDataParallel(network, broadcast_buffers=False)
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    for layer in (*model.encoder.layers, *model.decoder.layers):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    return network
+
+
+def exchanging(network: nn.Module, now: bool) -> contextlib.AbstractContextManager[Any]:
+    """Whether the ranks exchange gradients in the backward pass of a batch: in the last one of a step."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(now)
+    if isinstance(network, DistributedDataParallel) and not now:
+        return network.no_sync()
+    return contextlib.nullcontext()

@@ -1,0 +1,84 @@
+"""Validation of a pre-training run: the model's loss at held-out cells beside that of guessing each gene's mean."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from xtrimogene.cells.stream import TrainingCells
+from xtrimogene.training.ranks import Ranks, StopSignals
+
+Means = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
+
+# Cells in memory while means are taken.
+_READ_CELLS = 1024
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean squared errors at the chosen genes of the validation cells.
+
+    model      the model's
+    mean       of guessing each gene's mean
+    zero_mean  of a guess that is told which genes are zero, and guesses the mean over the other cells elsewhere
+    chosen     number of chosen genes
+    """
+
+    model: float
+    mean: float
+    zero_mean: float
+    chosen: int
+
+
+def validate(
+    network: nn.Module,
+    cells: TrainingCells,
+    ranks: Ranks,
+    signals: StopSignals,
+    autocast: Callable[[], contextlib.AbstractContextManager[object]],
+    means: Means,
+) -> Losses | int:
+    """The losses at the validation cells, of all ranks together.
+
+    Or the number of a signal: a validation of many cells takes longer than a batch system waits, and a resumed run
+    does it again.
+    """
+    mean, nonzero_mean = means
+    squares = np.zeros(4)
+    network.eval()
+    batches = cells.validation(rank=ranks.rank, world_size=ranks.world_size)
+    with torch.no_grad(), contextlib.closing(batches):
+        for masked in batches:
+            with autocast():
+                loss = network(masked.to(ranks.device))
+            genes, values = masked.chosen_ids.numpy(), masked.chosen_values.numpy().astype(np.float64)
+            told = np.where(values > 0, nonzero_mean[genes], 0.0)
+            squares += [
+                float(loss), np.square(values - mean[genes]).sum(), np.square(values - told).sum(), len(genes)
+            ]  # fmt: skip
+            # Every rank has as many batches.
+            if number := signals.first(ranks.sums(signals.counts())):
+                return number
+    *sums, chosen = ranks.sums(squares.tolist())
+    model, mean_loss, zero_mean_loss = (each / max(chosen, 1) for each in sums)
+    return Losses(model, mean_loss, zero_mean_loss, int(chosen))
+
+
+def gene_means(cells: TrainingCells, most: int) -> Means:
+    """(genes,) mean log-normalised value of each gene over at most so many training cells, evenly spaced, and its mean
+    over those of them where it is not zero (0 where there is none)."""
+    sample = cells.training[np.linspace(0, len(cells.training) - 1, min(most, len(cells.training))).astype(int)]
+    genes = len(cells.vocabulary)
+    sums, counts = np.zeros(genes), np.zeros(genes)
+    for start in range(0, len(sample), _READ_CELLS):
+        batch = cells.read(sample[start : start + _READ_CELLS])
+        gene_ids = batch.gene_ids.numpy()
+        sums += np.bincount(gene_ids, weights=batch.values.numpy(), minlength=genes)
+        counts += np.bincount(gene_ids, minlength=genes)
+    return sums / len(sample), sums / np.maximum(counts, 1)
