@@ -12,7 +12,6 @@ from torch import Tensor
 from xtg_kernels import RaggedBatch, distinct_index
 
 DEPTH_TARGETS = ("value", "fold", "offset")
-DEFAULT_TARGET_DEPTH = 4.0
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,16 @@ import torch
 from anndata import AnnData
 from tqdm import tqdm
 
-from xtrimogene.cells.depth import DEFAULT_TARGET_DEPTH
 from xtrimogene.cells.sources import open_cells
 from xtrimogene.inference.encoding import EmbedReport, Encoding
 from xtrimogene.inference.model_cells import WINDOW, ModelCells, opened
-from xtrimogene.inference.precision import BFLOAT16_TOLERANCE, DTYPES, bfloat16_error, choose_dtype
+from xtrimogene.inference.options import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DEFAULT_TARGET_DEPTH, DTYPES
+from xtrimogene.inference.precision import BFLOAT16_TOLERANCE, bfloat16_error, choose_dtype
 from xtrimogene.inference.shards import Destination
+from xtrimogene.network.config import POOLINGS
 from xtrimogene.network.devices import backend_name, choose_device, prepared
 from xtrimogene.network.model import XTrimoGeneNetwork
-from xtrimogene.network.pooling import POOLINGS, check_pooling
-
-DEFAULT_KEY = "X_xtrimogene"
-# Tokens of a batch: room for a cell that expresses every gene, and enough rows to keep the matrix products busy.
-DEFAULT_MAX_TOKENS = 32768
-
+from xtrimogene.network.pooling import check_pooling
 
 # Cells that are read, packed, sorted by length and, for a path, written as one shard.
 _WINDOW = WINDOW

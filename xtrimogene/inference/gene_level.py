@@ -31,18 +31,18 @@ from scipy import sparse
 from tqdm import tqdm
 
 from xtg_kernels import RaggedBatch
-from xtrimogene.cells.depth import DEFAULT_TARGET_DEPTH
 from xtrimogene.cells.sources import is_legacy_store, open_cells, open_store
 from xtrimogene.inference.model_cells import ModelCells, opened
+from xtrimogene.inference.options import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_TARGET_DEPTH,
+    EMBEDDINGS_KEY,
+    GENE_DTYPES,
+    IMPUTED_LAYER,
+)
 from xtrimogene.network.devices import backend_name, choose_device, prepared
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.vocabulary import Vocabulary
-
-EMBEDDINGS_KEY = "gene_embeddings"
-IMPUTED_LAYER = "imputed"
-DTYPES = ("float32", "bfloat16")
-# Cells decoded together: each takes about ten (positions, decoder_dim) tensors.
-DEFAULT_BATCH_SIZE = 4
 
 Numbers = npt.NDArray[np.float32]
 
@@ -142,8 +142,8 @@ def _run(
     progress: bool = True,
 ) -> tuple[GeneReport, Numbers | None]:
     started = time.perf_counter()
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in GENE_DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(GENE_DTYPES)}, got {dtype!r}")
     for name, value in (("batch_size", batch_size), ("num_threads", num_threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")

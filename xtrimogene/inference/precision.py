@@ -11,7 +11,6 @@ from xtrimogene.network.devices import prepared
 from xtrimogene.network.linear import onednn_takes
 from xtrimogene.network.model import XTrimoGeneNetwork
 
-DTYPES = ("auto", "float32", "bfloat16")
 # dtype="auto": cells that are embedded in both dtypes, and how far bfloat16 may move them, as a share of their spread.
 # At 0.05 and below, 95 % or more of a cell's ten nearest neighbours stayed what they are (pbmc3k, untrained presets).
 _CHECKED_CELLS = 16

@@ -33,11 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtrimogene.interop import PARTS
 from xtrimogene.model import XTrimoGene
 from xtrimogene.network.config import XTrimoGeneConfig
 from xtrimogene.network.vocabulary import Vocabulary
-
-PARTS = ("cell", "rde", "gene")
 
 
 def from_scfoundation(path: str | Path, part: str, vocabulary: Vocabulary) -> XTrimoGene:

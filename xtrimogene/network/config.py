@@ -22,6 +22,7 @@ _PRESET_SIZES = {
     "100m": (12, 768, 12, 6, 512, 8),
 }
 STABILIZERS = ("head", "cell")
+POOLINGS = ("mean", "max", "all")
 PRESETS = {name: dict(zip(_PRESET_KEYS, sizes, strict=True)) for name, sizes in _PRESET_SIZES.items()}
 
 

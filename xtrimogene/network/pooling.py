@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xtrimogene.network.config import XTrimoGeneConfig
-
-POOLINGS = ("mean", "max", "all")
+from xtrimogene.network.config import POOLINGS, XTrimoGeneConfig
 
 
 def pool(encoded: Tensor, cu_seqlens: Tensor, how: str, *, depth_tokens: bool = False) -> Tensor:

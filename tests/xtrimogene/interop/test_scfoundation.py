@@ -18,7 +18,8 @@ from tests.xtrimogene.published import PublishedNetwork
 from xtg_kernels import RaggedBatch, use_backend
 from xtrimogene.cli import main
 from xtrimogene.inference.embed import embed
-from xtrimogene.interop.scfoundation import PARTS, from_scfoundation
+from xtrimogene.interop import PARTS
+from xtrimogene.interop.scfoundation import from_scfoundation
 from xtrimogene.model import XTrimoGene
 from xtrimogene.network.config import XTrimoGeneConfig
 from xtrimogene.network.vocabulary import Vocabulary

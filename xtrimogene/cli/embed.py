@@ -1,0 +1,71 @@
+"""xtrimogene embed: the cells of a file, embedded."""
+
+from __future__ import annotations
+
+import argparse
+
+from xtrimogene.cli.options import Commands, add_reading_options, set_threads
+from xtrimogene.inference.options import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DTYPES
+from xtrimogene.network.config import POOLINGS
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    command = commands.add_parser(
+        "embed",
+        help="embed the cells of an h5ad file or zarr store",
+        description="Embed every cell of a file and write a copy of the file with the embedding in obsm. "
+        "The input is only read. An interrupted run goes on with --resume.",
+    )
+    command.set_defaults(run=_run, smaller="; try a smaller --max-tokens, with --resume")
+    command.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of the model")
+    command.add_argument("--input", required=True, metavar="FILE", help="cells, .h5ad or .zarr, raw counts in X")
+    command.add_argument("--output", required=True, metavar="FILE", help="file to write, of the same kind")
+    command.add_argument("--embed-key", default=DEFAULT_KEY, metavar="KEY", help="key in obsm (default: %(default)s)")
+    command.add_argument(
+        "--pooling",
+        default="mean",
+        choices=POOLINGS,
+        help="default: %(default)s; all (S, T, max, mean): only for models with depth tokens, as scFoundation's",
+    )
+    command.add_argument(
+        "--max-tokens",
+        type=int,
+        default=DEFAULT_MAX_TOKENS,
+        metavar="N",
+        help="most expressed genes in a batch; at least those of the longest cell (default: %(default)s)",
+    )
+    command.add_argument(
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        help="arithmetic of the encoder; auto: bfloat16 where the machine has it and a sample of cells comes out "
+        "alike, else float32 (default: %(default)s)",
+    )
+    add_reading_options(command)
+    command.add_argument("--resume", action="store_true", help="go on with an interrupted run, if there is one")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from xtrimogene.inference.embed import embed
+
+    set_threads(arguments)
+    report = embed(
+        arguments.input,
+        arguments.checkpoint,
+        output=arguments.output,
+        layer=arguments.layer,
+        pooling=arguments.pooling,
+        max_tokens=arguments.max_tokens,
+        key_added=arguments.embed_key,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        normalized=arguments.normalized,
+        target_depth=arguments.target_depth,
+        gene_symbols=arguments.gene_symbols,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        progress=not arguments.no_progress,
+    )
+    print(report)
+    print(f"{arguments.output}: obsm[{arguments.embed_key!r}]")

@@ -1,0 +1,50 @@
+"""Options and words that several commands share. What is slow to import, torch above all, is imported late."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, TypeAlias
+
+from xtrimogene.inference.options import DEFAULT_TARGET_DEPTH
+
+if TYPE_CHECKING:
+    from xtrimogene.network.model import XTrimoGeneNetwork
+
+    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+else:
+    Commands = object
+
+
+def add_reading_options(command: argparse.ArgumentParser) -> None:
+    """Options of every command that reads cells and runs a model."""
+    command.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, ... (default: the GPU if any)")
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    command.add_argument("--layer", metavar="L", help="layer that holds the counts (default: X; raw: .raw)")
+    command.add_argument("--gene-symbols", metavar="COL", help="var column with gene names (default: var_names)")
+    command.add_argument(
+        "--normalized", action="store_true", help="the matrix holds log1p(count / total * 10,000) already"
+    )
+    command.add_argument(
+        "--target-depth",
+        default=DEFAULT_TARGET_DEPTH,
+        metavar="T",
+        help="for models with depth tokens: log10 total to aim at, or fold:N times the cell's own total, or offset:X "
+        "added to its log10 (default: %(default)s)",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+    command.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+def set_threads(arguments: argparse.Namespace) -> None:
+    """--threads, where it is given."""
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"--threads: expected at least 1, got {arguments.threads}")
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+
+
+def size_of(model: XTrimoGeneNetwork) -> str:
+    """A model's parameters and genes, in words."""
+    return f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(model.vocabulary):,} genes"

@@ -1,0 +1,78 @@
+"""xtrimogene pretrain: a model trained on the cells of many files."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from xtrimogene.cli.messages import show_error
+from xtrimogene.cli.options import Commands, set_threads
+
+_CHANGE = re.compile(r"[a-z_][a-z_0-9]*(\.[a-z_0-9]+)?=")
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the command to the parser."""
+    command = commands.add_parser(
+        "pretrain",
+        help="train a model on many cells",
+        usage="%(prog)s --data PATH [PATH ...] --output DIR [--config FILE] [key=value ...] [--resume]",
+        description="Train the masked auto-encoder on the cells of h5ad files, zarr stores and folders of them. The "
+        "config is a YAML file with the keys of PretrainConfig; key=value changes single ones (model.dim=64 one of a "
+        "section); checkpoint=DIR begins with the weights of a model. SIGTERM and SIGINT save a checkpoint and stop; "
+        "an interrupted or killed run goes on with --resume. "
+        "With several processes: torchrun --nproc-per-node N -m xtrimogene pretrain ...",
+        epilog="Exit status: 0 trained to the end; 1 training had begun and cannot go on; 2 something was wrong before "
+        "it began; 143 or 130 stopped by SIGTERM or SIGINT, with a checkpoint of the steps made.",
+    )
+    command.set_defaults(run=_run, smaller="; try a smaller batch_cells and a larger accumulate", changes=[])
+    command.add_argument("--config", metavar="FILE", help="YAML file of PretrainConfig's keys (default: its defaults)")
+    command.add_argument("--data", required=True, nargs="+", metavar="PATH", help="cells: .h5ad, .zarr, or folders")
+    command.add_argument("--output", required=True, metavar="DIR", help="folder to make: log, checkpoints, model")
+    command.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    command.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, ... (default: the GPU if any)")
+    command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    command.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+def take_changes(arguments: argparse.Namespace, rest: list[str]) -> None:
+    """Move key=value words, which may stand anywhere, from where argparse has put them to arguments.changes.
+
+    argparse has no way to say that positional words may stand between options, and --data takes those that follow it.
+    """
+    for words in (arguments.data, rest):
+        changes = [word for word in words if _CHANGE.match(word) and not Path(word).exists()]
+        arguments.changes += changes
+        words[:] = [word for word in words if word not in changes]
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from xtrimogene.training.config import PretrainConfig
+    from xtrimogene.training.pretrain import pretrain
+    from xtrimogene.training.ranks import FirstRankFailed
+    from xtrimogene.training.run import TrainingFailed
+
+    set_threads(arguments)
+    try:
+        report = pretrain(
+            PretrainConfig.from_yaml(arguments.config, arguments.changes),
+            arguments.data,
+            arguments.output,
+            resume=arguments.resume,
+            device=arguments.device,
+            progress=not arguments.no_progress,
+        )
+    except FirstRankFailed:
+        return 2
+    except TrainingFailed as error:
+        show_error(error)
+        return 1
+    if report.rank == 0:
+        print(report)
+        if report.model is None:
+            with_what = f"with a checkpoint of step {report.steps:,}" if report.steps else "before the first step"
+            print(f"{report.output}: stopped, {with_what}; --resume goes on")
+        else:
+            print(f"{report.model}: the trained model")
+    return 128 + report.signal if report.signal else 0

@@ -1,0 +1,13 @@
+"""Choices and defaults of embed and of the gene level. It imports nothing, for a command line that answers at once."""
+
+DEFAULT_KEY = "X_xtrimogene"
+# Tokens of a batch: room for a cell that expresses every gene, and enough rows to keep the matrix products busy.
+DEFAULT_MAX_TOKENS = 32768
+DTYPES = ("auto", "float32", "bfloat16")
+DEFAULT_TARGET_DEPTH = 4.0
+
+EMBEDDINGS_KEY = "gene_embeddings"
+IMPUTED_LAYER = "imputed"
+GENE_DTYPES = ("float32", "bfloat16")
+# Cells decoded together: each takes about ten (positions, decoder_dim) tensors.
+DEFAULT_BATCH_SIZE = 4
