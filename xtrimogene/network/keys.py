@@ -10,7 +10,7 @@ from typing import Any
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds, with 1e-5 and the like as numbers: to PyYAML, as to YAML 1.1, one without a dot is a text.
+    """What a YAML file holds, with 1e-5 and the like as numbers: to PyYAML, as to YAML 1.1, they are texts.
 
     Raises FileNotFoundError, or ValueError for a file that is no YAML.
     """
