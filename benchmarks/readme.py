@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.report import Report, summary_table
-from benchmarks.timings import FULL, QUICK
+from xtrimogene.bench.report import Report, summary_table
+from xtrimogene.bench.timings import FULL, QUICK
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

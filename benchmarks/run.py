@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import counting, end_to_end, favor_memory, pretraining
-from benchmarks.cases import BACKWARD, BOTH, DTYPES, FORWARD, TASKS, Provider, Task
-from benchmarks.measured import digits
+from benchmarks.models import end_to_end
+from benchmarks.ops import favor_memory
 from xtg_kernels.info import info
+from xtrimogene.bench import counting, pretraining
+from xtrimogene.bench.cases import BACKWARD, BOTH, DTYPES, FORWARD, TASKS, Provider, Task
+from xtrimogene.bench.measured import digits
 
 Row = dict[str, Any]
 GEMM_SIZE = 2048

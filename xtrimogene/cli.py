@@ -352,8 +352,8 @@ def _init(arguments: argparse.Namespace) -> None:
 
 def _bench(arguments: argparse.Namespace) -> int:
     # Measuring takes pictures and baselines with it, which no other command needs.
-    from benchmarks.bench import WrongNumbers, bench
-    from benchmarks.report import short_text
+    from xtrimogene.bench.bench import WrongNumbers, bench
+    from xtrimogene.bench.report import short_text
 
     _set_threads(arguments)
     if arguments.input is None:

@@ -2,7 +2,7 @@
 
     python -m xtrimogene.demo --output demo_output
 
-Runs offline from a checkout of the repository, whose benchmarks/cell_lengths.json it reads. Writes report.md,
+Runs offline from a checkout of the repository, whose xtrimogene/bench/cell_lengths.json it reads. Writes report.md,
 report.json, loss.png, umap.png and the run itself, with the model, into run/. A fifth of the cells is held out; how
 well their labels can be read off the embedding is set beside an untrained model and PCA.
 """
@@ -30,7 +30,7 @@ from xtrimogene.pretrain_config import PretrainConfig
 from xtrimogene.training_data import TrainingCells
 from xtrimogene.training_log import LOG_FILE, read_log
 
-CELL_LENGTHS = Path(__file__).parents[1] / "benchmarks" / "cell_lengths.json"
+CELL_LENGTHS = Path(__file__).parent / "bench" / "cell_lengths.json"
 LABELS = "bulk_labels"
 REAL_GENES = 19_264  # genes of the released vocabulary, the one the committed lengths were counted on
 PADDED_BATCH = 64

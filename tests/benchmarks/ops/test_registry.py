@@ -1,0 +1,195 @@
+"""The benchmarks themselves: their truth is the reference's, a wrong kernel gets no speed, rows say all they should."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import readme, run
+from xtg_kernels.ops.ragged_attention import reference
+from xtrimogene.bench import baselines, cases
+from xtrimogene.bench.cases import BACKWARD, BOTH, DTYPES, FORWARD, Provider, Task
+
+LENGTHS = (30, 1, 17)
+COLUMNS = {
+    "benchmark", "case", "cells", "tokens", "dtype", "direction", "provider", "correct", "error", "error_limit",
+    "runs", "median_ms", "q20_ms", "q80_ms", "gflops", "gemm_gflops", "share_of_gemm", "speedup",
+}  # fmt: skip
+MACHINE = {"machine", "isa", "threads", "torch", "commit", "dirty", "date"}
+
+
+@pytest.fixture(autouse=True)
+def _small_and_quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A small matrix product, and one thread: on a busy machine the threads of small work wait for each other."""
+    monkeypatch.setattr(run, "GEMM_SIZE", 64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _tasks(dtype: str = "float32") -> list[Task]:
+    return [
+        cases.attention_task("small", LENGTHS, dtype),
+        cases.favor_task("small", LENGTHS, (5, 2, 40), dtype),
+        cases.embedding_task("small", LENGTHS, dtype, "3m"),
+        cases.encoder_task("3m", LENGTHS, dtype, check_cells=2),
+        cases.gather_task("small", LENGTHS, dtype, 8),
+        cases.head_task("small", LENGTHS, dtype, 8),
+    ]
+
+
+def _with_provider(task: Task, name: str, provider: Provider) -> Task:
+    return dataclasses.replace(task, providers={**task.providers, name: provider})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_provider_is_right_on_small_cells(dtype: str) -> None:
+    for task in _tasks(dtype):
+        for name, found in run.check(task).items():
+            assert run.right(found), (task.benchmark, name, found)
+
+
+def test_exact_attention_is_the_reference_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "_QUERY_ROWS", 8)
+    q, k, v, grad_out = torch.randn(4, sum(LENGTHS), 2, 16, dtype=torch.float64).unbind(0)
+    cu_seqlens = cases.offsets(LENGTHS)
+    out, softmax_lse = reference.forward(q, k, v, cu_seqlens, max(LENGTHS), 0.25)
+    expected = reference.backward(grad_out, None, q, k, v, out, softmax_lse, cu_seqlens, max(LENGTHS), 0.25)
+    exact_out, exact_grads = baselines.exact_attention(q, k, v, grad_out, LENGTHS)
+    torch.testing.assert_close(exact_out, out, rtol=1e-12, atol=1e-12)
+    for gradient, wanted in zip(exact_grads, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_only_the_checked_cells_are_judged() -> None:
+    task = cases.encoder_task("3m", LENGTHS, "float32", check_cells=2)
+    assert task.checked_rows == 31
+    assert len(task.exact()[0]) == 31
+
+
+class _WrongBackward(torch.autograd.Function):
+    """Right forward, gradients a hundredth too large."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return 1.01 * grad
+
+
+@pytest.mark.parametrize("fault", ["forward", "inference", "backward", "nan", "one row"])
+def test_a_wrong_provider_gets_no_speed(fault: str) -> None:
+    def broken(task: Task) -> Tensor:
+        out = task.providers["xtg"].run()
+        if fault == "forward":
+            return out * 1.01
+        if fault == "inference":
+            return out if torch.is_grad_enabled() else out * 1.01
+        if fault == "backward":
+            return _WrongBackward.apply(out)
+        factor = torch.ones(len(out), *(1 for _ in out.shape[1:]))
+        factor[2] = torch.nan if fault == "nan" else 1.5
+        return out * factor
+
+    for task in _tasks():
+        faulty = _with_provider(task, "broken", Provider(functools.partial(broken, task), task.providers["xtg"].inputs))
+        rows = list(run.task_rows(faulty, seconds=0))
+        wrong = [row for row in rows if row["provider"] == "broken"]
+        assert len(wrong) == 3
+        assert not any(row["correct"] or "median_ms" in row or "speedup" in row for row in wrong), task.benchmark
+        assert all(row["correct"] and row["median_ms"] > 0 for row in rows if row["provider"] == "xtg")
+
+
+def test_a_run_with_a_wrong_provider_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = cases.attention_task("small", LENGTHS, "float32")
+    zero = Provider(lambda: task.providers["xtg"].run() * 0, task.providers["xtg"].inputs)
+    monkeypatch.setitem(run.TASKS, "attention", lambda quick: iter([_with_provider(task, "zero", zero)]))
+    assert run.main(["attention", "--quick", "--out", str(tmp_path / "a.csv")]) == 1
+    assert "WRONG" in capsys.readouterr().err
+
+
+def test_only_runs_the_cases_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tasks = [cases.attention_task(case, (5,), dtype) for case in ("one", "other") for dtype in DTYPES]
+    monkeypatch.setitem(run.TASKS, "attention", lambda quick: iter(tasks))
+    assert run.main(["attention", "--quick", "--only", "other, bfloat16", "--out", str(tmp_path / "a.csv")]) == 0
+    rows = readme.read_rows(tmp_path / "a.csv")
+    assert {(row["case"], row["dtype"]) for row in rows} == {("other", "bfloat16")}
+
+
+def test_rows_say_what_where_and_when(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    task = cases.attention_task("small", LENGTHS, "float32")
+    monkeypatch.setitem(run.TASKS, "attention", lambda quick: iter([task]))
+    assert run.main(["attention", "--quick", "--out", str(tmp_path / "new" / "a.csv")]) == 0
+    rows = readme.read_rows(tmp_path / "new" / "a.csv")
+    assert set(rows[0]) == COLUMNS | MACHINE | {"quick"}
+    assert {(row["provider"], row["direction"]) for row in rows} == set(
+        itertools.product(task.providers, (FORWARD, BACKWARD, BOTH))
+    )
+    assert all(value for row in rows for value in row.values())
+    assert all(float(r["q20_ms"]) <= float(r["median_ms"]) <= float(r["q80_ms"]) for r in rows)
+    assert all(float(row["speedup"]) == 1.0 for row in rows if row["provider"] == "plain")
+
+
+def test_flops_of_a_task_are_those_that_the_counter_counts() -> None:
+    for task in _tasks():
+        provider = task.providers["xtg"]
+        with FlopCounterMode(display=False) as counter:
+            out = provider.run()
+        forward = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(out, provider.inputs, task.grad_out)
+        assert task.flops == {
+            FORWARD: forward,
+            BACKWARD: counter.get_total_flops(),
+            BOTH: forward + counter.get_total_flops(),
+        }, task.benchmark
+
+
+def test_cases_are_the_real_lengths() -> None:
+    found = cases.cells(quick=False)
+    assert [len(lengths) for lengths in found.values()] == [8, 1, 64, 65]
+    assert 8 * 800 < sum(found["8 cells"]) < 8 * 3000
+    assert all(20 <= length <= 120 for length in found["64 short cells"])
+    assert max(found["15,000 genes among short cells"]) == 15_000
+    assert found == cases.cells(quick=False)
+
+
+def test_no_provider_is_padded_where_that_is_hopeless() -> None:
+    assert "padded" in cases.attention_task("even", (30, 20), "float32").providers
+    assert "padded" not in cases.attention_task("uneven", (500, *[5] * 20), "float32").providers
+    assert "padded" not in cases.attention_task("one cell", (500,), "float32").providers
+
+
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_readme_tables_are_made_from_the_files_alone(tmp_path: Path) -> None:
+    text = f"before\n{readme.OPENING}\nold\n{readme.CLOSING}\nafter\n"
+    assert readme.with_tables(text, tmp_path) == f"before\n{readme.OPENING}\n{readme.CLOSING}\nafter\n"
+    where = {"machine": "M", "isa": "avx2", "threads": 2, "torch": "2", "commit": "abc", "dirty": False, "date": "D"}
+    row = {"case": "cells, 3m", "cells": 2000, "peak_mib": 123.4, "quick": False, **where}
+    _write(tmp_path / "memory.csv", [row])
+    made = readme.with_tables(text, tmp_path)
+    assert "| 2,000 | 123 MiB |" in made
+    assert "old" not in made
+    assert readme.with_tables(made, tmp_path) == made
+    with pytest.raises(ValueError, match="markers"):
+        readme.with_tables("no markers", tmp_path)
