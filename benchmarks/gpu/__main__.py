@@ -135,12 +135,12 @@ def _task(op: str, case: str, lengths: tuple[int, ...], dtype: str, device: Any,
 
 def _check(op: str, lengths: tuple[int, ...], dtype: str, device: Any, plan: Plan) -> Iterator[Row]:
     """Errors of every provider against float64, and their limits."""
-    from benchmarks import run
+    from xtrimogene.bench import runner
 
     task, absent = _task(op, "ragged", lengths, dtype, device, plan)
-    for provider, found in run.check(task).items():
+    for provider, found in runner.check(task).items():
         for direction, (error, limit) in found.items():
-            if direction != run.BOTH:
+            if direction != runner.BOTH:
                 yield {
                     "op": op, "case": "ragged", "dtype": dtype, "direction": direction, "provider": provider,
                     "correct": error <= limit, "error": f"{error:.2e}", "error_limit": f"{limit:.2e}",
@@ -193,23 +193,23 @@ def _time(op: str, case: str, lengths: tuple[int, ...], dtype: str, device: Any,
     """Times of every provider that is right, forward (as inference runs it) and backward."""
     import torch
 
-    from benchmarks import run
     from benchmarks.gpu.timing import milliseconds
+    from xtrimogene.bench import runner
 
     task, absent = _task(op, case, lengths, dtype, device, plan)
-    checked = run.check(task)
+    checked = runner.check(task)
     medians: dict[tuple[str, str], float] = {}
     rows = []
     for name, provider in task.providers.items():
-        for direction in (run.FORWARD, run.BACKWARD):
+        for direction in (runner.FORWARD, runner.BACKWARD):
             error, limit = checked[name][direction]
             row: Row = {
                 "op": op, "case": case, "cells": len(lengths), "tokens": sum(lengths), "dtype": dtype,
-                "direction": direction, "provider": name, "correct": run.right(checked[name]),
+                "direction": direction, "provider": name, "correct": runner.right(checked[name]),
                 "error": f"{error:.2e}", "error_limit": f"{limit:.2e}",
             }  # fmt: skip
             if row["correct"]:
-                if direction == run.FORWARD:
+                if direction == runner.FORWARD:
                     with torch.no_grad():
                         times = milliseconds(provider.run, device, seconds=plan.seconds, least=plan.runs)
                 else:
@@ -365,9 +365,9 @@ def machine(device: str) -> Row:
     import torch
     import triton
 
-    from benchmarks import run
+    from xtrimogene.bench import rows
 
-    here = run.machine()
+    here = rows.machine()
     return {
         "machine": torch.cuda.get_device_name() if device != "cpu" else f"rehearsal on {here['machine']}",
         "torch": torch.__version__,
@@ -379,9 +379,8 @@ def machine(device: str) -> Row:
 def go(plan: Plan, device: str, folder: Path, here: Row, minutes: float | None) -> int:
     """Does what is not done yet, writing after every item; returns how many items are left for lack of time."""
     from benchmarks.gpu.tune import read_tables
-    from benchmarks.readme import read_rows
-    from benchmarks.run import write_csv
     from xtg_kernels.triton_launch import overriding
+    from xtrimogene.bench.rows import read_rows, write_csv
 
     path = folder / "gpu.csv"
     rows: list[Row] = list(read_rows(path)) if path.is_file() else []
@@ -446,7 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     from benchmarks.gpu import report as gpu_report
-    from benchmarks.readme import read_rows
+    from xtrimogene.bench.rows import read_rows
 
     rows = read_rows(folder / "gpu.csv")
     gpu_report.write(rows, folder)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.readme import Rows
+from xtrimogene.bench.rows import Rows
 
 COLORS = {
     "plain": "0.6", "xtg": "tab:blue", "varlen": "tab:green", "padded": "tab:orange", "flex": "tab:red",

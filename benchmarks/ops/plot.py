@@ -9,8 +9,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.readme import RESULTS, Rows, read_rows
+from benchmarks import RESULTS
 from xtrimogene.bench.cases import BACKWARD, FORWARD, TASKS
+from xtrimogene.bench.rows import Rows, read_rows
 
 COLORS = {"plain": "0.6", "xtg": "tab:blue", "padded": "tab:orange", "dense": "tab:red"}
 

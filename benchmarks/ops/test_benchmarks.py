@@ -12,8 +12,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.run import check, right
 from xtrimogene.bench.cases import BACKWARD, FORWARD, TASKS, Task
+from xtrimogene.bench.runner import check, right
 
 CASES = {f"{task.benchmark}, {task.case}, {task.dtype}": task for tasks in TASKS.values() for task in tasks(True)}
 

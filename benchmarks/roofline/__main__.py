@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.readme import Rows, markdown_table, read_rows
 from benchmarks.static import model
 from benchmarks.static.cards import CARDS, Card
 from benchmarks.static.configs import DTYPES, TABLE
@@ -21,6 +20,8 @@ from benchmarks.static.launches import OPS
 from benchmarks.static.model import UNITS, Shape
 from xtrimogene.bench.cases import NUM_GENES, Lengths, real_lengths, umi_counts
 from xtrimogene.bench.costs import masked_counts
+from xtrimogene.bench.document import markdown_table
+from xtrimogene.bench.rows import Rows, read_rows
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.flops import decoder_backward_flops, decoder_flops, encoder_backward_flops, encoder_flops
 

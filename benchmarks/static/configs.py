@@ -16,14 +16,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.readme import RESULTS
-from benchmarks.run import write_csv
+from benchmarks import RESULTS
 from benchmarks.static.aot import Case, Report, reports
 from benchmarks.static.cards import CARDS
 from benchmarks.static.launches import OPS
 from benchmarks.static.model import Shape, microseconds
 from xtg_kernels.triton_launch import ARCHITECTURES, Config
 from xtrimogene.bench.cases import real_lengths
+from xtrimogene.bench.rows import write_csv
 
 TABLE = RESULTS / "triton_static.csv"
 OPS_FOLDER = Path(__file__).parents[2] / "xtg_kernels" / "ops"

@@ -19,14 +19,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from benchmarks.readme import RESULTS
-from benchmarks.run import write_csv
+from benchmarks import RESULTS
 from benchmarks.static.aot import Case, Report, report
 from benchmarks.static.launches import OPS, Call, record_launches
 from xtg_kernels.ops.ragged_attention import triton_kernel
 from xtg_kernels.ops.ragged_attention.triton_kernel import _attend_key_block, _load_tile, _store_tile
 from xtg_kernels.triton_launch import locate_block, overriding, work_list
 from xtrimogene.bench.cases import offsets
+from xtrimogene.bench.rows import write_csv
 
 TABLE = RESULTS / "tensor_descriptors.csv"
 

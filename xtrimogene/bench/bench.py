@@ -1,7 +1,7 @@
 """`xtrimogene bench`: FLOPs, time and memory against dense and padded Transformers, as one report.
 
-The friendly front of this package: it asks the same registry and runner as python -m benchmarks.run, on the cells of
-the project or of a file, and writes report.html, report.md, results.csv and the pictures into a folder.
+The front of this package: it measures and counts on the cells of the project or of a file, and writes report.html,
+report.md, results.csv and the pictures into a folder.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.run import Row, machine, write_csv
 from xtg_kernels.info import info
 from xtrimogene.bench import costs, counting, document, figures, report, timings
 from xtrimogene.bench.cases import BOTH
 from xtrimogene.bench.cells import Cells, cells_of_file, known_cells
 from xtrimogene.bench.costs import SIZES
+from xtrimogene.bench.rows import Row, machine, write_csv
 from xtrimogene.model_cells import choose_device
 from xtrimogene.vocabulary import Vocabulary
 

@@ -26,13 +26,13 @@ from xtrimogene.bench import baselines, costs
 from xtrimogene.bench.baselines import FULL_LENGTH
 from xtrimogene.bench.cells import Cells
 from xtrimogene.bench.pretraining import prepared
+from xtrimogene.bench.rows import Row
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.flops import encoder_flops, padded_flops, step_flops
 from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells
 from xtrimogene.model import XTrimoGene
 from xtrimogene.vocabulary import Vocabulary
 
-Row = dict[str, Any]
 # Loss, and whether it has the exact savings, in the order in which they are counted.
 AUTO_ENCODERS: dict[str, tuple[Callable[[XTrimoGene, MaskedBatch], Tensor], bool]] = {
     "auto-encoder, plain": (baselines.plain_loss, False),

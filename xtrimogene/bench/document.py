@@ -57,6 +57,12 @@ def text_table(table: Table) -> str:
     )
 
 
+def markdown_table(header: list[str], body: list[list[str]]) -> str:
+    """A table of Markdown; all columns but the first are aligned to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
+
+
 def markdown(sections: Sequence[Section], title: str) -> str:
     """The document as Markdown."""
     lines = [f"# {title}"]
@@ -68,9 +74,7 @@ def markdown(sections: Sequence[Section], title: str) -> str:
             elif isinstance(part, Picture):
                 lines.append(f"![{part.caption}]({part.name}.png)")
             else:
-                rule = ["---", *["---:"] * (len(part.header) - 1)]
-                table = ("| " + " | ".join(line) + " |" for line in (part.header, rule, *part.body))
-                lines += ["\n".join(table), f"*{part.how}*"]
+                lines += [markdown_table(part.header, part.body), f"*{part.how}*"]
     return "\n\n".join(lines) + "\n"
 
 

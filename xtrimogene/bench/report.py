@@ -509,8 +509,9 @@ def _pictures(report: Report, name: str) -> Parts:
 def _where(report: Report) -> str:
     where = report.where
     changes = ", with changes that are not committed" if where["dirty"] else ""
+    commit = where["commit"] if where["commit"].startswith("version ") else f"commit {where['commit']}"
     return (
-        f"Measured on {where['date']} at commit {where['commit']}{changes}: {where['gpus'] or where['machine']}, "
+        f"Measured on {where['date']} at {commit}{changes}: {where['gpus'] or where['machine']}, "
         f"{where['isa']} kernels, {where['threads']} thread{'s' * (where['threads'] > 1)}, torch {where['torch']}."
     )
 

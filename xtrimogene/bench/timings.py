@@ -1,6 +1,6 @@
 """What `xtrimogene bench` measures: encoder, full-length models, scaling, drop-in, pre-training step; time and memory.
 
-Every function yields rows of benchmarks.run. Providers of a case take turns in one process, and each is checked against
+Every function yields rows of a CSV file. Providers of a case take turns in one process, and each is checked against
 float64, output and gradients, before it gets a time.
 Peak memory is that of a process of its own, above its weights and input: python -m xtrimogene.bench.timings JSON
 """
@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.run import Row, check, task_rows
 from xtrimogene.bench import baselines
 from xtrimogene.bench.baselines import FULL_LENGTH
 from xtrimogene.bench.cases import (
@@ -44,6 +43,8 @@ from xtrimogene.bench.cells import Cells
 from xtrimogene.bench.counting import AUTO_ENCODERS, counts_of
 from xtrimogene.bench.measured import digits, status_mib
 from xtrimogene.bench.pretraining import error_columns, exact_step, mean_loss, step_errors, step_is_right
+from xtrimogene.bench.rows import Row
+from xtrimogene.bench.runner import check, task_rows
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.dropin import ragged_encoder
 from xtrimogene.flops import encoder_flops, step_flops
@@ -391,7 +392,7 @@ def _step(
 def _in_turns(
     ways: Mapping[tuple[str, str], Callable[[], object]], rounds: int, device: str
 ) -> dict[tuple[str, str], list[float]]:
-    """(dtype, name) -> seconds; ("gemm", dtype) is the matrix product of benchmarks.run."""
+    """(dtype, name) -> seconds; ("gemm", dtype) is the matrix product of runner.measure."""
     times: dict[tuple[str, str], list[float]] = {}
     squares = {dtype: torch.randn(2048, 2048, device=device).to(DTYPES[dtype]) for dtype, _ in ways}
     products = {("gemm", dtype): functools.partial(torch.mm, square, square) for dtype, square in squares.items()}

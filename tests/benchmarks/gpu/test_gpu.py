@@ -19,10 +19,10 @@ from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import tasks as gpu_tasks
 from benchmarks.gpu import tune
 from benchmarks.gpu.__main__ import Item, Row
-from benchmarks.readme import read_rows
 from benchmarks.static import launches
 from xtg_kernels import triton_launch
 from xtrimogene.bench.cases import Provider
+from xtrimogene.bench.rows import read_rows
 
 CPU = torch.device("cpu")
 HERE: Row = {"machine": "here", "torch": "2", "triton": "3", "commit": "abc", "dirty": False, "date": "2026-01-01"}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import run
 from benchmarks.ops import plot
+from xtrimogene.bench.rows import write_csv
 
 WHERE = {"machine": "M", "isa": "avx2", "threads": 2, "commit": "abc"}
 
@@ -25,7 +25,7 @@ def _rows() -> list[dict[str, object]]:
 
 def test_a_picture_is_drawn_without_wrong_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {**_rows()[0], "provider": "padded", "correct": False, "speedup": ""}
-    run.write_csv(tmp_path / "attention.csv", [*_rows(), wrong])
+    write_csv(tmp_path / "attention.csv", [*_rows(), wrong])
     plot.main([str(tmp_path / "attention.csv"), "--out", str(tmp_path / "pictures")])
     picture = tmp_path / "pictures" / "attention.png"
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import readme, run
 from xtg_kernels.ops.ragged_attention import reference
-from xtrimogene.bench import baselines, cases
+from xtrimogene.bench import baselines, cases, runner
 from xtrimogene.bench.cases import BACKWARD, BOTH, DTYPES, FORWARD, Provider, Task
+from xtrimogene.bench.rows import read_rows
 
 LENGTHS = (30, 1, 17)
 COLUMNS = {
@@ -30,7 +31,7 @@ MACHINE = {"machine", "isa", "threads", "torch", "commit", "dirty", "date"}
 @pytest.fixture(autouse=True)
 def _small_and_quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A small matrix product, and one thread: on a busy machine the threads of small work wait for each other."""
-    monkeypatch.setattr(run, "GEMM_SIZE", 64)
+    monkeypatch.setattr(runner, "GEMM_SIZE", 64)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -55,8 +56,8 @@ def _with_provider(task: Task, name: str, provider: Provider) -> Task:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_provider_is_right_on_small_cells(dtype: str) -> None:
     for task in _tasks(dtype):
-        for name, found in run.check(task).items():
-            assert run.right(found), (task.benchmark, name, found)
+        for name, found in runner.check(task).items():
+            assert runner.right(found), (task.benchmark, name, found)
 
 
 def test_exact_attention_is_the_reference_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +106,7 @@ def test_a_wrong_provider_gets_no_speed(fault: str) -> None:
 
     for task in _tasks():
         faulty = _with_provider(task, "broken", Provider(functools.partial(broken, task), task.providers["xtg"].inputs))
-        rows = list(run.task_rows(faulty, seconds=0))
+        rows = list(runner.task_rows(faulty, seconds=0))
         wrong = [row for row in rows if row["provider"] == "broken"]
         assert len(wrong) == 3
         assert not any(row["correct"] or "median_ms" in row or "speedup" in row for row in wrong), task.benchmark
@@ -126,7 +127,7 @@ def test_only_runs_the_cases_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     tasks = [cases.attention_task(case, (5,), dtype) for case in ("one", "other") for dtype in DTYPES]
     monkeypatch.setitem(run.TASKS, "attention", lambda quick: iter(tasks))
     assert run.main(["attention", "--quick", "--only", "other, bfloat16", "--out", str(tmp_path / "a.csv")]) == 0
-    rows = readme.read_rows(tmp_path / "a.csv")
+    rows = read_rows(tmp_path / "a.csv")
     assert {(row["case"], row["dtype"]) for row in rows} == {("other", "bfloat16")}
 
 
@@ -134,7 +135,7 @@ def test_rows_say_what_where_and_when(monkeypatch: pytest.MonkeyPatch, tmp_path:
     task = cases.attention_task("small", LENGTHS, "float32")
     monkeypatch.setitem(run.TASKS, "attention", lambda quick: iter([task]))
     assert run.main(["attention", "--quick", "--out", str(tmp_path / "new" / "a.csv")]) == 0
-    rows = readme.read_rows(tmp_path / "new" / "a.csv")
+    rows = read_rows(tmp_path / "new" / "a.csv")
     assert set(rows[0]) == COLUMNS | MACHINE | {"quick"}
     assert {(row["provider"], row["direction"]) for row in rows} == set(
         itertools.product(task.providers, (FORWARD, BACKWARD, BOTH))

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 import xtg_kernels  # noqa: F401  (registers the ops)
-from benchmarks import readme
-from benchmarks.readme import Rows
 from benchmarks.roofline import __main__ as roofline
 from benchmarks.roofline.__main__ import Batch, Need
 from benchmarks.static.cards import CARDS, Card
 from benchmarks.static.configs import OPS_FOLDER
 from benchmarks.static.launches import OPS
+from xtrimogene.bench.rows import Rows, read_rows
 from xtrimogene.config import XTrimoGeneConfig
 
 H100 = CARDS["sm_90"]
@@ -263,7 +262,7 @@ def test_the_slowest_set_of_flags_counts() -> None:
 
 
 def test_a_table_that_is_missing_or_broken_is_told(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"static_configs --table"):
+    with pytest.raises(FileNotFoundError, match=r"static\.configs --table"):
         roofline.table_rows(tmp_path / "none.csv")
     rows = _made_up(2)
     with pytest.raises(ValueError, match=r"expected compiled rows of .*grad_query"):
@@ -285,4 +284,4 @@ def test_the_page_has_every_op_and_both_cards() -> None:
 
 
 def test_the_committed_page_is_what_the_program_makes() -> None:
-    assert roofline.PAGE.read_text(encoding="utf-8") == roofline.document(readme.read_rows(roofline.TABLE))
+    assert roofline.PAGE.read_text(encoding="utf-8") == roofline.document(read_rows(roofline.TABLE))

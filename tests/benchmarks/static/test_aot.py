@@ -15,11 +15,11 @@ import pytest
 import triton
 
 from benchmarks.gpu.tune import read_tables
-from benchmarks.readme import read_rows
 from benchmarks.static.aot import Case, Report, reports
 from benchmarks.static.cards import CARDS
 from benchmarks.static.configs import TABLE, case_of, faults, keys, shortfalls, source_hash
 from benchmarks.static.launches import OPS
+from xtrimogene.bench.rows import read_rows
 
 # One case of each architecture and each op, sizes that are no power of two, and float16.
 FAST = [

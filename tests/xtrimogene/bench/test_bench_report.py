@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import re
 import sys
-import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,11 +19,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import readme
-from benchmarks.run import measure, right
 from xtg_kernels import RaggedBatch
 from xtrimogene.bench import baselines, bench, cases, costs, counting, report, timings
 from xtrimogene.bench.cells import Cells, cells_of_file, known_cells
 from xtrimogene.bench.pretraining import prepared
+from xtrimogene.bench.rows import read_rows
+from xtrimogene.bench.runner import measure, right
 from xtrimogene.cli import main
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.masking import MaskingConfig, mask_cells
@@ -65,7 +65,7 @@ def run(path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
     patch.setattr(timings, "QUICK", TINY)
     patch.setattr(bench, "SIZES", ("3m",))
     patch.setattr(counting, "prepared", lambda *_: prepared("tiny", 2, expressed=60))
-    patch.setattr("benchmarks.run.GEMM_SIZE", 64)
+    patch.setattr("xtrimogene.bench.runner.GEMM_SIZE", 64)
     patch.setenv("OMP_NUM_THREADS", "1")
     printed: list[str] = []
     patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
@@ -177,7 +177,7 @@ def test_exponents() -> None:
 
 @pytest.fixture
 def small_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.run.GEMM_SIZE", 64)
+    monkeypatch.setattr("xtrimogene.bench.runner.GEMM_SIZE", 64)
 
 
 @pytest.mark.usefixtures("small_gemm")
@@ -211,8 +211,8 @@ def test_one_layer_stands_for_all_where_all_take_too_long(path: Path) -> None:
 def test_the_first_round_counts_where_it_is_long(long: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     task = cases.encoder_task("3m", (9, 4), "float32", orders=())
     calls = []
-    monkeypatch.setattr("benchmarks.run.LONG_ROUND", 0.0 if long else 60.0)
-    monkeypatch.setattr("benchmarks.run._time_once", lambda *a: calls.append(a) or (len(calls), 1.0, 1.0))
+    monkeypatch.setattr("xtrimogene.bench.runner.LONG_ROUND", 0.0 if long else 60.0)
+    monkeypatch.setattr("xtrimogene.bench.runner._time_once", lambda *a: calls.append(a) or (len(calls), 1.0, 1.0))
     times = measure(task, ["xtg"], 0, rounds_at_least=2)
     assert times["xtg"]["forward"] == ([1, 2] if long else [2, 3])
     assert len(times["gemm"]["forward"]) == 2
@@ -283,7 +283,7 @@ def test_a_run_writes_everything_and_all_of_it_is_right(run: tuple[Path, str]) -
     names = {"report.html", "report.md", "results.csv"}
     names |= {f"{name}.{kind}" for name in pictures for kind in ("png", "svg")}
     assert {file.name for file in folder.iterdir()} == names
-    rows = readme.read_rows(folder / "results.csv")
+    rows = read_rows(folder / "results.csv")
     assert all(row["correct"] == "True" and row["quick"] == "True" and row["torch"] for row in rows)
     assert {row["benchmark"] for row in rows} == {
         "flops", "flops of a cell", "flops counted", "exact savings", "encoder", "dense layer", "dense", "peak", "step",
@@ -461,9 +461,3 @@ def test_pictures_need_matplotlib_and_say_so_first(
     monkeypatch.setattr(bench, "_rows", lambda *a: pytest.fail("measured before it was found missing"))
     assert main(["bench", "--quick", "--output", str(tmp_path / "out")]) == 2
     assert "pip install 'xtrimogene[bench]'" in capsys.readouterr().err
-
-
-def test_installed_with_the_project() -> None:
-    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert project["packages"]["find"]["include"] == ["xtg_kernels*", "xtrimogene*"]
-    assert "bench/cell_lengths.json" in project["package-data"]["xtrimogene"]
