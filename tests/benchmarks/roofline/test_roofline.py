@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 import xtg_kernels  # noqa: F401  (registers the ops)
-from benchmarks.roofline import __main__ as roofline
-from benchmarks.roofline.__main__ import Batch, Need
+from benchmarks.roofline import __main__ as page
+from benchmarks.roofline import floors, profiles
+from benchmarks.roofline.floors import Batch, Need
 from benchmarks.static.cards import CARDS, Card
-from benchmarks.static.configs import OPS_FOLDER
+from benchmarks.static.configs import OPS_FOLDER, TABLE
 from benchmarks.static.launches import OPS
+from benchmarks.static.model import Shape
+from xtrimogene.bench.cases import real_lengths, umi_counts
 from xtrimogene.bench.rows import Rows, read_rows
 from xtrimogene.config import XTrimoGeneConfig
 
@@ -36,7 +39,7 @@ def _made_up(resident: int) -> Rows:
     rows = []
     for op, spec in OPS.items():
         tree = json.loads((OPS_FOLDER / op / "configs.json").read_text())
-        for architecture in roofline.ARCHITECTURES:
+        for architecture in page.ARCHITECTURES:
             for kernel in spec.kernels:
                 kinds = tree[architecture][kernel]
                 config = kinds["float32" if kernel == "sum_parts" else "half"][str(widths[op])]
@@ -51,37 +54,37 @@ def _made_up(resident: int) -> Rows:
 
 def test_attention_of_one_cell_of_128_tokens_by_hand() -> None:
     """12 heads of 64: 4 x 768 x 128 x 128 FLOPs, an exponential a score, four tensors of 128 x 768 and softmax_lse."""
-    need = roofline.attention_need(roofline.model_config(), (128,), "forward")
+    need = floors.attention_need(floors.model_config(), (128,), "forward")
     assert need == Need(50_331_648, 12 * 16_384, 4 * 196_608 + 4 * 12 * 128 + 8)
-    times = roofline.bounds(need, H100)
+    times = floors.bounds(need, H100)
     assert times["products"] == pytest.approx(50_331_648 / 989.4e12 * 1e6)
     assert times["exp2"] == pytest.approx(196_608 / (132 * 16 * 1.83e9) * 1e6)
     assert times["memory"] == pytest.approx(792_584 / 3.35e12 * 1e6)
     # A short cell is bound by the memory: 0.2366 microseconds.
-    assert roofline.floor(need, H100) == pytest.approx(0.23659, rel=1e-4)
-    backward = roofline.attention_need(roofline.model_config(), (128,), "backward")
+    assert floors.floor(need, H100) == pytest.approx(0.23659, rel=1e-4)
+    backward = floors.attention_need(floors.model_config(), (128,), "backward")
     assert backward == Need(10 * 768 * 16_384, 12 * 16_384, 8 * 196_608 + 4 * 12 * 128 + 8)
 
 
 def test_a_peak_takes_a_microsecond() -> None:
-    assert roofline.bounds(Need(989_400_000, 0, 0), H100)["products"] == pytest.approx(1)
-    assert roofline.bounds(Need(0, 132 * 16 * 1_830, 0), H100)["exp2"] == pytest.approx(1)
-    assert roofline.bounds(Need(0, 0, 3_350_000), H100)["memory"] == pytest.approx(1)
-    assert roofline.floor(Need(989_400_000, 0, 2 * 3_350_000), H100) == pytest.approx(2)
+    assert floors.bounds(Need(989_400_000, 0, 0), H100)["products"] == pytest.approx(1)
+    assert floors.bounds(Need(0, 132 * 16 * 1_830, 0), H100)["exp2"] == pytest.approx(1)
+    assert floors.bounds(Need(0, 0, 3_350_000), H100)["memory"] == pytest.approx(1)
+    assert floors.floor(Need(989_400_000, 0, 2 * 3_350_000), H100) == pytest.approx(2)
 
 
 def test_linear_layers_by_hand() -> None:
     """One token of the 100m model: 24 d d a layer; 12 d d weights, 7 d in and 9 d out, of two bytes."""
-    config = roofline.model_config()
-    assert roofline.linear_need(config, 1, "forward") == Need(12 * 24 * 768**2, 0, 2 * 12 * (12 * 768**2 + 16 * 768))
-    assert roofline.linear_need(config, 1, "backward") == Need(
+    config = floors.model_config()
+    assert floors.linear_need(config, 1, "forward") == Need(12 * 24 * 768**2, 0, 2 * 12 * (12 * 768**2 + 16 * 768))
+    assert floors.linear_need(config, 1, "backward") == Need(
         2 * 12 * 24 * 768**2, 0, 2 * 12 * (2 * 12 * 768**2 + 23 * 768)
     )
 
 
 def test_needs_by_hand() -> None:
     """The formulas of the page, with numbers: N = 14, S = 106, P = 104, m = 23 features of heads of 10."""
-    found = roofline.needs(SMALL, BATCH)
+    found = floors.needs(SMALL, BATCH)
     flops = {where: need.flops for where, need in found.items()}
     assert SMALL.num_features == 23
     assert flops == {
@@ -96,12 +99,12 @@ def test_needs_by_hand() -> None:
         ("masked_head", "forward"): 2 * 20 * 104,
         ("masked_head", "backward"): 6 * 20 * 104,
     }
-    for direction in roofline.DIRECTIONS:
+    for direction in floors.DIRECTIONS:
         assert found["ragged_attention", direction].exp2 == 2 * 106
         assert found["expression_embedding", direction].exp2 == 7 * 7
         assert found["favor_attention", direction].exp2 == 2 * 2 * 23 * 104
-    assert list(found) == [(op, direction) for op in OPS for direction in roofline.DIRECTIONS]
-    assert set(found) == set(roofline.FORMULAS)
+    assert list(found) == [(op, direction) for op in OPS for direction in floors.DIRECTIONS]
+    assert set(found) == set(floors.FORMULAS)
 
 
 def _size(tensors: Sequence[object]) -> int:
@@ -156,12 +159,12 @@ def test_bytes_are_those_of_what_the_ops_take_and_give() -> None:
     taken["masked_head", "forward"] = _size([x, target, *parameters, loss])
     taken["masked_head", "backward"] = _size([loss, x, target, *parameters, *grads])
 
-    assert {where: need.bytes for where, need in roofline.needs(SMALL, BATCH).items()} == taken
+    assert {where: need.bytes for where, need in floors.needs(SMALL, BATCH).items()} == taken
 
 
 def test_a_batch_counts_what_differs() -> None:
-    batch = roofline.batch_of((3000, 2000))
-    counts, ids = roofline.umi_counts((3000, 2000))
+    batch = floors.batch_of((3000, 2000))
+    counts, ids = umi_counts((3000, 2000))
     assert batch.distinct == (len(set(counts[:3000].tolist())), len(set(counts[3000:].tolist())))
     assert batch.gene_rows == len(set(ids.tolist()))
     # 30% of the genes that a cell has and 3% of the others are chosen.
@@ -169,40 +172,40 @@ def test_a_batch_counts_what_differs() -> None:
 
 
 @pytest.mark.parametrize("resident", [1, 2, 8])
-@pytest.mark.parametrize("architecture", roofline.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", page.ARCHITECTURES)
 @pytest.mark.parametrize("cells", [1, 3])
 def test_no_floor_is_above_the_model(resident: int, architecture: str, cells: int) -> None:
-    config, rows, card = roofline.model_config(), _made_up(resident), CARDS[architecture]
-    batch = roofline.batch_of(roofline.real_lengths(cells))
+    config, rows, card = floors.model_config(), _made_up(resident), CARDS[architecture]
+    batch = floors.batch_of(real_lengths(cells))
     modelled = 0
-    for (op, direction), need in roofline.needs(config, batch).items():
-        shape = roofline.shape_of(config, op, batch.lengths, card)
-        profile = roofline.op_profile(rows, config, op, direction, architecture, shape)
+    for (op, direction), need in floors.needs(config, batch).items():
+        shape = profiles.shape_of(config, op, batch.lengths, card)
+        profile = profiles.op_profile(rows, config, op, direction, architecture, shape)
         if profile is not None:
             modelled += 1
-            assert 0 < roofline.floor(need, card) <= profile.total, (op, direction)
-            lost = roofline.losses(need, profile, card)
-            assert sum(lost.values()) == pytest.approx(profile.total - roofline.floor(need, card))
+            assert 0 < floors.floor(need, card) <= profile.total, (op, direction)
+            lost = profiles.losses(need, profile, card)
+            assert sum(lost.values()) == pytest.approx(profile.total - floors.floor(need, card))
             assert lost["overlap"] >= -1e-9
             assert lost["tail"] >= -1e-9
     assert modelled == 6
     for training in (False, True):
         for dense in (False, True):
-            parts = roofline.encoder_time(rows, config, batch, architecture, training=training, dense=dense)
+            parts = profiles.encoder_time(rows, config, batch, architecture, training=training, dense=dense)
             assert all(least <= allowed for least, allowed in parts.values())
             assert (parts["embedding"][0] == 0) == dense
 
 
 def test_kernels_without_a_model_count_for_their_bytes() -> None:
     """Two cells of 52 positions and 7 tokens: gradients in and the table's out; sums of chunks in, of cells out."""
-    embedding = roofline.Shape((3, 4), 128, 2, H100)
-    favor = roofline.Shape((52, 52), 16, 2, H100)
+    embedding = Shape((3, 4), 128, 2, H100)
+    favor = Shape((52, 52), 16, 2, H100)
     found = {
-        (op, direction): roofline.bytes_without_model(
+        (op, direction): profiles.bytes_without_model(
             SMALL, op, direction, embedding if op == "expression_embedding" else favor
         )
         for op in OPS
-        for direction in roofline.DIRECTIONS
+        for direction in floors.DIRECTIONS
     }
     sums = {"sum_parts": 4 * (2 + 2) * 23 * 20}
     assert {where: moved for where, moved in found.items() if moved} == {
@@ -220,16 +223,16 @@ def test_the_dense_floor_is_that_of_its_closed_form() -> None:
     """19,264 genes a cell: linear layers and attention of dense_flops at the peak."""
     from xtrimogene.flops import dense_flops
 
-    config, batch = roofline.model_config(), roofline.batch_of((700, 900))
-    parts = roofline.encoder_time(_made_up(2), config, batch, "gfx942", training=False, dense=True)
+    config, batch = floors.model_config(), floors.batch_of((700, 900))
+    parts = profiles.encoder_time(_made_up(2), config, batch, "gfx942", training=False, dense=True)
     flops = dense_flops(config, 2)
     assert parts["linear layers"][0] == pytest.approx(flops.linear / 1_307.4e12 * 1e6)
     assert parts["attention"][0] == pytest.approx(flops.attention / 1_307.4e12 * 1e6)
 
 
-def _profile(total: float, busiest: float, spread: float, unit: str) -> roofline.Profile:
-    busy = dict.fromkeys(roofline.UNIT_NAMES, 0.0) | {unit: busiest}
-    return roofline.Profile(total, busy, busiest, spread)
+def _profile(total: float, busiest: float, spread: float, unit: str) -> profiles.Profile:
+    busy = dict.fromkeys(profiles.UNIT_NAMES, 0.0) | {unit: busiest}
+    return profiles.Profile(total, busy, busiest, spread)
 
 
 @pytest.mark.parametrize(
@@ -243,17 +246,17 @@ def _profile(total: float, busiest: float, spread: float, unit: str) -> roofline
         (_profile(10, 2, 2.5, "exp2"), "the last programs run alone (83% of the loss); busiest: exponentials"),
     ],
 )
-def test_why_names_the_largest_loss(profile: roofline.Profile, words: str) -> None:
+def test_why_names_the_largest_loss(profile: profiles.Profile, words: str) -> None:
     card: Card = H100
-    assert words in roofline.why(Need(989_400_000, 132 * 16 * 1_830, 0), profile, card)
+    assert words in page.why(Need(989_400_000, 132 * 16 * 1_830, 0), profile, card)
 
 
 def test_the_slowest_set_of_flags_counts() -> None:
-    config, rows = roofline.model_config(), _made_up(2)
-    shape = roofline.shape_of(config, "ragged_attention", (700, 900), H100)
-    usual = roofline.op_profile(rows, config, "ragged_attention", "forward", "sm_90", shape)
+    config, rows = floors.model_config(), _made_up(2)
+    shape = profiles.shape_of(config, "ragged_attention", (700, 900), H100)
+    usual = profiles.op_profile(rows, config, "ragged_attention", "forward", "sm_90", shape)
     forward = next(row for row in rows if row["kernel"] == "forward" and row["architecture"] == "sm_90")
-    crowded = roofline.op_profile(
+    crowded = profiles.op_profile(
         [{**forward, "resident_programs": "1"}, *rows], config, "ragged_attention", "forward", "sm_90", shape
     )
     assert usual is not None
@@ -263,18 +266,18 @@ def test_the_slowest_set_of_flags_counts() -> None:
 
 def test_a_table_that_is_missing_or_broken_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"static\.configs --table"):
-        roofline.table_rows(tmp_path / "none.csv")
+        profiles.table_rows(tmp_path / "none.csv")
     rows = _made_up(2)
     with pytest.raises(ValueError, match=r"expected compiled rows of .*grad_query"):
-        roofline.document([row for row in rows if row["kernel"] != "grad_query"])
+        page.document([row for row in rows if row["kernel"] != "grad_query"])
     with pytest.raises(ValueError, match="no registers left"):
-        roofline.document([{**row, "error": "no registers left"} for row in rows])
+        page.document([{**row, "error": "no registers left"} for row in rows])
 
 
 def test_the_page_has_every_op_and_both_cards() -> None:
-    made = roofline.document(_made_up(2))
-    assert made == roofline.document(_made_up(2))
-    for name in roofline.ARCHITECTURES:
+    made = page.document(_made_up(2))
+    assert made == page.document(_made_up(2))
+    for name in page.ARCHITECTURES:
         assert f"## {CARDS[name].name}\n" in made
     for op in OPS:
         assert made.count(f"| `{op}` | forward |") == 3  # counts, and once for each card
@@ -284,4 +287,4 @@ def test_the_page_has_every_op_and_both_cards() -> None:
 
 
 def test_the_committed_page_is_what_the_program_makes() -> None:
-    assert roofline.PAGE.read_text(encoding="utf-8") == roofline.document(read_rows(roofline.TABLE))
+    assert page.PAGE.read_text(encoding="utf-8") == page.document(read_rows(TABLE))
