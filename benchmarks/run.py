@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.models import end_to_end
 from benchmarks.ops import favor_memory
+from benchmarks.ops.cases import TASKS
 from xtrimogene.bench import counting, pretraining
-from xtrimogene.bench.cases import TASKS
 from xtrimogene.bench.rows import Row, machine, write_csv
 from xtrimogene.bench.runner import task_rows
 

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 import xtrimogene
 from xtg_kernels.info import info
+from xtrimogene.bench.tasks import CELL_LENGTHS
 from xtrimogene.config import PRESETS, XTrimoGeneConfig
 from xtrimogene.flops import Counts, FlopCount, dense_flops, encoder_flops, padded_flops
 from xtrimogene.pretrain import RUN_FILE, pretrain
@@ -30,7 +31,6 @@ from xtrimogene.pretrain_config import PretrainConfig
 from xtrimogene.training_data import TrainingCells
 from xtrimogene.training_log import LOG_FILE, read_log
 
-CELL_LENGTHS = Path(__file__).parent / "bench" / "cell_lengths.json"
 LABELS = "bulk_labels"
 REAL_GENES = 19_264  # genes of the released vocabulary, the one the committed lengths were counted on
 PADDED_BATCH = 64

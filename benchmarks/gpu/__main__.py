@@ -68,7 +68,7 @@ class Item:
 def plan_of(device: str, quick: bool) -> Plan:
     """What is measured where."""
     from benchmarks.gpu import tune
-    from xtrimogene.bench.cases import NUM_GENES, real_lengths, short_lengths
+    from xtrimogene.bench.tasks import NUM_GENES, real_lengths, short_lengths
 
     if device == "cpu":
         tiny = tune.Plan((20, 9), "smallest", ("float32",), 2, 0.0)
@@ -269,7 +269,7 @@ def _encoder(plan: Plan, lengths: tuple[int, ...], training: bool, device: Any) 
 
     from benchmarks.gpu.timing import milliseconds
     from xtg_kernels import use_backend
-    from xtrimogene.bench.cases import NUM_GENES, offsets
+    from xtrimogene.bench.tasks import NUM_GENES, offsets
     from xtrimogene.config import XTrimoGeneConfig
     from xtrimogene.encoder import RaggedTransformerEncoder
     from xtrimogene.flops import encoder_backward_flops, encoder_flops

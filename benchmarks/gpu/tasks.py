@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.ops import baselines
+from benchmarks.ops.baselines import FAVOR_EPS
 from xtg_kernels import (
     expression_embedding,
     favor_attention,
@@ -26,8 +28,8 @@ from xtg_kernels import (
     use_backend,
 )
 from xtg_kernels.ops.ragged_attention import varlen
-from xtrimogene.bench import baselines
-from xtrimogene.bench.cases import BACKWARD, BOTH, FAVOR_EPS, FORWARD, Lengths, Provider, Task, offsets
+from xtrimogene.bench.plain import attention_split
+from xtrimogene.bench.tasks import BACKWARD, BOTH, FORWARD, Lengths, Provider, Task, offsets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Exact = Callable[[], tuple[Tensor, list[Tensor]]]
@@ -91,7 +93,7 @@ def attention(
     q, k, v = make.randn(total, 3, heads, head_dim, dtype=DTYPES[dtype]).requires_grad_().unbind(1)
     grad_out = make.randn(total, heads, head_dim, dtype=DTYPES[dtype])
     ways: dict[str, Callable[[], Tensor]] = {
-        "plain": lambda: baselines.attention_split(q, k, v, lengths),
+        "plain": lambda: attention_split(q, k, v, lengths),
         "xtg": lambda: on_triton(ragged_attention, q, k, v, cu_seqlens, longest),
         "padded": functools.partial(_padded_attention, q, k, v, _slots(lengths, device), len(lengths), longest),
     }

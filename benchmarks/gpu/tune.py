@@ -24,7 +24,7 @@ from benchmarks.gpu.timing import milliseconds
 from benchmarks.static.configs import DTYPES, OPS_FOLDER, config_text
 from benchmarks.static.launches import OPS
 from xtg_kernels.triton_launch import architecture, overriding
-from xtrimogene.bench.cases import Lengths, real_lengths
+from xtrimogene.bench.tasks import Lengths, real_lengths
 
 Row = dict[str, Any]
 # How far two tilings of one sum may be apart: ||a - b|| / ||b||.

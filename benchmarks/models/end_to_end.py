@@ -24,8 +24,8 @@ import torch
 
 import xtrimogene
 from xtg_kernels import RaggedBatch, dispatch
-from xtrimogene.bench.cases import NUM_GENES, umi_counts
 from xtrimogene.bench.measured import digits, status_mib
+from xtrimogene.bench.tasks import NUM_GENES, umi_counts
 from xtrimogene.data import pack_csr_numpy, pack_rows
 from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells, mask_cells_numpy
 from xtrimogene.training_data import TrainingCells

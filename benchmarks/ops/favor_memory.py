@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtrimogene.bench.cases import BOTH, DTYPES, FORWARD, POSITIONS, Provider, favor_task
+from benchmarks.ops.cases import POSITIONS, favor_task
 from xtrimogene.bench.measured import digits, status_mib
+from xtrimogene.bench.tasks import BOTH, DTYPES, FORWARD, Provider
 
 
 def favor_memory(quick: bool) -> Iterator[dict[str, Any]]:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import RESULTS
-from xtrimogene.bench.cases import BACKWARD, FORWARD, TASKS
+from benchmarks.ops.cases import TASKS
 from xtrimogene.bench.rows import Rows, read_rows
+from xtrimogene.bench.tasks import BACKWARD, FORWARD
 
 COLORS = {"plain": "0.6", "xtg": "tab:blue", "padded": "tab:orange", "dense": "tab:red"}
 

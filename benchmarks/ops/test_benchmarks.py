@@ -12,8 +12,9 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from xtrimogene.bench.cases import BACKWARD, FORWARD, TASKS, Task
+from benchmarks.ops.cases import TASKS
 from xtrimogene.bench.runner import check, right
+from xtrimogene.bench.tasks import BACKWARD, FORWARD, Task
 
 CASES = {f"{task.benchmark}, {task.case}, {task.dtype}": task for tasks in TASKS.values() for task in tasks(True)}
 

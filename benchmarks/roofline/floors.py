@@ -8,8 +8,8 @@ import numpy as np
 
 from benchmarks.static.cards import Card
 from benchmarks.static.launches import OPS
-from xtrimogene.bench.cases import NUM_GENES, Lengths, umi_counts
 from xtrimogene.bench.costs import masked_counts
+from xtrimogene.bench.tasks import NUM_GENES, Lengths, umi_counts
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.flops import decoder_backward_flops, decoder_flops, encoder_backward_flops, encoder_flops
 

@@ -23,8 +23,8 @@ from benchmarks.static.cards import CARDS, Card
 from benchmarks.static.configs import DTYPES, TABLE
 from benchmarks.static.launches import OPS
 from benchmarks.static.model import UNITS, Shape
-from xtrimogene.bench.cases import Lengths
 from xtrimogene.bench.rows import Rows, read_rows
+from xtrimogene.bench.tasks import Lengths
 from xtrimogene.config import XTrimoGeneConfig
 
 UNIT_NAMES = {

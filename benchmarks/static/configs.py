@@ -22,8 +22,8 @@ from benchmarks.static.cards import CARDS
 from benchmarks.static.launches import OPS
 from benchmarks.static.model import Shape, microseconds
 from xtg_kernels.triton_launch import ARCHITECTURES, Config
-from xtrimogene.bench.cases import real_lengths
 from xtrimogene.bench.rows import write_csv
+from xtrimogene.bench.tasks import real_lengths
 
 TABLE = RESULTS / "triton_static.csv"
 OPS_FOLDER = Path(__file__).parents[2] / "xtg_kernels" / "ops"

@@ -23,7 +23,7 @@ from xtg_kernels.ops.masked_decoder_gather import triton_kernel as masked_decode
 from xtg_kernels.ops.masked_head import triton_kernel as masked_head
 from xtg_kernels.ops.ragged_attention import triton_kernel as ragged_attention
 from xtg_kernels.triton_launch import Config
-from xtrimogene.bench.cases import Lengths, offsets
+from xtrimogene.bench.tasks import Lengths, offsets
 
 Launch = tuple[JITFunction, tuple[Any, ...], dict[str, Any]]
 Call = Callable[[], Sequence[Tensor]]

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.static.cards import Card
-from xtrimogene.bench.cases import Lengths
+from xtrimogene.bench.tasks import Lengths
 
 Amounts = npt.NDArray[np.float64]
 Config = dict[str, int]

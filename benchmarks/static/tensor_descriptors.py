@@ -25,8 +25,8 @@ from benchmarks.static.launches import OPS, Call, record_launches
 from xtg_kernels.ops.ragged_attention import triton_kernel
 from xtg_kernels.ops.ragged_attention.triton_kernel import _attend_key_block, _load_tile, _store_tile
 from xtg_kernels.triton_launch import locate_block, overriding, work_list
-from xtrimogene.bench.cases import offsets
 from xtrimogene.bench.rows import write_csv
+from xtrimogene.bench.tasks import offsets
 
 TABLE = RESULTS / "tensor_descriptors.csv"
 

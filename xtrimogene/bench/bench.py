@@ -14,10 +14,10 @@ from pathlib import Path
 
 from xtg_kernels.info import info
 from xtrimogene.bench import costs, counting, document, figures, report, timings
-from xtrimogene.bench.cases import BOTH
 from xtrimogene.bench.cells import Cells, cells_of_file, known_cells
 from xtrimogene.bench.costs import SIZES
 from xtrimogene.bench.rows import Row, machine, write_csv
+from xtrimogene.bench.tasks import BOTH
 from xtrimogene.model_cells import choose_device
 from xtrimogene.vocabulary import Vocabulary
 

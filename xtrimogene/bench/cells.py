@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from xtg_kernels import RaggedBatch, distinct_index
-from xtrimogene.bench.cases import NUM_GENES, offsets, umi_counts
+from xtrimogene.bench.tasks import CELL_LENGTHS, NUM_GENES, offsets, umi_counts
 from xtrimogene.data import looks_like_counts, map_genes, open_cells, pack_rows
 from xtrimogene.vocabulary import Vocabulary
 
@@ -44,7 +44,7 @@ class Cells:
 
 def known_cells() -> Cells:
     """The committed lengths of real cells, with UMI-like counts drawn for them."""
-    known = json.loads((Path(__file__).parent / "cell_lengths.json").read_text(encoding="utf-8"))
+    known = json.loads(CELL_LENGTHS.read_text(encoding="utf-8"))
     lengths = np.asarray(known["lengths"], dtype=np.int64)
     counts, gene_ids = umi_counts(tuple(lengths.tolist()))
     ends = np.cumsum(lengths)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from xtrimogene.bench import costs
-from xtrimogene.bench.cases import BOTH, FORWARD
 from xtrimogene.bench.cells import Cells
 from xtrimogene.bench.report import DIRECTION_NAMES, MODEL_NAMES, PART_NAMES, Report, exponent, full_seconds, per_cell
+from xtrimogene.bench.tasks import BOTH, FORWARD
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.flops import dense_flops, encoder_flops
 

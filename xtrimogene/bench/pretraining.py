@@ -25,8 +25,8 @@ import torch
 
 from xtg_kernels import RaggedBatch, use_backend
 from xtrimogene import Vocabulary, XTrimoGene
-from xtrimogene.bench.cases import DTYPES, NUM_GENES, offsets, umi_counts
 from xtrimogene.bench.measured import digits, status_mib
+from xtrimogene.bench.tasks import DTYPES, NUM_GENES, offsets, umi_counts
 from xtrimogene.masking import MaskedBatch, MaskingConfig, mask_cells
 
 EXPRESSED = 2000

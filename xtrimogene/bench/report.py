@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from xtrimogene.bench import costs
-from xtrimogene.bench.cases import BOTH, DTYPES, FORWARD
 from xtrimogene.bench.document import Picture, Section, Table, text_table
+from xtrimogene.bench.tasks import BOTH, DTYPES, FORWARD
 from xtrimogene.bench.timings import Size
 from xtrimogene.masking import MaskingConfig
 

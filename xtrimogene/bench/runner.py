@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from xtrimogene.bench.cases import BACKWARD, BOTH, DTYPES, FORWARD, Provider, Task
 from xtrimogene.bench.measured import digits
 from xtrimogene.bench.rows import Row
+from xtrimogene.bench.tasks import BACKWARD, BOTH, DTYPES, FORWARD, Provider, Task
 
 GEMM_SIZE = 2048
 LONG_ROUND = 10.0  # seconds of a provider

@@ -27,24 +27,15 @@ from torch import Tensor, nn
 
 from xtrimogene.bench import baselines
 from xtrimogene.bench.baselines import FULL_LENGTH
-from xtrimogene.bench.cases import (
-    BACKWARD,
-    BOTH,
-    DTYPES,
-    FORWARD,
-    Lengths,
-    Provider,
-    Task,
-    encoder_task,
-    full_length_task,
-    offsets,
-)
+from xtrimogene.bench.cases import encoder_task, full_length_task
 from xtrimogene.bench.cells import Cells
 from xtrimogene.bench.counting import AUTO_ENCODERS, counts_of
 from xtrimogene.bench.measured import digits, status_mib
+from xtrimogene.bench.plain import used_slots
 from xtrimogene.bench.pretraining import error_columns, exact_step, mean_loss, step_errors, step_is_right
 from xtrimogene.bench.rows import Row
 from xtrimogene.bench.runner import check, task_rows
+from xtrimogene.bench.tasks import BACKWARD, BOTH, DTYPES, FORWARD, Lengths, Provider, Task, offsets
 from xtrimogene.config import XTrimoGeneConfig
 from xtrimogene.dropin import ragged_encoder
 from xtrimogene.flops import encoder_flops, step_flops
@@ -302,7 +293,7 @@ def _padded(module: Any, x: Tensor, lengths: Lengths) -> Tensor:
     rows = nn.utils.rnn.pad_sequence(x.split(list(lengths)), batch_first=True)
     if len(lengths) == 1:
         return module(rows).last_hidden_state[0]
-    used = baselines.used_slots(lengths, max(lengths), x.device)
+    used = used_slots(lengths, max(lengths), x.device)
     # True where a key may be seen: what transformers makes of an attention mask for its fused attention.
     mask = used[:, None, None].expand(-1, 1, max(lengths), -1)
     return module(rows, attention_mask=mask).last_hidden_state[used]

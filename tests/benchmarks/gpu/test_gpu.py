@@ -21,8 +21,8 @@ from benchmarks.gpu import tune
 from benchmarks.gpu.__main__ import Item, Row
 from benchmarks.static import launches
 from xtg_kernels import triton_launch
-from xtrimogene.bench.cases import Provider
 from xtrimogene.bench.rows import read_rows
+from xtrimogene.bench.tasks import Provider
 
 CPU = torch.device("cpu")
 HERE: Row = {"machine": "here", "torch": "2", "triton": "3", "commit": "abc", "dirty": False, "date": "2026-01-01"}

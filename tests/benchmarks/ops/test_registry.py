@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import readme, run
+from benchmarks.ops import baselines, cases
 from xtg_kernels.ops.ragged_attention import reference
-from xtrimogene.bench import baselines, cases, runner
-from xtrimogene.bench.cases import BACKWARD, BOTH, DTYPES, FORWARD, Provider, Task
+from xtrimogene.bench import runner
+from xtrimogene.bench.cases import encoder_task
 from xtrimogene.bench.rows import read_rows
+from xtrimogene.bench.tasks import BACKWARD, BOTH, DTYPES, FORWARD, Provider, Task, offsets
 
 LENGTHS = (30, 1, 17)
 COLUMNS = {
@@ -43,7 +45,7 @@ def _tasks(dtype: str = "float32") -> list[Task]:
         cases.attention_task("small", LENGTHS, dtype),
         cases.favor_task("small", LENGTHS, (5, 2, 40), dtype),
         cases.embedding_task("small", LENGTHS, dtype, "3m"),
-        cases.encoder_task("3m", LENGTHS, dtype, check_cells=2),
+        encoder_task("3m", LENGTHS, dtype, check_cells=2),
         cases.gather_task("small", LENGTHS, dtype, 8),
         cases.head_task("small", LENGTHS, dtype, 8),
     ]
@@ -63,7 +65,7 @@ def test_every_provider_is_right_on_small_cells(dtype: str) -> None:
 def test_exact_attention_is_the_reference_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "_QUERY_ROWS", 8)
     q, k, v, grad_out = torch.randn(4, sum(LENGTHS), 2, 16, dtype=torch.float64).unbind(0)
-    cu_seqlens = cases.offsets(LENGTHS)
+    cu_seqlens = offsets(LENGTHS)
     out, softmax_lse = reference.forward(q, k, v, cu_seqlens, max(LENGTHS), 0.25)
     expected = reference.backward(grad_out, None, q, k, v, out, softmax_lse, cu_seqlens, max(LENGTHS), 0.25)
     exact_out, exact_grads = baselines.exact_attention(q, k, v, grad_out, LENGTHS)
@@ -73,7 +75,7 @@ def test_exact_attention_is_the_reference_in_float64(monkeypatch: pytest.MonkeyP
 
 
 def test_only_the_checked_cells_are_judged() -> None:
-    task = cases.encoder_task("3m", LENGTHS, "float32", check_cells=2)
+    task = encoder_task("3m", LENGTHS, "float32", check_cells=2)
     assert task.checked_rows == 31
     assert len(task.exact()[0]) == 31
 

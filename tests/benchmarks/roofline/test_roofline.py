@@ -19,8 +19,8 @@ from benchmarks.static.cards import CARDS, Card
 from benchmarks.static.configs import OPS_FOLDER, TABLE
 from benchmarks.static.launches import OPS
 from benchmarks.static.model import Shape
-from xtrimogene.bench.cases import real_lengths, umi_counts
 from xtrimogene.bench.rows import Rows, read_rows
+from xtrimogene.bench.tasks import real_lengths, umi_counts
 from xtrimogene.config import XTrimoGeneConfig
 
 H100 = CARDS["sm_90"]

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.static import tensor_descriptors
 from xtg_kernels.ops.ragged_attention import reference
-from xtrimogene.bench.cases import offsets
+from xtrimogene.bench.tasks import offsets
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import readme
 from xtg_kernels import RaggedBatch
-from xtrimogene.bench import baselines, bench, cases, costs, counting, report, timings
+from xtrimogene.bench import baselines, bench, cases, costs, counting, report, tasks, timings
 from xtrimogene.bench.cells import Cells, cells_of_file, known_cells
 from xtrimogene.bench.pretraining import prepared
 from xtrimogene.bench.rows import read_rows
@@ -221,7 +221,7 @@ def test_the_first_round_counts_where_it_is_long(long: bool, monkeypatch: pytest
 def test_as_many_layers_are_checked_as_float64_can_do() -> None:
     asked: list[int | None] = []
 
-    def make(layers: int | None = None) -> cases.Task:
+    def make(layers: int | None = None) -> tasks.Task:
         asked.append(layers)
         return cases.encoder_task("3m", (9, 4), "float32", check_cells=1, orders=(2,), layers=layers)
 
