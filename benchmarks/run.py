@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.models import end_to_end
+from benchmarks.models import end_to_end, pretraining
 from benchmarks.ops import favor_memory
 from benchmarks.ops.cases import TASKS
-from xtrimogene.bench import counting, pretraining
+from xtrimogene.bench import counting
 from xtrimogene.bench.rows import Row, machine, write_csv
 from xtrimogene.bench.runner import task_rows
 
