@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import report as gpu_report
-from benchmarks.gpu import tasks as gpu_tasks
-from benchmarks.gpu import tune
-from benchmarks.gpu.__main__ import Item, Row
+from benchmarks.gpu import report, session, tasks, tune, work
+from benchmarks.gpu.work import Item
 from benchmarks.static import launches
 from xtg_kernels import triton_launch
-from xtrimogene.bench.rows import read_rows
+from xtrimogene.bench.rows import Row, read_rows
 from xtrimogene.bench.tasks import Provider
 
 CPU = torch.device("cpu")
@@ -40,9 +38,9 @@ def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_rehearsal_does_every_item_and_all_is_right(rehearsal: Path) -> None:
     rows = read_rows(rehearsal / "gpu.csv")
-    plan = gpu.plan_of("cpu", quick=False)
+    plan = work.plan_of("cpu", quick=False)
     assert list(dict.fromkeys(row["item"] for row in rows)) == [
-        item.name for item in gpu.items(plan, "cpu", rehearsal) if item.name != "tune masked_decoder_gather"
+        item.name for item in work.items(plan, "cpu", rehearsal) if item.name != "tune masked_decoder_gather"
     ], "the gather has one candidate, and no row"
     assert not [row for row in rows if row["correct"] == "False"]
     for op in launches.OPS:
@@ -78,8 +76,8 @@ def _go(monkeypatch: pytest.MonkeyPatch, folder: Path, made: dict[str, Any], min
         return found
 
     items = [Item(name, functools.partial(rows, found)) for name, found in made.items()]
-    monkeypatch.setattr(gpu, "items", lambda *_: iter(items))
-    return gpu.go(gpu.plan_of("cpu", quick=True), "cpu", folder, HERE, minutes)
+    monkeypatch.setattr(work, "items", lambda *_: iter(items))
+    return session.go(work.plan_of("cpu", quick=True), "cpu", folder, HERE, minutes)
 
 
 def test_cut_off_it_goes_on_with_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -116,8 +114,8 @@ def test_results_of_another_commit_are_not_mixed_in(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("rows", "status"), [([{"correct": False, "note": "bad"}], 1), ([{"note": "fine"}], 0)])
 def test_the_exit_status_tells(rows: list[Row], status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(gpu, "items", lambda *_: iter([Item("a", lambda: rows)]))
-    monkeypatch.setattr(gpu_report, "write", lambda *_: None)
+    monkeypatch.setattr(work, "items", lambda *_: iter([Item("a", lambda: rows)]))
+    monkeypatch.setattr(report, "write", lambda *_: None)
     assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == status
 
 
@@ -129,7 +127,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_wrong_provider_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = gpu_tasks.head
+    head = tasks.head
 
     def with_fault(*args: Any, **kwargs: Any) -> Any:
         task = head(*args, **kwargs)
@@ -137,15 +135,15 @@ def test_a_wrong_provider_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
         task.providers["xtg"] = Provider(lambda: 1.001 * right.run(), right.inputs)
         return task
 
-    monkeypatch.setattr(gpu_tasks, "head", with_fault)
-    plan = gpu.plan_of("cpu", quick=True)
-    rows = list(gpu._time("masked_head", "2 cells", (20, 9), "float32", CPU, plan))
+    monkeypatch.setattr(tasks, "head", with_fault)
+    plan = work.plan_of("cpu", quick=True)
+    rows = list(work._time("masked_head", "2 cells", (20, 9), "float32", CPU, plan))
     by_provider = {(row["provider"], row["direction"]): row for row in rows}
     assert by_provider["plain", "forward"]["correct"]
     assert "median_ms" in by_provider["plain", "forward"]
     assert not by_provider["xtg", "forward"]["correct"]
     assert not {"median_ms", "speedup", "tflops"} & by_provider["xtg", "forward"].keys()
-    text = gpu_report.markdown([{name: str(value) for name, value in row.items()} for row in _full(rows)])
+    text = report.markdown([{name: str(value) for name, value in row.items()} for row in _full(rows)])
     assert "| masked_head | 2 cells | float32 | forward | xtg | wrong |" in text
 
 
