@@ -1,33 +1,23 @@
-"""The benchmarks themselves: their truth is the reference's, a wrong kernel gets no speed, rows say all they should."""
+"""The tasks of the ops: their truth is the reference's, and a wrong kernel gets no speed."""
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import readme, run
 from benchmarks.ops import baselines, cases
 from xtg_kernels.ops.ragged_attention import reference
 from xtrimogene.bench import runner
 from xtrimogene.bench.cases import encoder_task
-from xtrimogene.bench.rows import read_rows
 from xtrimogene.bench.tasks import BACKWARD, BOTH, DTYPES, FORWARD, Provider, Task, offsets
 
 LENGTHS = (30, 1, 17)
-COLUMNS = {
-    "benchmark", "case", "cells", "tokens", "dtype", "direction", "provider", "correct", "error", "error_limit",
-    "runs", "median_ms", "q20_ms", "q80_ms", "gflops", "gemm_gflops", "share_of_gemm", "speedup",
-}  # fmt: skip
-MACHINE = {"machine", "isa", "threads", "torch", "commit", "dirty", "date"}
 
 
 @pytest.fixture(autouse=True)
@@ -115,38 +105,6 @@ def test_a_wrong_provider_gets_no_speed(fault: str) -> None:
         assert all(row["correct"] and row["median_ms"] > 0 for row in rows if row["provider"] == "xtg")
 
 
-def test_a_run_with_a_wrong_provider_fails(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    task = cases.attention_task("small", LENGTHS, "float32")
-    zero = Provider(lambda: task.providers["xtg"].run() * 0, task.providers["xtg"].inputs)
-    monkeypatch.setitem(run.TASKS, "attention", lambda quick: iter([_with_provider(task, "zero", zero)]))
-    assert run.main(["attention", "--quick", "--out", str(tmp_path / "a.csv")]) == 1
-    assert "WRONG" in capsys.readouterr().err
-
-
-def test_only_runs_the_cases_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tasks = [cases.attention_task(case, (5,), dtype) for case in ("one", "other") for dtype in DTYPES]
-    monkeypatch.setitem(run.TASKS, "attention", lambda quick: iter(tasks))
-    assert run.main(["attention", "--quick", "--only", "other, bfloat16", "--out", str(tmp_path / "a.csv")]) == 0
-    rows = read_rows(tmp_path / "a.csv")
-    assert {(row["case"], row["dtype"]) for row in rows} == {("other", "bfloat16")}
-
-
-def test_rows_say_what_where_and_when(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    task = cases.attention_task("small", LENGTHS, "float32")
-    monkeypatch.setitem(run.TASKS, "attention", lambda quick: iter([task]))
-    assert run.main(["attention", "--quick", "--out", str(tmp_path / "new" / "a.csv")]) == 0
-    rows = read_rows(tmp_path / "new" / "a.csv")
-    assert set(rows[0]) == COLUMNS | MACHINE | {"quick"}
-    assert {(row["provider"], row["direction"]) for row in rows} == set(
-        itertools.product(task.providers, (FORWARD, BACKWARD, BOTH))
-    )
-    assert all(value for row in rows for value in row.values())
-    assert all(float(r["q20_ms"]) <= float(r["median_ms"]) <= float(r["q80_ms"]) for r in rows)
-    assert all(float(row["speedup"]) == 1.0 for row in rows if row["provider"] == "plain")
-
-
 def test_flops_of_a_task_are_those_that_the_counter_counts() -> None:
     for task in _tasks():
         provider = task.providers["xtg"]
@@ -175,24 +133,3 @@ def test_no_provider_is_padded_where_that_is_hopeless() -> None:
     assert "padded" in cases.attention_task("even", (30, 20), "float32").providers
     assert "padded" not in cases.attention_task("uneven", (500, *[5] * 20), "float32").providers
     assert "padded" not in cases.attention_task("one cell", (500,), "float32").providers
-
-
-def _write(path: Path, rows: list[dict[str, object]]) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def test_readme_tables_are_made_from_the_files_alone(tmp_path: Path) -> None:
-    text = f"before\n{readme.OPENING}\nold\n{readme.CLOSING}\nafter\n"
-    assert readme.with_tables(text, tmp_path) == f"before\n{readme.OPENING}\n{readme.CLOSING}\nafter\n"
-    where = {"machine": "M", "isa": "avx2", "threads": 2, "torch": "2", "commit": "abc", "dirty": False, "date": "D"}
-    row = {"case": "cells, 3m", "cells": 2000, "peak_mib": 123.4, "quick": False, **where}
-    _write(tmp_path / "memory.csv", [row])
-    made = readme.with_tables(text, tmp_path)
-    assert "| 2,000 | 123 MiB |" in made
-    assert "old" not in made
-    assert readme.with_tables(made, tmp_path) == made
-    with pytest.raises(ValueError, match="markers"):
-        readme.with_tables("no markers", tmp_path)
