@@ -10,7 +10,7 @@ from benchmarks import RESULTS
 from xtrimogene.bench.document import markdown_table
 from xtrimogene.bench.report import Report, summary_table
 from xtrimogene.bench.rows import Rows, read_rows
-from xtrimogene.bench.timings import FULL, QUICK
+from xtrimogene.bench.sizes import FULL, QUICK
 
 ROOT = Path(__file__).parents[1]
 OPENING, CLOSING = "<!-- benchmarks -->", "<!-- /benchmarks -->"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xtg_kernels.info import info
-from xtrimogene.bench import costs, counting, document, figures, report, timings
+from xtrimogene.bench import costs, counting, document, dropin, figures, memory, report, sizes, steps, timings
 from xtrimogene.bench.cells import Cells, cells_of_file, known_cells
 from xtrimogene.bench.costs import SIZES
 from xtrimogene.bench.rows import Row, machine, write_csv
@@ -62,7 +62,7 @@ def bench(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     presets = SIZES if preset == "all" else (preset,)
-    size = timings.QUICK if quick else timings.FULL
+    size = sizes.QUICK if quick else sizes.FULL
     where = {**machine(), "gpus": ", ".join(info()["gpus"]) if kind == "cuda" else ""}
     rows: list[Row] = []
     for row in _rows(presets, cells, size, kind):
@@ -93,7 +93,7 @@ def write(measured: report.Report, cells: Cells, folder: Path) -> report.Report:
     return made
 
 
-def _rows(presets: tuple[str, ...], cells: Cells, size: timings.Size, device: str) -> Iterator[Row]:
+def _rows(presets: tuple[str, ...], cells: Cells, size: sizes.Size, device: str) -> Iterator[Row]:
     yield from costs.flop_rows(SIZES, cells)
     yield from counting.counted_rows(SIZES, cells)
     # The 13,000 ops of a step of the largest one are counted for half a minute.
@@ -108,13 +108,13 @@ def _rows(presets: tuple[str, ...], cells: Cells, size: timings.Size, device: st
         if row["correct"] and (row["benchmark"], row["dtype"], row["direction"]) == ("dense", "float32", BOTH):
             full_length[row["preset"], row["provider"]] = row["median_ms"] / 1e3
         yield row
-    yield from timings.memory(presets, cells, size, device, full_length, wrong)
-    yield from timings.step(presets, cells, size, device)
+    yield from memory.memory(presets, cells, size, device, full_length, wrong)
+    yield from steps.step(presets, cells, size, device)
     yield from timings.by_length(presets[0], size, device)
     yield from timings.by_unevenness(presets[0], size, device)
     if device == "cpu":
         yield from timings.by_threads(presets[0], cells, size)
-    yield from timings.dropin(cells, size, device)
+    yield from dropin.dropin(cells, size, device)
 
 
 def _tell(row: Row) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 
 from xtrimogene.bench import costs
 from xtrimogene.bench.document import Picture, Section, Table, text_table
+from xtrimogene.bench.sizes import Size
 from xtrimogene.bench.tasks import BOTH, DTYPES, FORWARD
-from xtrimogene.bench.timings import Size
 from xtrimogene.masking import MaskingConfig
 
 Row = dict[str, Any]

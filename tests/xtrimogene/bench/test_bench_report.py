@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import readme
 from xtg_kernels import RaggedBatch
-from xtrimogene.bench import baselines, bench, cases, costs, counting, report, tasks, timings
+from xtrimogene.bench import baselines, bench, cases, costs, counting, memory, report, sizes, steps, tasks, timings
 from xtrimogene.bench.cells import Cells, cells_of_file, known_cells
 from xtrimogene.bench.pretraining import prepared
 from xtrimogene.bench.rows import read_rows
@@ -33,7 +33,7 @@ from xtrimogene.vocabulary import Vocabulary
 
 GENES = 120
 DIRECTIONS = ("forward", "forward+backward")
-TINY = timings.Size(
+TINY = sizes.Size(
     cells=3,
     shorter=10,
     task_gflop=1.0,
@@ -62,7 +62,7 @@ def run(path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
     """Folder and output of one run through the command line."""
     folder = tmp_path_factory.mktemp("bench") / "made"
     patch, threads = pytest.MonkeyPatch(), torch.get_num_threads()
-    patch.setattr(timings, "QUICK", TINY)
+    patch.setattr(sizes, "QUICK", TINY)
     patch.setattr(bench, "SIZES", ("3m",))
     patch.setattr(counting, "prepared", lambda *_: prepared("tiny", 2, expressed=60))
     patch.setattr("xtrimogene.bench.runner.GEMM_SIZE", 64)
@@ -264,8 +264,8 @@ def test_a_wrong_loss_or_gradient_gets_no_time(path: Path, monkeypatch: pytest.M
         "auto-encoder, plain": (lambda model, masked: 1.05 * XTrimoGene.loss(model, masked), False),
         "auto-encoder": (lambda model, masked: _wrong_gradient(XTrimoGene.loss(model, masked)), True),
     }
-    monkeypatch.setattr(timings, "AUTO_ENCODERS", ways)
-    rows = list(timings.step(["3m"], cells_of_file(path), TINY, "cpu"))
+    monkeypatch.setattr(steps, "AUTO_ENCODERS", ways)
+    rows = list(steps.step(["3m"], cells_of_file(path), TINY, "cpu"))
     assert len(rows) == 4
     assert not any(row["correct"] or "median_ms" in row for row in rows)
     for row in rows:
@@ -388,10 +388,10 @@ def test_readme_shows_the_committed_run(run: tuple[Path, str]) -> None:
 def test_memory_is_told_of_right_ways_and_extrapolated_by_a_line(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = cells_of_file(path)
     monkeypatch.setattr(
-        timings, "_memory_of", lambda preset, lengths, *a: dict.fromkeys(DIRECTIONS, 5.0 + 2 * sum(lengths))
+        memory, "_memory_of", lambda preset, lengths, *a: dict.fromkeys(DIRECTIONS, 5.0 + 2 * sum(lengths))
     )
     full_length = {("3m", "dense"): 4.1 * TINY.full_seconds, ("3m", "performer"): 3.9 * TINY.full_seconds}
-    rows = list(timings.memory(["3m"], cells, TINY, "cpu", full_length, set()))
+    rows = list(memory.memory(["3m"], cells, TINY, "cpu", full_length, set()))
     assert {row["provider"] for row in rows} == {"xtg", "padded", "dense", "performer"}
     for model, extrapolated in (("dense", True), ("performer", None)):
         found = [row for row in rows if row["provider"] == model]
@@ -399,12 +399,12 @@ def test_memory_is_told_of_right_ways_and_extrapolated_by_a_line(path: Path, mon
         assert [row["peak_mib"] for row in found] == [5.0 + 2 * 12] * 2
         assert all(row.get("extrapolated") == extrapolated for row in found)
         assert all(row.get("fit_up_to") == (3 if extrapolated else None) for row in found)
-    rows = list(timings.memory(["3m"], cells, TINY, "cpu", {}, {("3m", "padded")}))
+    rows = list(memory.memory(["3m"], cells, TINY, "cpu", {}, {("3m", "padded")}))
     assert {row["provider"] for row in rows} == {"xtg"}
 
 
 def test_memory_is_that_of_a_process_and_grows_with_the_cell_along_a_line() -> None:
-    few, some, many = (timings._memory_of("3m", (n,), "dense", "cpu") for n in (2000, 4000, 8000))
+    few, some, many = (memory._memory_of("3m", (n,), "dense", "cpu") for n in (2000, 4000, 8000))
     for direction in DIRECTIONS:
         # With what the allocator keeps of freed memory, the second rise is off by 5 to 10 %.
         assert many[direction] - some[direction] == pytest.approx(2 * (some[direction] - few[direction]), rel=0.04)

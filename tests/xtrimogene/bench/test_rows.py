@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import xtg_kernels
-from xtrimogene.bench import report, rows, timings
+from xtrimogene.bench import report, rows, sizes
 
 ROOT = Path(__file__).parents[3]
 
@@ -19,7 +19,7 @@ def test_outside_a_checkout_rows_and_report_name_the_version(monkeypatch: pytest
     here = rows.machine()
     assert here["commit"] == f"version {xtg_kernels.__version__}"
     assert not here["dirty"]
-    made = report.Report([], {}, here | {"gpus": ""}, "", 1, timings.QUICK, True)
+    made = report.Report([], {}, here | {"gpus": ""}, "", 1, sizes.QUICK, True)
     assert f" at version {xtg_kernels.__version__}: " in report._where(made)
     made.where["commit"] = "0123456789ab"
     assert " at commit 0123456789ab: " in report._where(made)
