@@ -65,7 +65,7 @@ def markdown_table(header: list[str], body: list[list[str]]) -> str:
 
 def markdown(sections: Sequence[Section], title: str) -> str:
     """The document as Markdown."""
-    lines = [f"# {title}"]
+    lines = [f"# {title}", "\n".join(f"- [{section.title}](#{_anchor(section)})" for section in sections)]
     for section in sections:
         lines.append(f"## {section.title}")
         for part in section.parts:
@@ -80,8 +80,14 @@ def markdown(sections: Sequence[Section], title: str) -> str:
 
 def page(sections: Sequence[Section], title: str, folder: Path) -> str:
     """The document as HTML, with the SVG pictures of the folder inside."""
+    links = "\n".join(f'<li><a href="#{_anchor(each)}">{html.escape(each.title)}</a></li>' for each in sections)
     body = "\n".join(_render(section, folder) for section in sections)
-    return _PAGE.format(title=html.escape(title), body=body)
+    return _PAGE.format(title=html.escape(title), contents=f"<nav><ul>\n{links}\n</ul></nav>", body=body)
+
+
+def _anchor(section: Section) -> str:
+    """The name that a heading has as the end of a link, in Markdown as in HTML."""
+    return re.sub(r"[^a-z0-9-]", "", section.title.lower().replace(" ", "-"))
 
 
 def _render(section: Section, folder: Path) -> str:
@@ -91,7 +97,7 @@ def _render(section: Section, folder: Path) -> str:
         Picture: lambda picture: _render_picture(picture, folder),
     }
     parts = "\n".join(ways[type(part)](part) for part in section.parts)
-    return f"<section>\n<h2>{html.escape(section.title)}</h2>\n{parts}\n</section>"
+    return f'<section id="{_anchor(section)}">\n<h2>{html.escape(section.title)}</h2>\n{parts}\n</section>'
 
 
 def _render_table(table: Table) -> str:
@@ -133,6 +139,8 @@ body {{ margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-u
 main {{ max-width: 72rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }}
 h1 {{ font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }}
 h2 {{ font-size: 1.3rem; margin: 2.75rem 0 .75rem; padding-top: .9rem; border-top: 2px solid var(--accent); }}
+nav ul {{ display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: 1rem 0 0; padding: 0; list-style: none; }}
+a {{ color: var(--accent); }}
 p {{ max-width: 46rem; margin: .7rem 0; overflow-wrap: anywhere; }}
 figure {{ margin: 1.1rem 0 1.8rem; }}
 figcaption {{ max-width: 46rem; margin-top: .5rem; color: var(--soft); font-size: .86rem; line-height: 1.45;
@@ -160,6 +168,7 @@ img {{ display: block; max-width: 100%; height: auto; }}
 <body>
 <main>
 <h1>{title}</h1>
+{contents}
 {body}
 </main>
 </body>

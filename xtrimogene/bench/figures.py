@@ -65,6 +65,7 @@ def _flops(report: Report, cells: Cells, figure: Any) -> str | None:
         bars = axes.barh([MODEL_NAMES[model] for model in reversed(costs.MODELS)], values, color=colors)
         axes.bar_label(bars, [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in values], padding=3)
         axes.set(xscale="log", title=presets[i], xlabel="GFLOP per cell, forward")
+        _plain_numbers(axes.xaxis)
         axes.set_xlim(min(values) / 3, max(values) * 12)
     return "Forward GFLOP per cell of every model, mean over the cells, logarithmic."
 
@@ -83,7 +84,18 @@ def _parts(report: Report, cells: Cells, figure: Any) -> str | None:
         left += shares
     axes.set(xlabel="% of the model's forward FLOPs", xlim=(0, 100))
     figure.legend(loc="outside upper center", ncols=4)
-    return "Where the forward FLOPs go, in per cent of each model."
+    most = {part: max(row[f"gflop_{part}"] / row["gflop_per_cell"] for row in rows if row) for part in costs.PARTS}
+    small = [f"{PART_NAMES.get(part, part)} ({_share(share)})" for part, share in most.items() if share < _SEEN]
+    unseen = f" Too small to be seen, with their largest share: {', '.join(small)}." if small else ""
+    return f"Where the forward FLOPs go, in per cent of each model.{unseen}"
+
+
+# Share of a bar below which a part of it is not seen.
+_SEEN = 0.005
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.2g} %" if share >= 5e-5 else "under 0.01 %"
 
 
 def _lengths(report: Report, cells: Cells, figure: Any) -> str | None:
@@ -98,6 +110,8 @@ def _lengths(report: Report, cells: Cells, figure: Any) -> str | None:
         right.plot(genes, costs_of, color=color, label=f"{preset}, ours")
         right.axhline(dense_flops(config, 1).total / 1e9, color=color, linestyle=":", label=f"{preset}, dense")
     right.set(xscale="log", yscale="log", xlabel="expressed genes", ylabel="GFLOP per cell, forward")
+    _plain_numbers(right.xaxis)
+    _plain_numbers(right.yaxis)
     right.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.25))
     return "Left: expressed genes of the cells. Right: closed-form cost of the encoder; dotted: dense over all genes."
 
@@ -126,12 +140,17 @@ def _time_by_length(report: Report, cells: Cells, figure: Any) -> str | None:
 def _finish(axes: Any) -> None:
     """Grid, plain numbers at a logarithmic scale, and the legend below, where it hides no curve."""
     axes.grid(alpha=0.3)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda x, _: f"{x:,.4g}")
+    _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.yaxis)
     low, high = axes.get_ylim()
     # Within two decades the ticks between powers of ten need their numbers; beyond, they have no room for them.
     axes.yaxis.set_minor_formatter(lambda x, _: f"{x:,.4g}" if high < 100 * low and f"{x:.0e}"[0] in "25" else "")
     axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Numbers of a logarithmic axis as people write them: 10,000 in every picture, not a power of ten in some."""
+    axis.set_major_formatter(lambda x, _: f"{x:,.4g}" if x < 10_000 else f"{x:,.0f}")
 
 
 def _curves(

@@ -87,7 +87,18 @@ def sections(report: Report) -> list[Section]:
         "Other models without padding": _dropin(report),
         "How it was measured": _how(report),
     }
-    return [Section(title, parts) for title, parts in made.items() if parts]
+    warning: Parts = [_quick_warning(report)] if report.quick else []
+    measured = ("In short", "Time and memory", "Scaling", "Other models without padding")
+    return [Section(title, [*(warning if title in measured else []), *parts]) for title, parts in made.items() if parts]
+
+
+def _quick_warning(report: Report) -> str:
+    """What stands above every table of a quick run that has a time in it."""
+    return (
+        "Quick run on small shapes: it shows that everything works, not how fast it is. A case named "
+        f"\N{LEFT DOUBLE QUOTATION MARK}/ {report.size.shorter}\N{RIGHT DOUBLE QUOTATION MARK} has cells with so many "
+        "times fewer genes."
+    )
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
@@ -155,12 +166,6 @@ def _summary(report: Report) -> Parts:
         "This report says what that saves, in arithmetic, time and memory, on this machine.",
         summary_table(report),
     ]
-    if report.quick:
-        parts.append(
-            "This was a quick run on small shapes: it shows that everything works, not how fast it is. A case named "
-            f"\N{LEFT DOUBLE QUOTATION MARK}/ {report.size.shorter}\N{RIGHT DOUBLE QUOTATION MARK} has cells with so "
-            "many times fewer genes."
-        )
     return [*parts, _where(report)]
 
 
@@ -577,4 +582,4 @@ def short_text(report: Report) -> str:
     flops, encoder = _flops(report), _encoder(report)
     tables = [text_table(part) for part in (flops[0], encoder) if isinstance(part, Table) and part.body]
     savings = [part for part in flops if isinstance(part, str) and part.startswith("Exact savings")]
-    return "\n\n".join([*tables, *savings])
+    return "\n\n".join([*([_quick_warning(report)] if report.quick else []), *tables, *savings])

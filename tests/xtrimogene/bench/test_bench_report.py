@@ -372,6 +372,35 @@ def test_both_reports_hold_the_same_numbers(run: tuple[Path, str]) -> None:
             assert element.text in text
 
 
+def test_a_quick_run_says_so_above_its_tables_and_a_list_leads_to_every_section(run: tuple[Path, str]) -> None:
+    page = ElementTree.fromstring((run[0] / "report.html").read_text().removeprefix("<!DOCTYPE html>\n"))
+    text = (run[0] / "report.md").read_text()
+    sections = list(page.iter("section"))
+    for section in sections:
+        parts = ["table" if part.find(".//table") is not None else part.text or "" for part in section]
+        title = parts[0]
+        said = [i for i, part in enumerate(parts) if part.startswith("Quick run on small shapes")]
+        # FLOPs are the same in every run, and how it was measured has no time in it.
+        assert (said[:1] == [1]) == (title not in ("FLOPs per cell", "How it was measured"))
+        assert f"](#{section.get('id')})" in text
+    targets = [link.get("href") for link in page.iter("a")]
+    assert targets == [f"#{section.get('id')}" for section in sections]
+    assert run[1].index("Quick run on small shapes") < run[1].index("dense Transformer encoder")
+
+
+def test_parts_too_small_to_be_seen_are_named_with_their_share(run: tuple[Path, str]) -> None:
+    drawn = ("auto-encoder, plain", "auto-encoder", "encoder")
+    flops = [row for row in read_rows(run[0] / "results.csv") if row["benchmark"] == "flops"]
+    rows = [row for row in flops if row["provider"] in drawn]
+    shares = {
+        part: max(float(row[f"gflop_{part}"]) / float(row["gflop_per_cell"]) for row in rows) for part in costs.PARTS
+    }
+    text = (run[0] / "report.md").read_text()
+    named = re.search(r"Too small to be seen, with their largest share: (.*?)\.\]", text)
+    small = {report.PART_NAMES.get(part, part) for part, share in shares.items() if share < 0.005}
+    assert small == ({each.split(" (")[0] for each in named[1].split(", ")} if named else set())
+
+
 def test_readme_shows_the_committed_run(run: tuple[Path, str]) -> None:
     made = readme.with_tables(f"{readme.OPENING}\n{readme.CLOSING}", run[0].parent / "none")
     assert "dense Transformers" not in made
