@@ -50,7 +50,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="xtrimogene", description="xTrimoGene single-cell models: cells in, embeddings of cells and genes out."
     )
-    parser.add_argument("--version", action=_ShowVersion, help="version, with the commit where it is known")
+    parser.add_argument(
+        "--version",
+        action=_ShowVersion,
+        default=argparse.SUPPRESS,
+        help="show the version, with the commit where it is known, and exit",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for command in (embed, genes, convert, pretrain, init, bench):
         command.add_to(commands)
