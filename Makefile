@@ -32,7 +32,7 @@ test: setup check-kernels
 # The complete ahead-of-time checks of the Triton kernels: every shipped launch config, for every GPU.
 # XTG_GPU_STATIC_PART=0/7 takes a seventh of them.
 test-gpu-static: setup
-	$(BIN)/python -m pytest -m gpu_static tests/aot
+	$(BIN)/python -m pytest -m gpu_static tests/benchmarks/static
 
 # The day a GPU is there: checks, sanitizer, tuning, times, into build/gpu. Cut off, it goes on where it was.
 gpu: setup

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.report import Report, summary_table
-from benchmarks.timings import FULL, QUICK
+from benchmarks import RESULTS
+from xtrimogene.bench.document import markdown_table
+from xtrimogene.bench.report import Report, summary_table
+from xtrimogene.bench.rows import Rows, read_rows
+from xtrimogene.bench.sizes import FULL, QUICK
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
 OPENING, CLOSING = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-Rows = list[dict[str, str]]
-
-
-def read_rows(path: Path) -> Rows:
-    """The rows of a CSV file, as text."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def with_tables(text: str, results: Path = RESULTS) -> str:
@@ -199,11 +193,6 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
 def _milliseconds(text: str) -> str:
     value = float(text)
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
-
-
-def markdown_table(header: list[str], body: list[list[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
 
 
 def _where(rows: Rows) -> str:

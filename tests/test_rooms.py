@@ -55,9 +55,12 @@ PACKAGES = {
 
 
 def _room(module: str) -> str:
-    """The room that a module of ours is in: xtrimogene.network.config is in xtrimogene.network."""
+    """The room of a module of ours, or of a name in one: xtrimogene.network for xtrimogene.network.config."""
     parts = module.split(".")
-    return parts[0] if parts[0] != "xtrimogene" else ".".join(parts[:2])
+    if parts[0] == "xtg_kernels":
+        return parts[0]
+    entry = ROOT / "/".join(parts[:2])
+    return ".".join(parts[:2]) if entry.is_dir() or entry.with_suffix(".py").is_file() else parts[0]
 
 
 def _imports(path: Path) -> Iterator[str]:

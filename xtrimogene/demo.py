@@ -2,7 +2,7 @@
 
     python -m xtrimogene.demo --output demo_output
 
-Runs offline from a checkout of the repository, whose benchmarks/cell_lengths.json it reads. Writes report.md,
+Runs offline from a checkout of the repository, whose xtrimogene/bench/cell_lengths.json it reads. Writes report.md,
 report.json, loss.png, umap.png and the run itself, with the model, into run/. A fifth of the cells is held out; how
 well their labels can be read off the embedding is set beside an untrained model and PCA.
 """
@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 import xtrimogene
 from xtg_kernels.info import info
+from xtrimogene.bench.tasks import CELL_LENGTHS
 from xtrimogene.cells.stream import TrainingCells
 from xtrimogene.network.config import PRESETS, XTrimoGeneConfig
 from xtrimogene.network.flops import Counts, FlopCount, dense_flops, encoder_flops, padded_flops
@@ -31,7 +32,6 @@ from xtrimogene.training.log import LOG_FILE, read_log
 from xtrimogene.training.pretrain import pretrain
 from xtrimogene.training.run_folder import RUN_FILE
 
-CELL_LENGTHS = Path(__file__).parents[1] / "benchmarks" / "cell_lengths.json"
 LABELS = "bulk_labels"
 REAL_GENES = 19_264  # genes of the released vocabulary, the one the committed lengths were counted on
 PADDED_BATCH = 64

@@ -34,8 +34,8 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from benchmarks.bench import WrongNumbers, bench
-    from benchmarks.report import short_text
+    from xtrimogene.bench.bench import WrongNumbers, bench
+    from xtrimogene.bench.report import short_text
     from xtrimogene.network.vocabulary import Vocabulary
 
     set_threads(arguments)
