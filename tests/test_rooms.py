@@ -16,14 +16,28 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "xtg_kernels": set(),
     "xtrimogene._moved": set(),
-    "xtrimogene": {"xtrimogene._moved"},
+    "xtrimogene.version": set(),
+    "xtrimogene": {"xtrimogene._moved", "xtrimogene.version"},
+    "xtrimogene.progress": set(),
     "xtrimogene.network": {"xtg_kernels"},
     "xtrimogene.encoder": {"xtrimogene.network"},
     "xtrimogene.flops": {"xtrimogene.network"},
     "xtrimogene.hub": set(),
-    "xtrimogene.cells": {"xtrimogene.network", "xtg_kernels"},
-    "xtrimogene.inference": {"xtrimogene.cells", "xtrimogene.hub", "xtrimogene.network", "xtg_kernels"},
-    "xtrimogene.training": {"xtrimogene.cells", "xtrimogene.hub", "xtrimogene.network", "xtg_kernels"},
+    "xtrimogene.cells": {"xtrimogene.network", "xtrimogene.progress", "xtg_kernels"},
+    "xtrimogene.inference": {
+        "xtrimogene.cells",
+        "xtrimogene.hub",
+        "xtrimogene.network",
+        "xtrimogene.progress",
+        "xtg_kernels",
+    },
+    "xtrimogene.training": {
+        "xtrimogene.cells",
+        "xtrimogene.hub",
+        "xtrimogene.network",
+        "xtrimogene.progress",
+        "xtg_kernels",
+    },
     "xtrimogene.model": {"xtrimogene.inference", "xtrimogene.hub", "xtrimogene.network"},
     "xtrimogene.interop": {"xtrimogene.model", "xtrimogene.network", "xtg_kernels"},
     "xtrimogene.dropin": {"xtrimogene.interop"},
@@ -35,6 +49,8 @@ PACKAGES = {
     "xtg_kernels": {"numpy", "torch", "triton"},
     "xtrimogene.network": {"numpy", "safetensors", "torch", "yaml"},
     "xtrimogene.hub": {"huggingface_hub"},
+    "xtrimogene.progress": {"tqdm"},
+    "xtrimogene.version": set(),
 }
 
 

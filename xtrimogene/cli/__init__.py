@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from xtrimogene.cli import bench, convert, embed, genes, init, pretrain
-from xtrimogene.cli.messages import show_error, show_warning
+from xtrimogene.cli.messages import check_json, show_error, show_warning
+from xtrimogene.cli.options import add_telling_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet(arguments):
             warnings.showwarning = show_warning
+            check_json(arguments)
             status = arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:
         show_error(error)
@@ -45,7 +50,39 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="xtrimogene", description="xTrimoGene single-cell models: cells in, embeddings of cells and genes out."
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument(
+        "--version",
+        action=_ShowVersion,
+        default=argparse.SUPPRESS,
+        help="show the version, with the commit where it is known, and exit",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for command in (embed, genes, convert, pretrain, init, bench):
         command.add_to(commands)
+    for each in commands.choices.values():
+        add_telling_options(each)
     return parser
+
+
+class _ShowVersion(argparse.Action):
+    """argparse's own would have the version, and so git asked, for every command."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from xtrimogene.version import version
+
+        print(f"xtrimogene {version()}")
+        parser.exit()
+
+
+@contextlib.contextmanager
+def _quiet(arguments: argparse.Namespace) -> Iterator[None]:
+    """--quiet: the standard output leads nowhere, and there is no bar; warnings and errors are still seen."""
+    if not arguments.quiet:
+        yield
+        return
+    arguments.no_progress = True
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

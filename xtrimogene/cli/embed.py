@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from xtrimogene.cli.options import Commands, add_reading_options, set_threads
+from xtrimogene.cli.messages import tell
+from xtrimogene.cli.options import Commands, add_reading_options, fields_of, set_threads
 from xtrimogene.inference.options import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DTYPES
 from xtrimogene.network.config import POOLINGS
 
@@ -67,5 +68,5 @@ def _run(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         progress=not arguments.no_progress,
     )
-    print(report)
-    print(f"{arguments.output}: obsm[{arguments.embed_key!r}]")
+    text = f"{report}\n{arguments.output}: obsm[{arguments.embed_key!r}]"
+    tell(arguments, text, {"output": arguments.output, **fields_of(report)})

@@ -6,8 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
-from xtrimogene.cli.messages import show_error
-from xtrimogene.cli.options import Commands, set_threads
+from xtrimogene.cli.messages import show_error, tell
+from xtrimogene.cli.options import Commands, fields_of, set_threads
 
 _CHANGE = re.compile(r"[a-z_][a-z_0-9]*(\.[a-z_0-9]+)?=")
 
@@ -69,10 +69,10 @@ def _run(arguments: argparse.Namespace) -> int:
         show_error(error)
         return 1
     if report.rank == 0:
-        print(report)
         if report.model is None:
             with_what = f"with a checkpoint of step {report.steps:,}" if report.steps else "before the first step"
-            print(f"{report.output}: stopped, {with_what}; --resume goes on")
+            end = f"{report.output}: stopped, {with_what}; --resume goes on"
         else:
-            print(f"{report.model}: the trained model")
+            end = f"{report.model}: the trained model"
+        tell(arguments, f"{report}\n{end}", fields_of(report))
     return 128 + report.signal if report.signal else 0

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from anndata import AnnData
-from tqdm import tqdm
 
 from xtrimogene.cells.sources import open_cells
 from xtrimogene.inference.encoding import EmbedReport, Encoding
@@ -24,6 +23,7 @@ from xtrimogene.network.config import POOLINGS
 from xtrimogene.network.devices import backend_name, choose_device, prepared
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.pooling import check_pooling
+from xtrimogene.progress import progress_bar
 
 # Cells that are read, packed, sorted by length and, for a path, written as one shard.
 _WINDOW = WINDOW
@@ -122,7 +122,7 @@ def embed(
         )
         with (
             prepared(network, torch_device, torch_dtype) as ready,
-            tqdm(total=source.n_obs, unit="cell", desc="embed", disable=not progress) as bar,
+            progress_bar(source.n_obs, unit="cell", desc="embed", disable=not progress) as bar,
         ):
             run = Encoding(cells, ready, pooling, max_tokens, _WINDOW, num_threads, report, bar)
             if destination is None:

@@ -28,7 +28,6 @@ import torch
 from anndata import AnnData
 from anndata.io import read_elem
 from scipy import sparse
-from tqdm import tqdm
 
 from xtg_kernels import RaggedBatch
 from xtrimogene.cells.sources import is_legacy_store, open_cells, open_store
@@ -43,6 +42,7 @@ from xtrimogene.inference.options import (
 from xtrimogene.network.devices import backend_name, choose_device, prepared
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.vocabulary import Vocabulary
+from xtrimogene.progress import progress_bar
 
 Numbers = npt.NDArray[np.float32]
 
@@ -174,7 +174,7 @@ def _run(
                 root = stack.enter_context(_new_h5ad(destination, _obs_of(adata_or_path), names))
                 target = _array(root, f"obsm/{EMBEDDINGS_KEY}" if embeddings else f"layers/{IMPUTED_LAYER}", shape)
                 measured = None if embeddings else stack.enter_context(_CsrWriter(root, (report.cells, report.genes)))
-            bar = stack.enter_context(tqdm(total=report.cells, unit="cell", desc="decode", disable=not progress))
+            bar = stack.enter_context(progress_bar(report.cells, unit="cell", desc="decode", disable=not progress))
             ready = stack.enter_context(prepared(network, torch_device, torch.float32))
             stack.enter_context(torch.autocast(torch_device.type, torch.bfloat16, enabled=dtype == "bfloat16"))
             for start, stop in cells.windows(batch_size):
