@@ -6,7 +6,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # GCC 12 warns of uninitialised values inside its own AVX-512 headers.
 CXXFLAGS := -std=c++17 -O2 -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -ffp-contract=off
 
-.PHONY: setup demo test test-gpu-static gpu lint check-kernels check-aarch64 bench-steps sanitize benchmarks readme-tables clean
+.PHONY: setup demo test test-gpu-static gpu lint check-kernels check-aarch64 bench-steps sanitize benchmarks readme-tables docs clean
 
 setup: $(VENV)/.built
 
@@ -111,6 +111,14 @@ benchmarks: setup
 
 readme-tables: setup
 	$(BIN)/python -m benchmarks.readme
+
+$(VENV)/.docs: $(VENV)/.built
+	XTG_BUILD_CPP=0 $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[docs]'
+	touch $@
+
+# The documentation site, into build/site: offline, with its notebooks run, two pages at a time; warnings are errors.
+docs: $(VENV)/.docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -j 2 -b html docs build/site
 
 clean:
 	rm -rf build dist demo_output *.egg-info xtg_kernels/_C*.so

@@ -1,4 +1,4 @@
-"""Writes the measured tables of README.md from benchmarks/results/*.csv: python -m benchmarks.readme"""
+"""Writes the measured tables of README.md and docs/benchmarks.md from benchmarks/results/*.csv: python -m benchmarks.readme"""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _report(rows: Rows) -> str:
         f"{int(flops['cells']):,} cells with {mean:,.0f} of {int(flops['genes']):,} genes on average):\n\n"
         f"{markdown_table(table.header, table.body)}\n\n{table.how}\n\n"
         "The whole report, with every model, part and curve: "
-        "[benchmarks/results/report/report.md](benchmarks/results/report/report.md)."
+        "`benchmarks/results/report/report.md`."
     )
 
 
@@ -209,9 +209,9 @@ def _where(rows: Rows) -> str:
 
 
 def main() -> None:
-    """Rewrites README.md in place."""
-    path = ROOT / "README.md"
-    path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrites the pages in place."""
+    for path in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
+        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
