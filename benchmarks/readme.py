@@ -1,9 +1,9 @@
-"""Writes the measured tables of README.md and docs/benchmarks.md from benchmarks/results/*.csv: python -m benchmarks.readme"""
+"""Writes the measured tables of README.md (the headline) and docs/benchmarks.md (all): python -m benchmarks.readme"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import RESULTS
@@ -16,10 +16,15 @@ ROOT = Path(__file__).parents[1]
 OPENING, CLOSING = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 
 
-def with_tables(text: str, results: Path = RESULTS) -> str:
-    """The text with what stands between the two markers made anew. A result that is not there makes no table."""
+def with_tables(text: str, results: Path = RESULTS, names: Sequence[str] = ()) -> str:
+    """The text with what stands between the two markers made anew: tables of these results, of all without names.
+
+    A result that is not there makes no table.
+    """
     parts = []
     for name, section in SECTIONS.items():
+        if names and name not in names:
+            continue
         path = results / f"{name}.csv"
         if path.is_file():
             rows = read_rows(path)
@@ -190,6 +195,10 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
 }
 
 
+# Page: the results whose tables it shows, none for all.
+PAGES: dict[str, tuple[str, ...]] = {"README.md": ("report/results",), "docs/benchmarks.md": ()}
+
+
 def _milliseconds(text: str) -> str:
     value = float(text)
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
@@ -210,8 +219,9 @@ def _where(rows: Rows) -> str:
 
 def main() -> None:
     """Rewrites the pages in place."""
-    for path in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
-        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, names in PAGES.items():
+        path = ROOT / name
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), names=names), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ def readable(lines: list[str]) -> list[str]:
             made += block if announced else ["::", "", *block]
         elif any(_ALIGNED.match(line) for line in block):
             for line in block:
-                name, told = (m := _ALIGNED.match(line)) and m.groups() or (line, None)
+                found = _ALIGNED.match(line)
+                name, told = found.groups() if found else (line, None)
                 made += [f"    {line.strip()}"] if line.startswith(" ") else [f"``{name}``"]
                 made += [f"    {told}"] if told else []
         else:

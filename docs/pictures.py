@@ -1,4 +1,4 @@
-"""Draws the pictures of README.md and of docs/how_it_works.md from the lengths of real cells: python docs/pictures.py"""
+"""Draws the pictures of README.md and docs/how_it_works.md from the lengths of real cells: python docs/pictures.py"""
 
 from __future__ import annotations
 

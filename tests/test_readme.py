@@ -97,8 +97,10 @@ def test_options_of_embed_are_those_of_the_command(folder: Path) -> None:
 
 
 def test_tables_are_those_of_the_committed_results() -> None:
-    for text in (README, (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")):
-        assert readme.with_tables(text) == text
+    assert set(readme.PAGES) == {"README.md", "docs/benchmarks.md"}
+    for name, names in readme.PAGES.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert readme.with_tables(text, names=names) == text
 
 
 def test_pictures_are_those_of_the_committed_lengths() -> None:
