@@ -441,15 +441,17 @@ def test_kill_9_and_resume(
     partial = tmp_path / "out.h5ad.partial"
     script = f"""
         import sys, time
-        from xtrimogene import XTrimoGene, cli
+        import xtrimogene.inference.embed
+        from xtrimogene import cli
+        from xtrimogene.network.model import XTrimoGeneNetwork
         sys.modules["xtrimogene.inference.embed"]._WINDOW = 8
-        original, batches = XTrimoGene.embed_batch, []
+        original, batches = XTrimoGeneNetwork.embed_batch, []
         def stuck_in_the_fourth(self, *args):
             batches.append(args)
             if len(batches) == 4:
                 time.sleep(600)
             return original(self, *args)
-        XTrimoGene.embed_batch = stuck_in_the_fourth
+        XTrimoGeneNetwork.embed_batch = stuck_in_the_fourth
         files = ["--checkpoint", {str(checkpoint)!r}, "--input", {str(path)!r}, "--output", {str(output)!r}]
         cli.main(["embed", *files, "--dtype", "float32"])
     """
