@@ -7,6 +7,7 @@ import pickle
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -412,3 +413,23 @@ def test_a_model_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None
     card = (tmp_path / "model" / "README.md").read_text()
     assert "## Data\n\nSeven cells of a leaf.\n" in card
     assert "## Limits\n\nNot stated" in card
+
+
+def test_a_model_that_is_pushed_is_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = {}
+
+    class Hub:
+        def __init__(self, **_: object) -> None: ...
+
+        def create_repo(self, repo_id: str, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(repo_id=f"owner/{repo_id}")
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, **_: object) -> str:
+            pushed[repo_id] = {file.name for file in folder_path.iterdir()}
+            return "address"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    model = XTrimoGene.from_preset("tiny", Vocabulary(["A", "B"]), seed=0)
+    assert model.save_pretrained(tmp_path / "leaf", push_to_hub=True) == "address"
+    assert pushed == {"owner/leaf": FILES}
+    assert {file.name for file in (tmp_path / "leaf").iterdir()} == FILES
