@@ -2,8 +2,8 @@
 
     python -m xtrimogene.demo --output demo_output
 
-Runs offline. Writes report.md, report.json, loss.png, umap.png and the run itself, with the model, into run/. A fifth of the cells is held out; how
-well their labels can be read off the embedding is set beside an untrained model and PCA.
+Runs offline. Writes report.md, report.json, loss.png, umap.png and the run itself, with the model, into run/. A fifth
+of the cells is held out; how well their labels can be read off the embedding is set beside an untrained model and PCA.
 """
 
 from __future__ import annotations
