@@ -50,6 +50,8 @@ autodoc_inherit_docstrings = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 
+# Options begin with two hyphens, which typography would make a dash of.
+smartquotes = False
 html_theme = "sphinx_book_theme"
 html_title = "xtrimogene"
 html_static_path = ["static"]
