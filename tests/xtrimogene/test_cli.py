@@ -144,7 +144,7 @@ def test_the_default_arguments_are_those_of_the_function() -> None:
     names = {"embed_key": "key_added", "threads": "num_threads"}
     defaults = {name: parameter.default for name, parameter in inspect.signature(embed).parameters.items()}
     for name, value in given.items():
-        if name not in ("run", "smaller", "checkpoint", "input", "output", "no_progress"):
+        if name not in ("run", "kept", "smaller", "checkpoint", "input", "output", "no_progress"):
             assert defaults[names.get(name, name)] == value, name
 
 

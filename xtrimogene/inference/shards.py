@@ -450,23 +450,21 @@ def _consolidate(store: Path, key: str) -> None:
 
     zarr.consolidate_metadata would read those of every node, and fail for a broken one that is none of our business.
     """
-    for name, entries_of in (
-        (".zmetadata", lambda root: root),
-        ("zarr.json", lambda root: root["consolidated_metadata"]),
-    ):
-        if not (store / name).exists():
+    for name in (".zmetadata", "zarr.json"):
+        root = json.loads((store / name).read_bytes()) if (store / name).exists() else {}
+        kept = root if name == ".zmetadata" else root.get("consolidated_metadata")
+        if not kept:
             continue
-        root = json.loads((store / name).read_bytes())
-        if name == "zarr.json" and root.get("consolidated_metadata") is None:
-            continue
-        entries = entries_of(root)["metadata"]
-        for entry in [entry for entry in entries if entry == f"obsm/{key}" or entry.startswith(f"obsm/{key}/")]:
-            del entries[entry]
+        entries = {
+            entry: content for entry, content in kept["metadata"].items() if not f"{entry}/".startswith(f"obsm/{key}/")
+        }
         for node in ("obsm", f"obsm/{key}"):
             for file in (".zgroup", ".zarray", ".zattrs") if name == ".zmetadata" else ("zarr.json",):
                 if (store / node / file).exists():
                     entry = f"{node}/{file}" if name == ".zmetadata" else node
                     entries[entry] = json.loads((store / node / file).read_bytes())
+        # zarr takes the children of a node that stand together.
+        kept["metadata"] = {entry: entries[entry] for entry in sorted(entries, key=lambda e: (e.count("/"), e))}
         (store / name).write_text(json.dumps(root))
 
 
