@@ -75,9 +75,9 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def sealed(content: Mapping[str, Any]) -> str:
+def sealed(content: Mapping[str, Any], indent: int | None = 1) -> str:
     """JSON of a dict and of a checksum of it."""
-    return json.dumps({**content, _CHECKSUM: _checksum(content)}, indent=1)
+    return json.dumps({**content, _CHECKSUM: _checksum(content)}, indent=indent)
 
 
 def unsealed(text: str | bytes) -> dict[str, Any]:
