@@ -12,8 +12,8 @@ from xtrimogene.cli.failures import one_line_each, status_of
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after one line on stderr that says what was wrong and what to do.
 
-    130 after Ctrl-C, 1 for an error that nobody has thought of: the line names the file with its traceback. ``pretrain``
-    also returns 1 when training cannot go on, and 128 + the number of the signal that stopped it.
+    130 after Ctrl-C, 1 for an error that nobody has thought of: the line names the file with its traceback.
+    ``pretrain`` also returns 1 when training cannot go on, and 128 + the number of the signal that stopped it.
     """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
