@@ -72,7 +72,7 @@ def _kept(arguments: argparse.Namespace) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or "no more is known").splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _traceback_file(error: BaseException) -> str:

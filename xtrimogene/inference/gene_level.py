@@ -39,7 +39,7 @@ from xtrimogene.inference.options import (
     GENE_DTYPES,
     IMPUTED_LAYER,
 )
-from xtrimogene.inference.tables import new_h5ad
+from xtrimogene.inference.tables import NewHdf5, new_h5ad
 from xtrimogene.network.devices import backend_name, choose_device, prepared
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.vocabulary import Vocabulary
@@ -170,6 +170,7 @@ def _run(
         with contextlib.ExitStack() as stack:
             target: Any = result
             measured: _CsrWriter | None = None
+            root: NewHdf5 | None = None
             if destination is not None:
                 root = stack.enter_context(new_h5ad(destination, _obs_of(adata_or_path), names, overwrite))
                 target = _array(root, f"obsm/{EMBEDDINGS_KEY}" if embeddings else f"layers/{IMPUTED_LAYER}", shape)
@@ -183,6 +184,8 @@ def _run(
                 target[start:stop] = decoded.float().cpu().numpy()
                 if measured is not None:
                     measured.append(_values(batch, report.vocabulary_size, gene_ids))
+                if root is not None:
+                    root.check()
                 report.empty_cells += int((batch.lengths == 0).sum())
                 bar.update(stop - start)
     if report.empty_cells:

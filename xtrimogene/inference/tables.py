@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,26 +20,59 @@ from xtrimogene.writing import written_beside
 _GROUPS = ("layers", "obsm", "obsp", "uns", "varm", "varp")
 
 
-@contextlib.contextmanager
-def new_hdf5(path: Path, mode: str) -> Iterator[h5py.File]:
-    """An HDF5 file of our own, open for writing; what HDF5 says of a full disk, also when it closes, is an OSError."""
-    # Nobody else knows the file, and where the file system has no locks, HDF5 would not open it.
-    root = h5py.File(path, mode, locking=False)
-    try:
-        yield root
-        root.flush()
-    except BaseException:
-        with contextlib.suppress(Exception):
-            root.close()
-        raise
-    try:
-        root.close()
-    except RuntimeError as error:
-        raise OSError(f"{path}: {error}") from error
+class _Recorded(io.FileIO):
+    """A file whose writes never fail for HDF5, which prints tracebacks or crashes after one that did; see error."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        size, end = len(view), self.tell() + len(view)
+        try:
+            while len(view) and self.error is None:
+                view = view[super().write(view) :]
+        except OSError as error:
+            self.error = error
+        self.seek(end)
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return self.tell() if size is None else size
+
+
+class NewHdf5(h5py.File):
+    """An HDF5 file that is being written."""
+
+    recorded: _Recorded
+
+    def check(self) -> None:
+        """Raises the OSError of a write that has failed since it was opened: a full disk, mostly."""
+        if self.recorded.error is not None:
+            raise self.recorded.error
 
 
 @contextlib.contextmanager
-def new_h5ad(output: Path, obs: pd.DataFrame, var_names: Sequence[str], overwrite: bool) -> Iterator[h5py.File]:
+def new_hdf5(path: Path, mode: str) -> Iterator[NewHdf5]:
+    """An HDF5 file of our own, open for writing ("w" or "r+"). Raises OSError at the end where a write failed."""
+    with _Recorded(path, "w+" if mode == "w" else "r+") as recorded:
+        try:
+            with NewHdf5(recorded, mode) as root:
+                root.recorded = recorded
+                yield root
+        except Exception:
+            if recorded.error is None:
+                raise
+        if recorded.error is not None:
+            number = recorded.error.errno
+            raise OSError(number, os.strerror(number or 0), str(path)) from recorded.error
+
+
+@contextlib.contextmanager
+def new_h5ad(output: Path, obs: pd.DataFrame, var_names: Sequence[str], overwrite: bool) -> Iterator[NewHdf5]:
     """An AnnData file with cells and genes alone, open for more; it bears its name once it is whole."""
     with written_beside(output, overwrite) as written, new_hdf5(written, "w") as root:
         root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +320,32 @@ def test_an_output_that_comes_meanwhile_stays_and_the_result_too(
     assert output.read_bytes() == b"another run"
     (kept,) = tmp_path.glob("out.*.h5ad")
     assert "imputed" in anndata.read_h5ad(kept).layers
+
+
+@pytest.mark.parametrize("command", ["impute", "genes"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    command: str, path: Path, tmp_path: Path, model: XTrimoGene
+) -> None:
+    """In a process of its own: HDF5 is apt to end one after a write that failed."""
+    model.save_pretrained(tmp_path / "checkpoint")
+    script = """
+        import resource, sys
+        from xtrimogene.cli import main
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+        sys.exit(main(sys.argv[2:]))
+    """
+    files = ["--checkpoint", str(tmp_path / "checkpoint"), "--input", str(path), "--output", str(tmp_path / "out.h5ad")]
+    asked = ["--genes", *ASKED] if command == "genes" else []
+    for limit in (100, 4_000, 20_000):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script), str(limit), command, *files, *asked, "--no-progress"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == (2 if "File too large" in done.stderr else 0), done.stderr
+        if done.returncode:
+            assert done.stderr.startswith("xtrimogene: error: [Errno 27] File too large: ")
+            assert done.stderr.count("\n") == 1
+            assert {entry.name for entry in tmp_path.iterdir()} == {path.name, "checkpoint"}
+        else:
+            assert limit > 100
+            (tmp_path / "out.h5ad").unlink()
