@@ -18,9 +18,6 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from xtrimogene.config import XTrimoGeneConfig
-from xtrimogene.masking import MaskingConfig, mask_cells
-from xtrimogene.vocabulary import Vocabulary
 
 from benchmarks import baselines, bench, cases, costs, counting, readme, report, timings
 from benchmarks.cells import Cells, cells_of_file, known_cells
@@ -28,7 +25,10 @@ from benchmarks.pretraining import prepared
 from benchmarks.run import measure, right
 from xtg_kernels import RaggedBatch
 from xtrimogene.cli import main
+from xtrimogene.config import XTrimoGeneConfig
+from xtrimogene.masking import MaskingConfig, mask_cells
 from xtrimogene.model import XTrimoGene
+from xtrimogene.vocabulary import Vocabulary
 
 GENES = 120
 DIRECTIONS = ("forward", "forward+backward")

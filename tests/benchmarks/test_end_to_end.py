@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from xtrimogene.masking import MaskedBatch
-from xtrimogene.training_data import TrainingCells
 
 import xtrimogene
 from benchmarks import end_to_end
 from xtg_kernels import RaggedBatch, dispatch
+from xtrimogene.masking import MaskedBatch
+from xtrimogene.training_data import TrainingCells
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from xtrimogene.config import XTrimoGeneConfig
 
 import xtg_kernels  # noqa: F401  (registers the ops)
 from benchmarks import readme, roofline
@@ -19,6 +18,7 @@ from benchmarks.launches import OPS
 from benchmarks.readme import Rows
 from benchmarks.roofline import Batch, Need
 from benchmarks.static_configs import OPS_FOLDER
+from xtrimogene.config import XTrimoGeneConfig
 
 H100 = CARDS["sm_90"]
 # Two cells of a small network, where nothing is a multiple of anything else.
