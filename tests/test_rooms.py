@@ -23,12 +23,14 @@ ROOMS = {
     "xtrimogene.encoder": {"xtrimogene.network"},
     "xtrimogene.flops": {"xtrimogene.network"},
     "xtrimogene.hub": set(),
+    "xtrimogene.writing": set(),
     "xtrimogene.cells": {"xtrimogene.network", "xtrimogene.progress", "xtg_kernels"},
     "xtrimogene.inference": {
         "xtrimogene.cells",
         "xtrimogene.hub",
         "xtrimogene.network",
         "xtrimogene.progress",
+        "xtrimogene.writing",
         "xtg_kernels",
     },
     "xtrimogene.training": {
@@ -36,6 +38,7 @@ ROOMS = {
         "xtrimogene.hub",
         "xtrimogene.network",
         "xtrimogene.progress",
+        "xtrimogene.writing",
         "xtg_kernels",
     },
     "xtrimogene.model": {"xtrimogene.inference", "xtrimogene.hub", "xtrimogene.network"},

@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from xtrimogene.cli import bench, convert, embed, genes, init, pretrain
-from xtrimogene.cli.messages import check_json, show_error, show_warning
+from xtrimogene.cli.failures import one_line_each, status_of
+from xtrimogene.cli.messages import check_json
 from xtrimogene.cli.options import add_telling_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after one line on stderr that says what was wrong and what to do.
 
+    130 after Ctrl-C, 1 for an error that nobody has thought of: the line names the file with its traceback.
     ``pretrain`` also returns 1 when training cannot go on, and 128 + the number of the signal that stopped it.
     """
     parser = _parser()
@@ -27,22 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        with warnings.catch_warnings(), _quiet(arguments):
-            warnings.showwarning = show_warning
+        with one_line_each(), _quiet(arguments):
             check_json(arguments)
             status = arguments.run(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        show_error(error)
-        return 2
-    except KeyboardInterrupt:
-        print("xtrimogene: interrupted; --resume goes on where it was", file=sys.stderr)
-        return 130
-    except BaseException as error:
-        # torch is not imported for the name of its error: where it was raised, it is there.
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
-            raise
-        show_error(f"out of memory ({error}){arguments.smaller}")
-        return 2
+    except BaseException as error:  # libraries raise some that are no Exception
+        return status_of(error, arguments)
     return status or 0
 
 

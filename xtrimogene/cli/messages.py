@@ -81,5 +81,14 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """In place of warnings.showwarning: without the place in the code, which tells a user nothing."""
-    print(f"xtrimogene: warning: {message}", file=sys.stderr)
+    """In place of warnings.showwarning: without the place in the code, which tells a user nothing.
+
+    Only what this project says itself, wherever its stacklevel points: a user can do nothing about the others.
+    """
+    caller = sys._getframe(1)
+    while caller.f_back is not None and caller.f_globals.get("__name__") == "warnings":
+        caller = caller.f_back
+    ours = str(caller.f_globals.get("__name__")).partition(".")[0] in ("xtrimogene", "xtg_kernels")
+    # PyTorch's C++ warns in the name of whoever calls it.
+    if ours and "warn" in caller.f_code.co_names:
+        print(f"xtrimogene: warning: {' '.join(str(message).split())}", file=sys.stderr)

@@ -26,7 +26,9 @@ def add_to(commands: Commands) -> None:
         epilog="Exit status: 0 trained to the end; 1 training had begun and cannot go on; 2 something was wrong before "
         "it began; 143 or 130 stopped by SIGTERM or SIGINT, with a checkpoint of the steps made.",
     )
-    command.set_defaults(run=_run, smaller="; try a smaller batch_cells and a larger accumulate", changes=[])
+    command.set_defaults(
+        run=_run, kept=_kept, smaller="; try a smaller batch_cells and a larger accumulate", changes=[]
+    )
     command.add_argument("--config", metavar="FILE", help="YAML file of PretrainConfig's keys (default: its defaults)")
     command.add_argument("--data", required=True, nargs="+", metavar="PATH", help="cells: .h5ad, .zarr, or folders")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make: log, checkpoints, model")
@@ -45,6 +47,11 @@ def take_changes(arguments: argparse.Namespace, rest: list[str]) -> None:
         changes = [word for word in words if _CHANGE.match(word) and not Path(word).exists()]
         arguments.changes += changes
         words[:] = [word for word in words if word not in changes]
+
+
+def _kept(arguments: argparse.Namespace) -> bool:
+    """Whether there is a checkpoint to go on with."""
+    return any((Path(arguments.output) / "checkpoints").glob("step-*/complete.json"))
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -387,7 +387,10 @@ class Run:
 
         def written() -> Path:
             target = self.folder.path / MODEL_FOLDER
-            save(target, tensors, self.model.config, self.model.vocabulary, card=self._card(), overwrite=True)
+            try:
+                save(target, tensors, self.model.config, self.model.vocabulary, card=self._card(), overwrite=True)
+            except OSError as error:
+                raise TrainingFailed(f"the trained model: {error}; go on with --resume") from error
             return target
 
         return self.ranks.first(written)
