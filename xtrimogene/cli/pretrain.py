@@ -57,6 +57,7 @@ def _kept(arguments: argparse.Namespace) -> bool:
 
 def _run(arguments: argparse.Namespace) -> int:
     from xtrimogene.training.config import PretrainConfig
+    from xtrimogene.training.log import LOG_FILE
     from xtrimogene.training.pretrain import pretrain
     from xtrimogene.training.ranks import FirstRankFailed
     from xtrimogene.training.run import TrainingFailed
