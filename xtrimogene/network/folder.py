@@ -182,7 +182,7 @@ def refuse_occupied(target: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{target}: expected a folder to write a checkpoint to, got a file")
     present = sorted(entry.name for entry in target.iterdir())
     if present and not overwrite:
-        raise FileExistsError(f"{target}: the folder is not empty; name another one, or pass overwrite=True (--overwrite)")
+        raise FileExistsError(f"{target}: the folder is not empty; name another, or pass overwrite=True (--overwrite)")
     foreign = [name for name in present if name not in (*CHECKPOINT_FILES, CARD_FILE)]
     if foreign:
         raise FileExistsError(
