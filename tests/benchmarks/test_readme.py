@@ -84,8 +84,10 @@ def test_a_case_that_was_measured_twice_is_explained_with_both_runs(results: Pat
     def rows(provider: str, cells: int, gemm: float, gflops: float, speedup: float) -> list[dict]:
         return [
             {
-                "benchmark": "encoder", "case": f"3m, {cells} cells", "cells": cells, "tokens": 1000 * cells,
-                "dtype": dtype, "direction": "forward", "provider": provider, "gemm_gflops": gemm, "gflops": gflops, "speedup": speedup,
+                "benchmark": "encoder", "case": f"3m, {cells} cells",
+                "cells": cells, "tokens": 1000 * cells,
+                "dtype": dtype, "direction": "forward", "provider": provider,
+                "gemm_gflops": gemm, "gflops": gflops, "speedup": speedup,
             }
             for dtype in ("float32", "bfloat16")
         ]  # fmt: skip
