@@ -108,7 +108,7 @@ def headline(results: Path = RESULTS) -> str:
 
 def _memory(rows: Rows) -> str:
     body = [[f"{int(row['cells']):,}", f"{float(row['peak_mib']):,.0f} MiB"] for row in rows]
-    title = f"**Memory of `embed`**, h5ad to h5ad ({rows[0]['case']}):"
+    title = f"## Memory of `embed`\n\nFrom h5ad to h5ad ({rows[0]['case']}):"
     return f"{title}\n\n" + markdown_table(["cells", "peak above the loaded model"], body)
 
 
@@ -134,7 +134,7 @@ def _ops(title: str, *, share: str = "gemm") -> Callable[[Rows], str]:
             if r["provider"] not in ("xtg", "plain") and r["direction"] == "forward"
         ]
         more = f"\n\nOther forms, forward, against the same plain PyTorch: {'; '.join(others)}." if others else ""
-        return f"**{title}\n\n" + markdown_table(header, body) + more
+        return f"## {title}\n\n" + markdown_table(header, body) + more
 
     return section
 
@@ -147,8 +147,8 @@ def _report(rows: Rows) -> str:
     mean = int(flops["tokens"]) / int(flops["cells"])
     return "\n\n".join(
         [
-            "**Against what one would run, and against dense Transformers** of the same width and depth "
-            f"(`xtrimogene bench`, {int(flops['cells']):,} cells with {mean:,.0f} of {int(flops['genes']):,} genes on "
+            "## Against what one would run, and against dense Transformers",
+            f"Of the same width and depth (`xtrimogene bench`, {int(flops['cells']):,} cells with {mean:,.0f} of {int(flops['genes']):,} genes on "
             "average):",
             *(f"{markdown_table(table.header, table.body)}\n\n{table.how}" for table in made),
             "The whole report, with every model, part and curve: `benchmarks/results/report/report.md`.",
@@ -180,7 +180,7 @@ def _measured_twice(encoder: Rows, report: Rows) -> str:
     ]  # fmt: skip
     rates = [float(run["bfloat16", "xtg"]["gemm_gflops"]) for run in runs]
     return (
-        "**Why 3m has two ratios.** The first and this table have the same baseline, but other cells and another "
+        "## Why 3m has two ratios\n\nThe first table and the one above have the same baseline, but other cells and another "
         "machine, of the same name:\n\n"
         f"{markdown_table(header, body)}\n\n"
         f"On the later one `torch.mm` ran at {rates[1] / rates[0]:.2f} of the rate in bfloat16, and our kernels lost "
@@ -220,7 +220,7 @@ def _favor_memory(rows: Rows) -> str:
         for r in rows
         if r["provider"] == "xtg"
     ]  # fmt: skip
-    title = f"**Memory of linear attention** above its inputs, {rows[0]['case']}:"
+    title = f"## Memory of linear attention\n\nAbove its inputs, {rows[0]['case']}:"
     return f"{title}\n\n" + markdown_table(header, body)
 
 
@@ -228,13 +228,13 @@ def _pack(rows: Rows) -> str:
     header = ["packer", "cells/s"]
     names = {"xtg": "C++", "numpy": "NumPy (without the extension)"}
     body = [[names[r["provider"]], f"{float(r['cells_per_second']):,.0f}"] for r in rows]
-    return f"**Packing** CSR rows in memory ({rows[0]['case']}):\n\n" + markdown_table(header, body)
+    return f"## Packing\n\nCSR rows in memory ({rows[0]['case']}):\n\n" + markdown_table(header, body)
 
 
 def _loader(rows: Rows) -> str:
     names = {"xtg": "", "numpy": " (NumPy, without the extension)"}
     body = [[r["case"] + names[r["provider"]], f"{float(r['cells_per_second']):,.0f}"] for r in rows]
-    title = "**Masked batches** of cells of 2,000 expressed genes, no model:"
+    title = "## Masked batches\n\nCells of 2,000 expressed genes, no model:"
     return f"{title}\n\n" + markdown_table(["what", "cells/s"], body)
 
 
@@ -245,7 +245,7 @@ def _embed(rows: Rows) -> str:
         + [f"{100 * float(r[f'{part}_share']):.1f} %" for part in ("encoder", "packing", "reading")]
         for r in rows
     ]
-    return "**`embed`, file to file**\n\n" + markdown_table(header, body)
+    return "## `embed`, file to file\n\n" + markdown_table(header, body)
 
 
 def _savings(rows: Rows) -> str:
@@ -255,7 +255,7 @@ def _savings(rows: Rows) -> str:
         for r in rows
         if r["provider"] == "auto-encoder"
     ]
-    title = "**Exact savings of the decoder**, FLOPs of a training step counted by FlopCounterMode, 19,266 positions"
+    title = "## Exact savings of the decoder\n\nFLOPs of a training step counted by FlopCounterMode, 19,266 positions"
     return f"{title}:\n\n" + markdown_table(["model, cells", "FLOPs", "of the network as it is written down"], body)
 
 
@@ -269,14 +269,16 @@ def _step(rows: Rows) -> str:
         for r in rows
         if r["provider"] == "xtg"
     ]  # fmt: skip
-    title = "**A pre-training step**, cells of 2,000 expressed genes, 19,266 positions, memory above weights, gradients"
+    title = (
+        "## A pre-training step\n\nCells of 2,000 expressed genes, 19,266 positions, memory above weights, gradients"
+    )
     return f"{title} and optimizer:\n\n" + markdown_table(header, body)
 
 
 def _ranks(rows: Rows) -> str:
     header = ["processes", "time of a step", "largest difference of the loss curve"]
     body = [[r["provider"], _milliseconds(r["median_ms"]), r["error"]] for r in rows]
-    return f"**Two processes** against one, the same batches ({rows[0]['case']}):\n\n" + markdown_table(header, body)
+    return f"## Two processes\n\nAgainst one, the same batches ({rows[0]['case']}):\n\n" + markdown_table(header, body)
 
 
 # The embedding is no matrix product of its tokens: few of them have values of their own.
@@ -284,13 +286,13 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
     "report/results": _report,
     "memory": _memory,
     "embed": _embed,
-    "encoder": _ops("Layers of the encoder**, cells of real lengths:"),
-    "attention": _ops("Attention**, 12 heads of 64 channels, as in the 100m model:"),
-    "favor": _ops("Linear attention (FAVOR+)**, 8 heads of 64 channels and 266 features, against its einsum form:"),
+    "encoder": _ops("Layers of the encoder\n\nCells of real lengths:"),
+    "attention": _ops("Attention\n\n12 heads of 64 channels, as in the 100m model:"),
+    "favor": _ops("Linear attention (FAVOR+)\n\n8 heads of 64 channels and 266 features, against its einsum form:"),
     "favor_memory": _favor_memory,
-    "embedding": _ops("Embedding of expression values**, 768 channels, UMI-like counts:", share=""),
-    "gather": _ops("Rows of the decoder** (`masked_decoder_gather`), 19,264 genes a cell:", share="copy"),
-    "head": _ops("Final norms and head** (`masked_head`) at the chosen genes of 19,264:", share=""),
+    "embedding": _ops("Embedding of expression values\n\n768 channels, UMI-like counts:", share=""),
+    "gather": _ops("Rows of the decoder\n\n`masked_decoder_gather`, 19,264 genes a cell:", share="copy"),
+    "head": _ops("Final norms and head\n\n`masked_head` at the chosen genes of 19,264:", share=""),
     "pack": _pack,
     "loader": _loader,
     "step": _step,
