@@ -116,9 +116,11 @@ $(VENV)/.docs: $(VENV)/.built
 	XTG_BUILD_CPP=0 $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[docs]'
 	touch $@
 
-# The documentation site, into build/site: offline, with its notebooks run, two pages at a time; warnings are errors.
+# The documentation site, into build/site: offline, with its notebooks run, two pages at a time; warnings are errors. Then
+# the notebooks as a reader would run them, twice in one folder.
 docs: $(VENV)/.docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -j 2 -b html docs build/site
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m docs tests/test_pages.py
 
 clean:
 	rm -rf build dist demo_output *.egg-info xtg_kernels/_C*.so

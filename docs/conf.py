@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -13,6 +16,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 # Threads that wait must not spin: a notebook and what it starts would take the cores from each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# As wide as the pages are.
+os.environ["COLUMNS"] = "72"
+# A bar for notebooks is not missed, and the warning shows where the environment lies.
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
+# Shell cells of notebooks: IPython's own pass on their output in pieces, which myst-nb takes for lines.
+STARTUP = Path(tempfile.mkdtemp()) / "profile_default" / "startup"
+STARTUP.mkdir(parents=True)
+shutil.copy(Path(__file__).with_name("shell_cells.py"), STARTUP)
+os.environ["IPYTHONDIR"] = str(STARTUP.parents[1])
+atexit.register(shutil.rmtree, STARTUP.parents[1], ignore_errors=True)
 
 import xtrimogene  # noqa: E402
 

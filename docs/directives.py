@@ -116,9 +116,17 @@ class Findings(SphinxDirective):
         return self.parse_text_to_nodes(findings(ROOT / "findings"))
 
 
+def _dashes(app: Sphinx, doctree: nodes.document, page: str) -> None:
+    """A dash between an argument and what is said of it: Sphinx writes two hyphens."""
+    for text in list(doctree.findall(nodes.Text)):
+        if text == " -- ":
+            text.parent.replace(text, nodes.Text(" \N{EN DASH} "))
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("command-line", CommandLine)
     app.add_directive("findings", Findings)
     # Before napoleon, which takes the sections.
     app.connect("autodoc-process-docstring", _process, priority=400)
+    app.connect("doctree-resolved", _dashes)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

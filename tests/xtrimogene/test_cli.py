@@ -71,6 +71,27 @@ def test_init(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "c").exists()
 
 
+def test_init_replaces_a_checkpoint_and_nothing_else(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["init", "--preset", "tiny", "--vocabulary", str(tmp_path / "genes.txt"), "--output", str(checkpoint)]
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "--overwrite" in error_line(capsys)
+    assert XTrimoGene.from_pretrained(checkpoint).config.num_layers == 4
+    assert main([*command, "--overwrite"]) == 0
+    assert XTrimoGene.from_pretrained(checkpoint).config.num_layers == 2
+    (checkpoint / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert main([*command, "--overwrite"]) == 2
+    assert "notes.txt in it belongs to no checkpoint" in error_line(capsys)
+    # Said before work starts: the file that is not there was not looked for.
+    convert = ["convert", "--from-scfoundation", "none.ckpt", "--part", "cell", "--vocabulary", "none.tsv"]
+    for more in ([], ["--overwrite"]):
+        assert main([*convert, "--output", str(checkpoint), *more]) == 2
+        assert str(checkpoint) in error_line(capsys)
+
+
 def test_embed(checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(arguments(checkpoint, path)) == 0

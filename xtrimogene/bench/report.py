@@ -123,50 +123,62 @@ def per_cell(row: Row) -> tuple[float, float]:
     return row["gflops"] * row["median_ms"] / 1e3 / row["cells"], row["median_ms"] / row["cells"]
 
 
-def summary_table(report: Report) -> Table:
-    """The headline: what a cell costs beside a dense one, by size of the model."""
-    body = []
-    for row in report.of("flops", provider="encoder"):
-        size, line = row["case"], [row["case"]]
-        whole = report.known("flops", provider="auto-encoder", case=size)
-        wide = report.known("flops", provider="dense auto-encoder", case=size)
-        for share in (row["share_of_dense"], whole["gflop_per_cell"] / wide["gflop_per_cell"]):
-            line += [_percent(share), f"{1 / share:,.0f}"]
-        for dtype in DTYPES:
-            found = report.one("encoder", provider="xtg", preset=size, dtype=dtype, direction=FORWARD)
-            line += ["", ""] if found is None else [
-                _number(found["cells_per_second"]), _against_full(report, found, "dense")
-            ]  # fmt: skip
-        body.append(line)
-    header = [
-        "size", "FLOPs to embed a cell, of dense", "times fewer", "FLOPs in pre-training, of dense", "times fewer",
-        "cells/s, float32", "against dense", "cells/s, bfloat16", "against dense",
-    ]  # fmt: skip
-    measured = {
-        row["preset"]: f"{row['preset']}: {row['cells']:.0f}, with {row['tokens'] / row['cells']:,.0f} genes on average"
-        for row in report.of("encoder", provider="xtg")
-    }
-    how = (
-        "FLOPs in closed form, forward, mean over all cells; the dense encoder and auto-encoder have the same width "
-        "and depth over all genes. "
+def summary_tables(report: Report) -> list[Table]:
+    """The headline: what a cell costs, counted and where it was measured, beside all that one would run instead."""
+
+    def gflop(provider: str, row: Row) -> float:
+        return report.known("flops", provider=provider, case=row["case"])["gflop_per_cell"]
+
+    def share(ours: str, other: str) -> Callable[[Row], str]:
+        return lambda row: _percent(gflop(ours, row) / gflop(other, row))
+
+    def times(ours: str, other: str) -> Callable[[Row], str]:
+        return lambda row: _times(gflop(other, row) / gflop(ours, row))
+
+    counted = Table.of(
+        report.of("flops", provider="encoder"),
+        {
+            "FLOPs of a cell": lambda row: row["case"],
+            "to embed it, of dense": share("encoder", "dense"),
+            "dense": times("encoder", "dense"),
+            f"padded, {costs.PADDED_BATCH} cells": times("encoder", "padded"),
+            "packed plain PyTorch": times("encoder", "encoder"),
+            "in pre-training, of dense": share("auto-encoder", "dense auto-encoder"),
+            "dense auto-encoder": times("auto-encoder", "dense auto-encoder"),
+            "as written down": times("auto-encoder", "auto-encoder, plain"),
+        },
+        "FLOPs in closed form, forward, mean over all cells, and how many times as many others take. Dense: encoder "
+        "and auto-encoder of the same width and depth over all genes. Padded and packed plain PyTorch: what one would "
+        "run instead. As written down: our auto-encoder without its exact savings.",
     )
-    if not measured:
-        return Table(header[:5], [line[:5] for line in body], how)
-    return Table(header, body, how + (
-        f"Speed of the encoder's layers, forward, measured on some of these cells ({'; '.join(measured.values())}; "
-        "their FLOPs differ from the mean), against the time of the dense encoder for a cell: ours by our kernels, the "
-        "dense one by PyTorch's, so that the ratio is not that of the FLOPs. Empty where a size was not measured. "
-        f"{DAGGER} the dense time is extrapolated."
-    ))  # fmt: skip
+    rows = report.of("encoder", provider="xtg", direction=FORWARD)
+    lengths = {
+        row["preset"]: f"{row['preset']}: {row['cells']:.0f}, with {row['tokens'] / row['cells']:,.0f} genes on average"
+        for row in rows
+    }
+    timed = Table.of(
+        rows,
+        {
+            "speed of the encoder": lambda row: f"{row['preset']}, {row['dtype']}",
+            "cells/s": lambda row: _number(row["cells_per_second"]),
+            "packed plain PyTorch": lambda row: _ratio(report.beside(row, "plain"), row),
+            "padded": lambda row: _ratio(report.beside(row, "padded"), row),
+            "dense": lambda row: _against_full(report, row, "dense"),
+        },
+        f"The encoder's layers, forward, on some of these cells ({'; '.join(lengths.values())}; their FLOPs differ "
+        "from the mean), and how many times as long others take: ours by our kernels, the others by PyTorch's, so that "
+        "the ratios are not those of the FLOPs. Padded: these few cells; empty where it was not run, as for one cell. "
+        f"{DAGGER} the dense time is extrapolated.",
+    )
+    return [table for table in (counted, timed) if table.body]
 
 
 def _summary(report: Report) -> Parts:
-    parts: Parts = [
+    intro = (
         "xTrimoGene runs a Transformer over the genes that a cell expresses instead of all genes of the vocabulary. "
-        "This report says what that saves, in arithmetic, time and memory, on this machine.",
-        summary_table(report),
-    ]
-    return [*parts, _where(report)]
+        "This report says what that saves, in arithmetic, time and memory, on this machine."
+    )
+    return [intro, *summary_tables(report), _where(report)]
 
 
 def _flops(report: Report) -> Parts:

@@ -25,14 +25,17 @@ def add_to(commands: Commands) -> None:
         "--vocabulary", required=True, metavar="TSV", help="genes of its positions: two columns gene_name, index"
     )
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    command.add_argument("--overwrite", action="store_true", help="replace the checkpoint if it exists")
 
 
 def _run(arguments: argparse.Namespace) -> None:
     from xtrimogene.interop.scfoundation import from_scfoundation
+    from xtrimogene.network.folder import refuse_occupied
     from xtrimogene.network.vocabulary import Vocabulary
 
+    refuse_occupied(Path(arguments.output), arguments.overwrite)
     vocabulary = Vocabulary.from_tsv(arguments.vocabulary)
     model = from_scfoundation(arguments.from_scfoundation, arguments.part, vocabulary)
-    model.save_pretrained(Path(arguments.output))
+    model.save_pretrained(Path(arguments.output), overwrite=arguments.overwrite)
     text = f"{arguments.output}: scFoundation {arguments.part}, {size_of(model)}"
     tell(arguments, text, {"output": arguments.output, "part": arguments.part, **numbers_of(model)})

@@ -23,14 +23,17 @@ def add_to(commands: Commands) -> None:
         "--vocabulary", required=True, metavar="FILE", help="one gene a line, or two columns gene_name, index"
     )
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    command.add_argument("--overwrite", action="store_true", help="replace the checkpoint if it exists")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the weights (default: %(default)s)")
 
 
 def _run(arguments: argparse.Namespace) -> None:
     from xtrimogene.model import XTrimoGene
+    from xtrimogene.network.folder import refuse_occupied
     from xtrimogene.network.vocabulary import Vocabulary
 
+    refuse_occupied(Path(arguments.output), arguments.overwrite)
     model = XTrimoGene.from_preset(arguments.preset, Vocabulary.from_tsv(arguments.vocabulary), seed=arguments.seed)
-    model.save_pretrained(Path(arguments.output))
+    model.save_pretrained(Path(arguments.output), overwrite=arguments.overwrite)
     text = f"{arguments.output}: untrained {arguments.preset} model, {size_of(model)}"
     tell(arguments, text, {"output": arguments.output, "preset": arguments.preset, **numbers_of(model)})

@@ -117,7 +117,7 @@ def save(
     files that no checkpoint has, since the whole folder is replaced.
     """
     target = Path(os.path.realpath(folder))  # what a link points at is written, and the link stays
-    _refuse_occupied(target, overwrite)
+    refuse_occupied(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex[:12]
     written = target.with_name(f".{target.name}.{mark}.tmp")
@@ -180,14 +180,15 @@ def _card(
     return "\n".join(lines) + "\n"
 
 
-def _refuse_occupied(target: Path, overwrite: bool) -> None:
+def refuse_occupied(target: Path, overwrite: bool) -> None:
+    """Raises FileExistsError for a place that ``save`` would refuse, so that it can be said before the work."""
     if not target.exists():
         return
     if not target.is_dir():
         raise FileExistsError(f"{target}: expected a folder to write a checkpoint to, got a file")
     present = sorted(entry.name for entry in target.iterdir())
     if present and not overwrite:
-        raise FileExistsError(f"{target}: the folder is not empty; name another one, or in Python pass overwrite=True")
+        raise FileExistsError(f"{target}: the folder is not empty; name another, or pass overwrite=True (--overwrite)")
     foreign = [name for name in present if name not in (*CHECKPOINT_FILES, CARD_FILE)]
     if foreign:
         raise FileExistsError(

@@ -199,6 +199,7 @@ def test_the_command_writes_a_checkpoint_that_embeds(
     output = tmp_path / "converted"
     arguments = ["--part", "cell", "--vocabulary", str(vocabulary_file), "--output", str(output)]
     assert main(["convert", "--from-scfoundation", str(checkpoint), *arguments]) == 0
+    assert main(["convert", "--from-scfoundation", str(checkpoint), *arguments, "--overwrite"]) == 0
     assert "90 genes" in capsys.readouterr().out
     loaded, direct = XTrimoGene.from_pretrained(output), from_scfoundation(checkpoint, "cell", VOCABULARY)
     assert loaded.config == CONVERTED

@@ -241,7 +241,7 @@ def test_a_half_precision_model_is_saved_so_and_loads_as_float32(tmp_path: Path)
 
 def test_saving_does_not_overwrite_unasked(model: XTrimoGene, checkpoint: Path) -> None:
     before = (checkpoint / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(FileExistsError, match="not empty; name another one, or in Python pass overwrite=True"):
+    with pytest.raises(FileExistsError, match="not empty; name another, or pass overwrite=True"):
         model.save_pretrained(checkpoint)
     assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
     other = XTrimoGene.from_preset("3m", VOCABULARY, seed=9)
