@@ -77,7 +77,7 @@ def run(block: Block, names: dict[str, Any]) -> str:
         return ""
     if block.kind == "bash" or magic == "%%bash":
         command = ["bash", "-euo", "pipefail", "-c", text if block.kind == "bash" else body]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
         return done.stdout
     with contextlib.redirect_stdout(io.StringIO()) as printed:
