@@ -148,8 +148,8 @@ def _report(rows: Rows) -> str:
     return "\n\n".join(
         [
             "## Against what one would run, and against dense Transformers",
-            f"Of the same width and depth (`xtrimogene bench`, {int(flops['cells']):,} cells with {mean:,.0f} of {int(flops['genes']):,} genes on "
-            "average):",
+            f"Of the same width and depth (`xtrimogene bench`, {int(flops['cells']):,} cells with {mean:,.0f} of "
+            f"{int(flops['genes']):,} genes on average):",
             *(f"{markdown_table(table.header, table.body)}\n\n{table.how}" for table in made),
             "The whole report, with every model, part and curve: `benchmarks/results/report/report.md`.",
         ]
@@ -180,8 +180,8 @@ def _measured_twice(encoder: Rows, report: Rows) -> str:
     ]  # fmt: skip
     rates = [float(run["bfloat16", "xtg"]["gemm_gflops"]) for run in runs]
     return (
-        "## Why 3m has two ratios\n\nThe first table and the one above have the same baseline, but other cells and another "
-        "machine, of the same name:\n\n"
+        "## Why 3m has two ratios\n\nThe first table and the one above have the same baseline, but other cells and "
+        "another machine, of the same name:\n\n"
         f"{markdown_table(header, body)}\n\n"
         f"On the later one `torch.mm` ran at {rates[1] / rates[0]:.2f} of the rate in bfloat16, and our kernels lost "
         "more than packed plain PyTorch. Why that machine was slower is not known. The README shows the later run."

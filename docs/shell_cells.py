@@ -1,4 +1,4 @@
-"""``%%bash`` of the notebooks, read by IPython when it starts: it ends at an error and shows its output in one piece."""
+"""``%%bash`` of the notebooks, read by IPython when it starts: ends at an error, shows its output in one piece."""
 
 import subprocess
 

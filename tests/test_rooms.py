@@ -1,8 +1,12 @@
-"""The rooms of the project and the arrows between them: who may import whom, and which packages each room needs."""
+"""The rooms of the project and the arrows between them: who may import whom, and which packages each room needs.
+
+``python -m tests.test_rooms`` writes the picture of them into CONTRIBUTING.md.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -123,6 +127,42 @@ def test_a_room_needs_no_other_packages(module: str, path: Path) -> None:
         assert foreign <= PACKAGES[_room(module)]
 
 
+def picture() -> str:
+    """The rooms by floor, the highest first, each with those that it stands on; what these stand on is left out."""
+    arrows: dict[str, set[str]] = {}
+    for module, path in FILES:
+        room = _room(module)
+        ours = {_room(name) for name in _imports(path) if name.split(".")[0] in ("xtg_kernels", "xtrimogene")}
+        arrows.setdefault(room, set()).update(ours - {room})
+    below: dict[str, set[str]] = {}
+
+    def all_below(room: str) -> set[str]:
+        if room not in below:
+            below[room] = arrows[room].union(*map(all_below, arrows[room]))
+        return below[room]
+
+    def floor(room: str) -> int:
+        return max((floor(other) + 1 for other in arrows[room]), default=0)
+
+    # The package itself is a list of names, and no room stands on it alone.
+    rooms = sorted(set(arrows) - {"xtrimogene"}, key=lambda room: (-floor(room), room))
+    lines = []
+    for room in rooms:
+        direct = arrows[room] - {"xtrimogene"}
+        shown = sorted(other for other in direct if not any(other in all_below(each) for each in direct - {other}))
+        named = ", ".join(other.removeprefix("xtrimogene.") for other in shown)
+        lines.append(f"{floor(room)}  {room.removeprefix('xtrimogene.'):<12}{named}".rstrip())
+    return "\n".join(["floor, room    stands on", *lines])
+
+
+PICTURE = re.compile(r"(?<=^```text\n).*?(?=^```$)", flags=re.MULTILINE | re.DOTALL)
+GUIDE = ROOT / "CONTRIBUTING.md"
+
+
+def test_the_picture_in_the_guide_is_that_of_the_imports() -> None:
+    assert PICTURE.findall(GUIDE.read_text(encoding="utf-8")) == [f"{picture()}\n"]
+
+
 HIDE = """
 import sys
 
@@ -147,3 +187,7 @@ def test_the_package_alone_imports_nothing() -> None:
     script = HIDE.format(hidden={*SINGLE_CELL, "torch", "numpy"}) + "import xtrimogene; print(xtrimogene.__version__)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    GUIDE.write_text(PICTURE.sub(f"{picture()}\n", GUIDE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -13,7 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xtg_kernels.info import info
-from xtrimogene.bench import costs, counting, document, dropin, figures, memory, report, sizes, steps, timings
+from xtrimogene.bench import (
+    costs,
+    counting,
+    document,
+    dropin,
+    duration,
+    figures,
+    memory,
+    report,
+    sizes,
+    steps,
+    timings,
+)
 from xtrimogene.bench.cells import Cells, cells_of_file, known_cells
 from xtrimogene.bench.costs import SIZES
 from xtrimogene.bench.rows import Row, machine, write_csv
@@ -46,7 +58,7 @@ def bench(
     preset    the size that is measured, or "all"; FLOPs are those of all sizes
     device    "cpu" or "cuda"
     quick     small shapes and few runs: does it work, not how fast
-    progress  print a line for every measured row
+    progress  print how long it is expected to take, then a line for every measured row
 
     Raises ValueError for a file, preset or device that cannot be, ImportError without matplotlib, and WrongNumbers
     where a way gave them, after the report, which leaves it out, is written.
@@ -63,6 +75,11 @@ def bench(
     folder.mkdir(parents=True, exist_ok=True)
     presets = SIZES if preset == "all" else (preset,)
     size = sizes.QUICK if quick else sizes.FULL
+    expected = "not known on a GPU"
+    if kind == "cpu":
+        expected = duration.in_words(duration.expected_seconds(presets, quick=quick, rate=duration.product_rate()))
+    if progress:
+        print(f"expected to take about {expected}" if kind == "cpu" else f"how long it takes is {expected}", flush=True)
     where = {**machine(), "gpus": ", ".join(info()["gpus"]) if kind == "cuda" else ""}
     rows: list[Row] = []
     for row in _rows(presets, cells, size, kind):
@@ -74,7 +91,7 @@ def bench(
     described = {
         **where, "system": platform.platform(), "python": found["python"], "numpy": found["numpy"],
         "transformers": _version("transformers"), "xtrimogene": found["xtg_kernels"],
-        "seconds": f"{time.perf_counter() - started:.0f}",
+        "expected": expected, "seconds": f"{time.perf_counter() - started:.0f}",
     }  # fmt: skip
     made = write(report.Report(rows, {}, described, cells.source, cells.num_genes, size, quick), cells, folder)
     wrong = [row for row in rows if not row["correct"]]

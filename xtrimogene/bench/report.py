@@ -489,7 +489,7 @@ def _how(report: Report) -> Parts:
         "machine": "CPU", "gpus": "GPU", "isa": "kernels for", "threads": "threads", "system": "system",
         "python": "Python", "torch": "torch", "numpy": "NumPy", "transformers": "transformers",
         "xtrimogene": "xtrimogene", "commit": "commit", "dirty": "uncommitted changes", "date": "date",
-        "seconds": "seconds of this run",
+        "expected": "expected to take", "seconds": "seconds of this run",
     }  # fmt: skip
     body = [[label, str(where[name])] for name, label in names.items() if where.get(name) not in (None, "")]
     parts: Parts = [

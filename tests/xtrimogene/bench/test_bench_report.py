@@ -20,7 +20,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import readme
 from xtg_kernels import RaggedBatch
-from xtrimogene.bench import baselines, bench, cases, costs, counting, memory, report, sizes, steps, tasks, timings
+from xtrimogene.bench import (
+    baselines,
+    bench,
+    cases,
+    costs,
+    counting,
+    duration,
+    memory,
+    report,
+    sizes,
+    steps,
+    tasks,
+    timings,
+)
 from xtrimogene.bench.cells import Cells, cells_of_file, known_cells
 from xtrimogene.bench.pretraining import prepared
 from xtrimogene.bench.rows import read_rows
@@ -32,6 +45,7 @@ from xtrimogene.network.config import XTrimoGeneConfig
 from xtrimogene.network.vocabulary import Vocabulary
 
 GENES = 120
+RECORDED = Path(__file__).parents[3] / "benchmarks" / "results" / "report"
 DIRECTIONS = ("forward", "forward+backward")
 TINY = sizes.Size(
     cells=3,
@@ -387,6 +401,44 @@ def test_a_quick_run_says_so_above_its_tables_and_a_list_leads_to_every_section(
     targets = [link.get("href") for link in page.iter("a")]
     assert targets == [f"#{section.get('id')}" for section in sections]
     assert run[1].index("Quick run on small shapes") < run[1].index("dense Transformer encoder")
+
+
+def test_the_expected_duration_is_said_first_and_in_the_report(run: tuple[Path, str]) -> None:
+    said = re.match(r"expected to take about (.*)\n", run[1])
+    assert said
+    assert re.fullmatch(r"[\d.]+ (s|min|h)", said[1])
+    assert f"| expected to take | {said[1]} |" in (run[0] / "report.md").read_text()
+
+
+def test_the_expected_duration_is_that_of_the_recorded_run_at_its_rate() -> None:
+    rows = read_rows(RECORDED / "results.csv")
+    timed = [row for row in rows if row["median_ms"] and row["runs"]]
+    spent: dict[str, float] = {}
+    for row in timed:
+        series = "series" if row["benchmark"] in ("length", "unevenness", "threads") else row["preset"]
+        name = "drop-in" if row["benchmark"] == "drop-in" else series
+        spent[name] = spent.get(name, 0.0) + float(row["median_ms"]) * int(row["runs"])
+    found = re.search(r"^\| seconds of this run \| (\d+) \|$", (RECORDED / "report.md").read_text(), flags=re.MULTILINE)
+    assert found
+    whole = int(found[1])
+    for name, seconds in duration.RECORDED.items():
+        assert seconds == round(whole * spent[name] / sum(spent.values())), name
+    rates = [float(row["gemm_gflops"]) for row in timed if row["gemm_gflops"] and row["dtype"] == "float32"]
+    assert float(np.median(rates)) == pytest.approx(duration.RECORDED_RATE, rel=1e-3)
+
+    rate = duration.RECORDED_RATE
+    assert duration.expected_seconds(("3m", "10m", "100m"), quick=False, rate=rate) == pytest.approx(whole, abs=3)
+    assert duration.expected_seconds(("3m",), quick=False, rate=rate / 2) == pytest.approx(2 * (842 + 389 + 342))
+    assert duration.expected_seconds(("3m",), quick=True, rate=rate) < 100
+    # The series of a larger model cost more than those of 3m, by its layers.
+    assert duration.expected_seconds(("10m",), quick=False, rate=rate) > 735 + 342 + 4 * 389
+    assert [duration.in_words(seconds) for seconds in (3, 84, 100, 5000, 9000)] == [
+        "10 s",
+        "80 s",
+        "2 min",
+        "83 min",
+        "2.5 h",
+    ]
 
 
 def test_parts_too_small_to_be_seen_are_named_with_their_share(run: tuple[Path, str]) -> None:
