@@ -19,19 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import anndata
 import h5py
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
 from anndata import AnnData
-from anndata.io import read_elem
 from scipy import sparse
 from tqdm import tqdm
 
 from xtg_kernels import RaggedBatch
-from xtrimogene.cells.sources import is_legacy_store, open_cells, open_store
+from xtrimogene.cells.sources import open_cells
 from xtrimogene.inference.model_cells import ModelCells, opened
 from xtrimogene.inference.options import (
     DEFAULT_BATCH_SIZE,
@@ -171,7 +169,7 @@ def _run(
             target: Any = result
             measured: _CsrWriter | None = None
             if destination is not None:
-                root = stack.enter_context(_new_h5ad(destination, _obs_of(adata_or_path), names))
+                root = stack.enter_context(_new_h5ad(destination, source.read_obs(), names))
                 target = _array(root, f"obsm/{EMBEDDINGS_KEY}" if embeddings else f"layers/{IMPUTED_LAYER}", shape)
                 measured = None if embeddings else stack.enter_context(_CsrWriter(root, (report.cells, report.genes)))
             bar = stack.enter_context(tqdm(total=report.cells, unit="cell", desc="decode", disable=not progress))
@@ -269,18 +267,6 @@ def _checked_output(adata_or_path: AnnData | str | os.PathLike[str], output: Pat
     if not os.access(output.parent, os.W_OK):
         raise PermissionError(f"output: the folder {output.parent} cannot be written to; choose another one")
     return output
-
-
-def _obs_of(adata_or_path: AnnData | str | os.PathLike[str]) -> pd.DataFrame:
-    if isinstance(adata_or_path, AnnData):
-        return adata_or_path.obs
-    root, closing = open_store(Path(adata_or_path))
-    with closing:
-        if not is_legacy_store(root):
-            return read_elem(root["obs"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # anndata tells, item by item, how it moves old fields
-        return anndata.read_h5ad(adata_or_path, backed="r").obs
 
 
 @contextlib.contextmanager
