@@ -20,7 +20,7 @@ from anndata import AnnData
 from xtrimogene.cells.formats.adata import adata_contents
 from xtrimogene.cells.formats.anndata_group import anndata_group_contents, is_anndata_group, is_legacy_group
 from xtrimogene.cells.formats.contents import Contents
-from xtrimogene.cells.formats.inner import has_inner, inner_group
+from xtrimogene.cells.formats.inner import chosen_part, folder_of_parts, has_inner
 from xtrimogene.cells.formats.loom import is_loom_root, loom_contents
 from xtrimogene.cells.formats.refused import file_refusal, folder_refusal, hdf5_refusal
 from xtrimogene.cells.formats.soma import is_soma, soma_contents
@@ -218,8 +218,9 @@ def _of_hdf5(path: Path, part: str | None, name: Path, closing: contextlib.ExitS
     closing.callback(file.close)
     root = file.root
     if has_inner(root):
-        group, kind = inner_group(root, part, str(path))
-        return anndata_group_contents(group, f"{kind}, {group.name.strip('/')}", file)
+        folder, kind = folder_of_parts(root)
+        inner = f"{folder}/{chosen_part(list(root[folder]), part, folder, str(path))}"
+        return anndata_group_contents(root[inner], f"{kind}, {inner}", file)
     if part is not None:
         raise FileNotFoundError(f"{name}: no such file; only h5mu files have parts")
     if is_anndata_group(root):
@@ -243,8 +244,11 @@ def _of_zarr(path: Path) -> Contents:
     if is_anndata_group(root) and "mod" not in root:
         return anndata_group_contents(root, "zarr")
     if has_inner(root):
-        group, kind = inner_group(root, None, str(path))
-        return anndata_group_contents(group, f"{kind}, {group.name.strip('/')}")
+        folder, kind = folder_of_parts(root)
+        # Looked up as folders: a part may be of another zarr format than the store, and zarr does not list it then.
+        names = sorted(entry.name for entry in (path / folder).iterdir() if entry.is_dir() and is_zarr(entry))
+        inner = f"{folder}/{chosen_part(names, None, folder, str(path))}"
+        return anndata_group_contents(zarr.open_group(path / inner, mode="r"), f"{kind}, {inner}")
     missing = " and ".join(key for key in ("obs", "var") if key not in root)
     held = ", ".join(list(root)[:8]) or "nothing"
     raise ValueError(f"expected an AnnData file, got one without {missing}; the store holds {held}")

@@ -13,30 +13,31 @@ def has_inner(root: Any) -> bool:
     return "mod" in root or "tables" in root or ("table" in root and "obs" not in root)
 
 
-def inner_group(root: Any, part: str | None, name: str) -> tuple[Any, str]:
-    """The part of a file that holds the cells, and the format in words.
+def folder_of_parts(root: Any) -> tuple[str, str]:
+    """Where the parts are, and the format in words."""
+    if "mod" in root:
+        return "mod", "MuData"
+    return ("tables" if "tables" in root else "table"), "SpatialData"
 
-    part is its name where the user gave one (FILE.h5mu/prot). Without one: gene expression, or the only table.
+
+def chosen_part(names: list[str], part: str | None, folder: str, name: str) -> str:
+    """The part that holds the cells: the one that the user named (FILE.h5mu/prot), else gene expression, else the only
+    one.
+
     Raises ValueError that names the parts.
     """
-    if "mod" in root:
-        return _chosen(root["mod"], part, "modality", "mod", name, _EXPRESSION), "MuData"
-    folder = "tables" if "tables" in root else "table"
-    return _chosen(root[folder], part, "table", folder, name, ()), "SpatialData"
-
-
-def _chosen(group: Any, part: str | None, word: str, folder: str, name: str, preferred: tuple[str, ...]) -> Any:
-    names = list(group)
+    word = "modality" if folder == "mod" else "table"
     if part is not None:
         wanted = part.removeprefix(f"{folder}/")
         if wanted not in names:
-            raise ValueError(f"expected one of its {word} names ({', '.join(names) or 'none'}), got {wanted!r}")
-        return group[wanted]
-    fitting = [each for each in preferred if each in names] or (names if len(names) == 1 else [])
-    if not fitting:
-        choices = " or ".join(f"{name}/{folder}/{each}" for each in names)
-        raise ValueError(
-            f"expected the {word} with the gene expression, got {', '.join(names) or 'none'} in {folder}"
-            + (f"; name one in the path: {choices}" if names else "")
-        )
-    return group[fitting[0]]
+            raise ValueError(f"expected a {word} that it has ({', '.join(names) or 'none'}), got {wanted!r}")
+        return wanted
+    preferred = [each for each in _EXPRESSION if each in names] if folder == "mod" else []
+    fitting = preferred or (names if len(names) == 1 else [])
+    if fitting:
+        return fitting[0]
+    choices = " or ".join(f"{name}/{folder}/{each}" for each in names)
+    raise ValueError(
+        f"expected the {word} with the gene expression, got {', '.join(names) or 'none'} in {folder}"
+        + (f"; name one in the path: {choices}" if names else "")
+    )
