@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -34,6 +35,10 @@ from xtrimogene.network.vocabulary import column_names
 _ZARR_FILES = ("zarr.json", ".zgroup")
 
 
+class UnreadableCells(ValueError):
+    """Rows that could not be read this time: damage, or a disk or network that fails for a while."""
+
+
 @dataclass
 class CellSource:
     """The cells of one matrix of a data set.
@@ -46,6 +51,9 @@ class CellSource:
     var_names    (n_vars,) gene name of each column, from the index of var or its column ``gene_symbols``
     layer        the layer that is read, None for X
     other_layers what ``layer`` could be instead
+    obs_columns  names of the columns of obs that can be read
+    read_obs     (n_obs,) values of one of them
+    obs          (n_obs rows) all of obs
     """
 
     name: str
@@ -57,7 +65,7 @@ class CellSource:
     other_layers: list[str | None]
     rows: Rows
     cell_name: Callable[[int], str]
-    read_obs: Callable[[], pd.DataFrame] = field(repr=False)
+    obs: Callable[[], pd.DataFrame] = field(repr=False)
     open_layer: Callable[[str | None], CellSource] = field(repr=False)
     _file: HdfFile | None = field(default=None, repr=False)
     _closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
@@ -79,14 +87,24 @@ class CellSource:
     def read_rows(self, start: int, stop: int) -> CsrArrays:
         """Rows start ... stop - 1 as ``(indptr, indices, data)``, indptr from 0; views where the matrix is in memory.
 
-        Raises ValueError that names the file when it cannot be read.
+        Raises UnreadableCells, a ValueError that names the file, when it cannot be read.
         """
         try:
             return self.rows.read(start, stop)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"{self.name}: cannot read rows {start} to {stop - 1}: {error}; the file is damaged or truncated"
+        except MemoryError:
+            raise
+        except Exception as error:  # HDF5, zarr and its codecs have no common base of what they raise
+            raise UnreadableCells(
+                f"{self.name}: cannot read rows {start} to {stop - 1}: {error}; the file is damaged or truncated, or "
+                "its disk fails"
             ) from error
+
+    @cached_property
+    def obs_columns(self) -> list[str]:
+        return [str(column) for column in self.obs().columns]
+
+    def read_obs(self, column: str) -> Any:
+        return self.obs()[column].to_numpy()
 
     def suspend(self) -> None:
         """Gives the file handle back until rows are read again; nothing for formats that hold none."""
@@ -168,7 +186,7 @@ def _source(
     return CellSource(
         name, contents.kind, var, names, names_column, layer, [other for other in layers if other != layer], rows,
         cell_name=lambda row: contents.cell_name(layer, row),
-        read_obs=lambda: contents.obs(layer),
+        obs=functools.cache(lambda: contents.obs(layer)),
         open_layer=lambda other: open_cells(adata_or_path, layer=other),
         _file=contents.file,
         _closing=closing,

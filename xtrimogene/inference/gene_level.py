@@ -169,7 +169,7 @@ def _run(
             target: Any = result
             measured: _CsrWriter | None = None
             if destination is not None:
-                root = stack.enter_context(_new_h5ad(destination, source.read_obs(), names))
+                root = stack.enter_context(_new_h5ad(destination, source.obs(), names))
                 target = _array(root, f"obsm/{EMBEDDINGS_KEY}" if embeddings else f"layers/{IMPUTED_LAYER}", shape)
                 measured = None if embeddings else stack.enter_context(_CsrWriter(root, (report.cells, report.genes)))
             bar = stack.enter_context(tqdm(total=report.cells, unit="cell", desc="decode", disable=not progress))

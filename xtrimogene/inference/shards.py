@@ -17,9 +17,10 @@ import anndata
 import h5py
 import numpy as np
 import torch
+from anndata import AnnData
 
-from xtrimogene.cells.sources import is_legacy_store, open_store
-from xtrimogene.inference.encoding import Embeddings, EmbedReport, Encoding
+from xtrimogene.cells.sources import CellSource, is_anndata_file, is_legacy_store, open_store, split_part
+from xtrimogene.inference.encoding import Embeddings, Encoding
 from xtrimogene.network.model import XTrimoGeneNetwork
 
 
@@ -41,18 +42,25 @@ class Destination:
         return self.output.with_name(self.output.name + ".partial")
 
     @property
+    def is_store(self) -> bool:
+        """Whether the output is a zarr store: a copy of one."""
+        return self.input.is_dir() and is_anndata_file(self.input)
+
+    @property
     def manifest(self) -> Path:
         return self.folder / "manifest.json"
 
     @classmethod
     def checked(cls, input: Path, output: Path, resume: bool, overwrite: bool) -> Destination:
         """Refuses, before any work, an output that could not be written at the end."""
-        self = cls(input, output, resume, overwrite)
+        self = cls(split_part(input)[0], output, resume, overwrite)
+        input = self.input
         if not input.exists():
             raise FileNotFoundError(f"{input}: no such file")
-        kind = ".zarr" if input.is_dir() else ".h5ad"
+        kind = ".zarr" if self.is_store else ".h5ad"
         if output.suffix != kind:
-            raise ValueError(f"output: expected a name that ends in {kind}, as the input is one, got {output}")
+            why = "as the input is one" if is_anndata_file(input) else "for an input that is no AnnData file"
+            raise ValueError(f"output: expected a name that ends in {kind}, {why}, got {output}")
         if not output.parent.is_dir():
             raise FileNotFoundError(f"output: expected an existing folder, got {output.parent}; make it first")
         if output.exists() and output.samefile(input):
@@ -82,6 +90,7 @@ class Destination:
         report = run.report
         wanted = {
             "input": _fingerprint(self.input),
+            "kind": run.cells.source.kind,
             "cells": report.cells,
             "columns": run.cells.source.n_vars,
             "cells per shard": run.window,
@@ -120,7 +129,7 @@ class Destination:
             if _fingerprint(self.input) != wanted["input"]:
                 self._remove()
                 raise ValueError(f"{self.input}: changed while it was read; run again")
-            self._publish([start for start, _ in windows], (report.cells, run.width), key, wanted, report, run.window)
+            self._publish([start for start, _ in windows], key, wanted, run)
             self._remove()
 
     @contextlib.contextmanager
@@ -162,15 +171,8 @@ class Destination:
         path = self._shard(start)
         return path.exists() and np.load(path, mmap_mode="r").shape == (stop - start, width)
 
-    def _publish(
-        self,
-        starts: list[int],
-        shape: tuple[int, int],
-        key: str,
-        manifest: dict[str, Any],
-        report: EmbedReport,
-        window: int,
-    ) -> None:
+    def _publish(self, starts: list[int], key: str, manifest: dict[str, Any], run: Encoding) -> None:
+        report, shape = run.report, (run.report.cells, run.width)
         result = self.folder / f"result{self.output.suffix}"
         _remove_path(result)
 
@@ -180,11 +182,14 @@ class Destination:
                 report.empty_cells += int(np.isnan(shard[:, 0]).sum())
                 yield start, shard
 
-        if self.input.is_dir():
+        if self.is_store:
             shutil.copytree(self.input, result)
-            _add_to_zarr(result, key, shards(), shape, window)
+            _add_to_zarr(result, key, shards(), shape, run.window)
         else:
-            shutil.copyfile(self.input, result)
+            if is_anndata_file(self.input):
+                shutil.copyfile(self.input, result)
+            else:
+                _write_skeleton(result, run.cells.source)
             _add_to_h5ad(result, key, shards(), shape)
         _flush_to_disk(result)
         _write_json(self.manifest, {**manifest, "result": _file_identity(result)})
@@ -200,6 +205,11 @@ class Destination:
                 _remove_path(path)
         self.manifest.unlink(missing_ok=True)
         self.folder.rmdir()
+
+
+def _write_skeleton(path: Path, source: CellSource) -> None:
+    """What holds the embedding of an input that is no AnnData file: its cells as obs, no X and no genes."""
+    AnnData(obs=source.obs()).write_h5ad(path)
 
 
 def _add_to_h5ad(path: Path, key: str, shards: Iterator[tuple[int, Embeddings]], shape: tuple[int, int]) -> None:
