@@ -7,8 +7,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from xtrimogene.cli import bench, convert, embed, genes, init, pretrain
-from xtrimogene.cli.messages import show_error, show_warning
+from xtrimogene.cli import bench, convert, embed, genes, init, inspect, pretrain
+from xtrimogene.cli.messages import pointer_to_inspect, show_error, show_warning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = show_warning
             status = arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:
-        show_error(error)
+        show_error(f"{error}{pointer_to_inspect(error, arguments)}")
         return 2
     except KeyboardInterrupt:
         print("xtrimogene: interrupted; --resume goes on where it was", file=sys.stderr)
@@ -46,6 +46,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="xtrimogene", description="xTrimoGene single-cell models: cells in, embeddings of cells and genes out."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (embed, genes, convert, pretrain, init, bench):
+    for command in (embed, genes, inspect, convert, pretrain, init, bench):
         command.add_to(commands)
     return parser
