@@ -190,7 +190,7 @@ def inspect_cells(
             except (ValueError, OSError) as error:
                 matrices.append(MatrixReport(layer, problem=_without_name(error, source.name)))
         matrices.sort(key=lambda each: each.layer is not None)
-        best = next((each for each in matrices if each.numbers == "counts"), matrices[0])
+        best = next((each for kind in ("counts", "log") for each in matrices if each.numbers.startswith(kind)), matrices[0])
         genes = _genes(source, vocabulary)
         rate = _rate()
         kept = 1.0
@@ -299,12 +299,16 @@ def _advice(
     options = []
     readable = [each for each in matrices if each.problem is None]
     counts = [each for each in readable if each.numbers == "counts"]
-    logged = [each for each in readable if each.numbers.startswith("log1p(")]
+    logged = sorted(
+        (each for each in readable if each.numbers.startswith("log")), key=lambda each: not each.numbers.startswith("log1p(")
+    )
     if not any(each.layer is None for each in counts):
         for each, more in [*((each, "") for each in counts), *((each, " --normalized") for each in logged)][:1]:
             options.append(("" if each.layer is None else f"--layer {each.layer}") + more)
     if not counts and not logged:
-        options.append("no matrix holds counts or log1p(count / total * 10,000): go back to the counts")
+        options.append("none fits: no matrix holds counts or log-normalised values; go back to the counts")
+    elif not counts and not logged[0].numbers.startswith("log1p("):
+        options.append("but the logarithms are not log1p(count / total * 10,000) of all genes: better go back to the counts")
     if vocabulary is not None:
         best = max(genes, key=lambda column: genes[column][0] or 0)
         chosen = source.gene_symbols if source.gene_symbols in genes else None
