@@ -78,7 +78,9 @@ def _open_error(path: Path, error: OSError) -> Exception:
     if error.errno == errno.EACCES:
         return PermissionError(f"{path}: may not be read (permission denied); ask its owner, or copy it")
     if error.errno == errno.EMFILE or f"errno = {errno.EMFILE}," in told:
-        return OSError(f"{path}: too many open files; raise the limit with `ulimit -n 4096` in this shell and run again")
+        return OSError(
+            f"{path}: too many open files; raise the limit with `ulimit -n 4096` in this shell and run again"
+        )
     if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK) or "unable to lock file" in told:
         return ValueError(
             f"{path}: is open for writing elsewhere; close it there (adata.file.close(), or end that session), or give "

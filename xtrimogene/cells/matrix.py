@@ -88,9 +88,7 @@ class DenseRows:
         return np.count_nonzero(self.matrix, axis=1) if isinstance(self.matrix, np.ndarray) else None
 
 
-def rows_of(
-    matrix: Any, closing: contextlib.ExitStack, lasting: Callable[[Any], Any] = lambda stored: stored
-) -> Rows:
+def rows_of(matrix: Any, closing: contextlib.ExitStack, lasting: Callable[[Any], Any] = lambda stored: stored) -> Rows:
     """Rows of a matrix, whatever it is and wherever it lies.
 
     closing holds what has to be closed in the end; lasting(data set) is what to read it through.

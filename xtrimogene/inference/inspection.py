@@ -190,7 +190,9 @@ def inspect_cells(
             except (ValueError, OSError) as error:
                 matrices.append(MatrixReport(layer, problem=_without_name(error, source.name)))
         matrices.sort(key=lambda each: each.layer is not None)
-        best = next((each for kind in ("counts", "log") for each in matrices if each.numbers.startswith(kind)), matrices[0])
+        best = next(
+            (each for kind in ("counts", "log") for each in matrices if each.numbers.startswith(kind)), matrices[0]
+        )
         genes = _genes(source, vocabulary)
         rate = _rate()
         kept = 1.0
@@ -300,7 +302,8 @@ def _advice(
     readable = [each for each in matrices if each.problem is None]
     counts = [each for each in readable if each.numbers == "counts"]
     logged = sorted(
-        (each for each in readable if each.numbers.startswith("log")), key=lambda each: not each.numbers.startswith("log1p(")
+        (each for each in readable if each.numbers.startswith("log")),
+        key=lambda each: not each.numbers.startswith("log1p("),
     )
     if not any(each.layer is None for each in counts):
         for each, more in [*((each, "") for each in counts), *((each, " --normalized") for each in logged)][:1]:
@@ -308,7 +311,9 @@ def _advice(
     if not counts and not logged:
         options.append("none fits: no matrix holds counts or log-normalised values; go back to the counts")
     elif not counts and not logged[0].numbers.startswith("log1p("):
-        options.append("but the logarithms are not log1p(count / total * 10,000) of all genes: better go back to the counts")
+        options.append(
+            "but the logarithms are not log1p(count / total * 10,000) of all genes: better go back to the counts"
+        )
     if vocabulary is not None:
         best = max(genes, key=lambda column: genes[column][0] or 0)
         chosen = source.gene_symbols if source.gene_symbols in genes else None

@@ -452,7 +452,9 @@ def test_rows_that_do_not_fit_obs(tmp_path: Path) -> None:
         names = file["obs/_index"][:-1]
         del file["obs/_index"]
         file["obs/_index"] = names
-    with pytest.raises(ValueError, match=f"expected {N_OBS - 1} rows as obs has rows, got {N_OBS}; the file is damaged"):
+    with pytest.raises(
+        ValueError, match=f"expected {N_OBS - 1} rows as obs has rows, got {N_OBS}; the file is damaged"
+    ):
         open_cells(path)
 
 
@@ -512,7 +514,9 @@ def test_a_file_that_is_open_for_writing_elsewhere(tmp_path: Path) -> None:
         file.create_dataset("obs", data=[1])
         file.flush()
         (tmp_path / "copy.h5ad").write_bytes((tmp_path / "b.h5ad").read_bytes())
-    with pytest.raises(ValueError, match=r"copy\.h5ad: is open for writing elsewhere, or its writer was killed.*h5clear"):
+    with pytest.raises(
+        ValueError, match=r"copy\.h5ad: is open for writing elsewhere, or its writer was killed.*h5clear"
+    ):
         open_cells(tmp_path / "copy.h5ad")
 
 

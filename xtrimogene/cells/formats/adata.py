@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 from anndata import AnnData
 
+from xtrimogene.cells.formats.anndata_group import present
 from xtrimogene.cells.formats.contents import Contents
 
 
@@ -14,7 +15,7 @@ def adata_contents(adata: AnnData, kind: str = "AnnData") -> Contents:
     """An AnnData object. "raw" is .raw where no layer has that name."""
     layers: list[str | None] = [None] if _has_x(adata) else []
     layers += list(adata.layers)
-    if adata.raw is not None and "raw" not in layers:
+    if adata.raw is not None and "raw" not in layers and not _is_null(adata, "raw"):
         layers.append("raw")
 
     def from_raw(layer: str | None) -> bool:
@@ -32,7 +33,10 @@ def adata_contents(adata: AnnData, kind: str = "AnnData") -> Contents:
 
 
 def _has_x(adata: AnnData) -> bool:
-    if not adata.isbacked:
-        return adata.X is not None
-    stored = adata.file._file
-    return stored is not None and "X" in stored and (stored["X"].shape is not None if hasattr(stored["X"], "shape") else True)
+    return adata.X is not None if not adata.isbacked else "X" in adata.file._file and not _is_null(adata, "X")
+
+
+def _is_null(adata: AnnData, key: str) -> bool:
+    """Whether the file behind a backed AnnData says that there is no such matrix."""
+    stored = adata.file._file if adata.isbacked else None
+    return stored is not None and key in stored and not present(stored, key)

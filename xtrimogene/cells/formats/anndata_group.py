@@ -29,10 +29,11 @@ def anndata_group_contents(group: Any, kind: str, file: HdfFile | None = None) -
     def root() -> Any:
         return group if file is None else file.root[name]  # the file may have been closed since
 
-    layers: list[str | None] = [None] if _present(group, "X") else []
-    stored_layers = [layer for layer in group["layers"] if _present(group["layers"], layer)] if _present(group, "layers") else []
+    layers: list[str | None] = [None] if present(group, "X") else []
+    folder = group["layers"] if present(group, "layers") else {}
+    stored_layers = [layer for layer in folder if present(folder, layer)]
     layers += stored_layers
-    if _present(group, "raw") and "X" in group["raw"] and "raw" not in layers:
+    if present(group, "raw") and "X" in group["raw"] and "raw" not in layers:
         layers.append("raw")
 
     def from_raw(layer: str | None) -> bool:
@@ -53,7 +54,7 @@ def anndata_group_contents(group: Any, kind: str, file: HdfFile | None = None) -
     )  # fmt: skip
 
 
-def _present(group: Any, key: str) -> bool:
+def present(group: Any, key: str) -> bool:
     """Whether there is a value: anndata 0.12 writes an element of encoding "null" for None."""
     if key not in group:
         return False

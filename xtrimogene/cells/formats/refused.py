@@ -68,7 +68,9 @@ def hdf5_refusal(root: Any) -> str:
         missing = " and ".join(key for key in ("obs", "var") if key not in keys)
         return f"expected an AnnData file, got one without {missing}"
     held = ", ".join(keys[:8]) or "nothing"
-    return f"expected an h5ad, 10x, loom or h5mu file, got HDF5 that holds {held}; write the cells with adata.write_h5ad"
+    return (
+        f"expected an h5ad, 10x, loom or h5mu file, got HDF5 that holds {held}; write the cells with adata.write_h5ad"
+    )
 
 
 def folder_refusal(folder: Path) -> str:

@@ -14,7 +14,10 @@ from xtrimogene.cells.formats.contents import Contents
 from xtrimogene.cells.matrix import CsrArrays
 
 _EXPRESSION = ("RNA", "rna", "gex", "GEX")
-_NAMES = {"obs": ("obs_id", "_index", "index", "barcode", "cell_id"), "var": ("var_id", "_index", "index", "feature_name")}
+_NAMES = {
+    "obs": ("obs_id", "_index", "index", "barcode", "cell_id"),
+    "var": ("var_id", "_index", "index", "feature_name"),
+}
 
 
 def is_soma(folder: Path) -> bool:
@@ -35,7 +38,9 @@ def soma_contents(folder: Path, closing: contextlib.ExitStack) -> Contents:
     if not isinstance(experiment, tiledbsoma.Experiment):
         raise ValueError(f"expected a SOMA experiment, got a {type(experiment).__name__}; give the folder above it")
     measurements = list(experiment.ms)
-    name = next((each for each in _EXPRESSION if each in measurements), measurements[0] if len(measurements) == 1 else None)
+    name = next(
+        (each for each in _EXPRESSION if each in measurements), measurements[0] if len(measurements) == 1 else None
+    )
     if name is None:
         raise ValueError(f"expected the measurement RNA, got {', '.join(measurements) or 'none'}")
     measurement = experiment.ms[name]
@@ -44,7 +49,9 @@ def soma_contents(folder: Path, closing: contextlib.ExitStack) -> Contents:
     return Contents(
         f"TileDB-SOMA, measurement {name}",
         list(arrays),
-        lambda layer: SomaRows(measurement.X[arrays[layer]], obs["soma_joinid"].to_numpy(), var["soma_joinid"].to_numpy()),
+        lambda layer: SomaRows(
+            measurement.X[arrays[layer]], obs["soma_joinid"].to_numpy(), var["soma_joinid"].to_numpy()
+        ),
         lambda _: var.drop(columns="soma_joinid"),
         lambda _: obs.drop(columns="soma_joinid"),
         lambda _, row: str(obs.index[row]),

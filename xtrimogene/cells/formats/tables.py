@@ -79,11 +79,18 @@ def _column(stored: Any) -> Any:
     try:
         return read_elem(stored)
     except Exception:
+        # Plain values, but the words that describe them are not as anndata has them.
+        if not hasattr(stored, "shape") and {"categories", "codes"} <= set(stored):
+            categories, codes = _plain(stored["categories"]), np.asarray(stored["codes"][:])
+            return pd.Categorical.from_codes(codes, categories=categories)
         if not hasattr(stored, "shape") or len(stored.shape) != 1:
             raise
-        # Its numbers or strings are plain, only the words that describe them are not as anndata has them.
-        values = np.asarray(stored[:])
-        return np.array([text(value) for value in values], object) if values.dtype.kind in "SOT" else values
+        return _plain(stored)
+
+
+def _plain(stored: Any) -> Any:
+    values = np.asarray(stored[:])
+    return np.array([text(value) for value in values], object) if values.dtype.kind in "SOT" else values
 
 
 def _told(error: Exception) -> str:

@@ -43,7 +43,15 @@ def mtx_files(folder: Path) -> MtxFiles | None:
         if match is None:
             continue
         parts = [
-            next((f"{match[1]}{stem}.tsv{end}" for stem in stems for end in ("", ".gz") if f"{match[1]}{stem}.tsv{end}" in names), None)
+            next(
+                (
+                    f"{match[1]}{stem}.tsv{end}"
+                    for stem in stems
+                    for end in ("", ".gz")
+                    if f"{match[1]}{stem}.tsv{end}" in names
+                ),
+                None,
+            )
             for stems in (("features", "genes"), ("barcodes",))
         ]
         if all(part is not None for part in parts):
@@ -74,7 +82,9 @@ def mtx_contents(files: MtxFiles, closing: contextlib.ExitStack) -> Contents:
         try:
             return _converted(files.matrix, len(features), len(barcodes), closing)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{files.matrix.name} cannot be unpacked: {error}; the file is damaged or truncated") from error
+            raise ValueError(
+                f"{files.matrix.name} cannot be unpacked: {error}; the file is damaged or truncated"
+            ) from error
 
     return Contents(
         f"10x Cell Ranger folder, version {3 if files.features.name.split('.')[0].endswith('features') else 2}",
@@ -160,7 +170,9 @@ def _numbers(file: IO[bytes], name: str) -> Iterator[Array]:
 
 def _positions(name: str, numbers: Array, size: int, what: str) -> Array:
     """Positions from 0; the file counts from 1."""
-    if len(numbers) and not (numbers.min() >= 1 and numbers.max() <= size and np.array_equal(numbers, np.rint(numbers))):
+    if len(numbers) and not (
+        numbers.min() >= 1 and numbers.max() <= size and np.array_equal(numbers, np.rint(numbers))
+    ):
         raise ValueError(f"{name}: expected {what} 1 to {size}, got {numbers.min():g} to {numbers.max():g}")
     return numbers.astype(np.int32) - 1
 
