@@ -17,6 +17,10 @@ import numpy as np
 _FILTERS = {32000: "LZF", 32001: "Blosc", 32004: "LZ4", 32008: "bitshuffle", 32015: "Zstandard", 32026: "Blosc2"}
 
 
+class MachineLimit(OSError):
+    """The machine has no room for the work: no fault of the file, and mended outside of it, as the message says."""
+
+
 class HdfFile:
     """An HDF5 file for reading, opened when it is needed: after close(), the next read opens it again."""
 
@@ -24,7 +28,7 @@ class HdfFile:
         self.path = path
         self._lock = threading.RLock()
         self._file: h5py.File | None = None
-        self._identity: tuple[int, int, int] | None = None
+        self._identity: tuple[int, int] | None = None
 
     @property
     def root(self) -> h5py.File:
@@ -33,7 +37,7 @@ class HdfFile:
             if self._file is None:
                 self._file = _opened(self.path)
                 stat = self.path.stat()
-                identity = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+                identity = (stat.st_ino, stat.st_size)  # whoever touches a file does not change it
                 if self._identity not in (None, identity):
                     self.close()
                     raise ValueError(f"{self.path}: changed while it was read; run again")
@@ -78,9 +82,7 @@ def _open_error(path: Path, error: OSError) -> Exception:
     if error.errno == errno.EACCES:
         return PermissionError(f"{path}: may not be read (permission denied); ask its owner, or copy it")
     if error.errno == errno.EMFILE or f"errno = {errno.EMFILE}," in told:
-        return OSError(
-            f"{path}: too many open files; raise the limit with `ulimit -n 4096` in this shell and run again"
-        )
+        return MachineLimit("too many open files; raise the limit with `ulimit -n 4096` in this shell and run again")
     if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK) or "unable to lock file" in told:
         return ValueError(
             f"{path}: is open for writing elsewhere; close it there (adata.file.close(), or end that session), or give "

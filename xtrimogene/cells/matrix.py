@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from xtrimogene.cells.hdf5 import check_filters, text
+from xtrimogene.cells.hdf5 import MachineLimit, check_filters, text
 
 Array = npt.NDArray[Any]
 # (indptr (rows + 1,), indices (nnz,), data (nnz,)): the SciPy words, here of a window of rows
@@ -205,7 +205,7 @@ def csr_on_disk(
 def scratch_array(size: int, dtype: Any, closing: contextlib.ExitStack) -> Array:
     """(size,) numbers in a temporary file that vanishes when closed.
 
-    Raises OSError where the temporary folder has no room for it: without asking for the room first, a full disk would
+    Raises MachineLimit where the temporary folder has no room for it: without asking for the room first, a full disk would
     end the process at the first write into the map (SIGBUS).
     """
     if size == 0:
@@ -218,9 +218,8 @@ def scratch_array(size: int, dtype: Any, closing: contextlib.ExitStack) -> Array
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             file.truncate(num_bytes)  # a file system that cannot say
         else:
-            raise OSError(
-                error.errno,
+            raise MachineLimit(
                 f"no room for {num_bytes / 1e9:,.1f} GB in the temporary folder {tempfile.gettempdir()}, where a matrix "
-                "that is not stored by cells is turned around; name a larger one with the environment variable TMPDIR",
+                "that is not stored by cells is turned around; name a larger one with the environment variable TMPDIR"
             ) from error
     return np.memmap(file, dtype=dtype, mode="r+", shape=(size,))

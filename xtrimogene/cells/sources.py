@@ -28,7 +28,7 @@ from xtrimogene.cells.formats.soma import is_soma, soma_contents
 from xtrimogene.cells.formats.tables import UNREADABLE
 from xtrimogene.cells.formats.tenx_h5 import is_tenx_root, tenx_contents
 from xtrimogene.cells.formats.tenx_mtx import mtx_contents, mtx_files
-from xtrimogene.cells.hdf5 import HdfFile, is_hdf5
+from xtrimogene.cells.hdf5 import HdfFile, MachineLimit, is_hdf5
 from xtrimogene.cells.matrix import CsrArrays, Rows, rows_of
 from xtrimogene.network.vocabulary import column_names
 
@@ -91,7 +91,7 @@ class CellSource:
         """
         try:
             return self.rows.read(start, stop)
-        except MemoryError:
+        except (MemoryError, MachineLimit):
             raise
         except Exception as error:  # HDF5, zarr and its codecs have no common base of what they raise
             raise UnreadableCells(
@@ -201,6 +201,9 @@ def _naming(name: str, kind: str, closing: contextlib.ExitStack) -> Any:
     except (FileNotFoundError, PermissionError, MemoryError):
         closing.close()
         raise
+    except MachineLimit as error:
+        closing.close()
+        raise MachineLimit(f"{name}: {error}") from error
     except Exception as error:  # h5py, zarr, tiledb and anndata have no common base of what they raise
         closing.close()
         if type(error) is ValueError:

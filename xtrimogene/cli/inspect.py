@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 
+from xtrimogene.cli.messages import tell
 from xtrimogene.cli.options import Commands
 
 
@@ -22,7 +22,6 @@ def add_to(commands: Commands) -> None:
     known = command.add_mutually_exclusive_group()
     known.add_argument("--checkpoint", metavar="DIR", help="folder of a model, whose genes are looked for")
     known.add_argument("--vocabulary", metavar="FILE", help="genes to look for, one a line")
-    command.add_argument("--json", action="store_true", help="print JSON in place of text")
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -33,4 +32,4 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.vocabulary is not None:
         model = Vocabulary.from_tsv(arguments.vocabulary)
     report = inspect_cells(arguments.input, model)
-    print(json.dumps(report.to_dict(), indent=1) if arguments.json else report)
+    tell(arguments, str(report), report.to_dict())

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 from anndata import AnnData
-from tqdm import tqdm
 
 from xtrimogene.cells.sources import open_cells
 from xtrimogene.inference.encoding import EmbedReport, Encoding
 from xtrimogene.inference.model_cells import WINDOW, ModelCells, opened
 from xtrimogene.inference.options import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DEFAULT_TARGET_DEPTH, DTYPES
 from xtrimogene.inference.precision import BFLOAT16_TOLERANCE, bfloat16_error, choose_dtype
-from xtrimogene.inference.shards import Destination
+from xtrimogene.inference.shards import Destination, check_key
 from xtrimogene.network.config import POOLINGS
 from xtrimogene.network.devices import backend_name, choose_device, prepared
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.pooling import check_pooling
+from xtrimogene.progress import progress_bar
 
 # Cells that are read, packed, sorted by length and, for a path, written as one shard.
 _WINDOW = WINDOW
@@ -50,14 +50,16 @@ def embed(
 ) -> EmbedReport:
     """Embed every cell: (n_obs, dim) float32 into ``adata.obsm[key_added]``, or into a copy of the file at ``output``.
 
+    A view of a backed AnnData, whose obsm cannot be written, is left alone: the embedding is in the report.
+
     A cell's embedding depends on that cell alone (up to the rounding of matrix products of another size). A cell
     without a gene of the vocabulary gets NaN, is counted in the report and warned about.
 
     For a path with ``output``, every 1,024 cells are a shard that is written beside the output, in
     ``<output>.partial``; when all are there, a copy of the input with the embedding is renamed to ``output``. Memory
-    does not grow with the number of cells. A run that was killed goes on with ``resume=True``. The input is only read.
-    Of an input that is no AnnData file (10x, loom, h5mu, ...), the output is an h5ad file with its cells as ``obs`` and
-    the embedding in ``obsm``, without X and genes.
+    does not grow with the number of cells. A run that was killed, or stopped by an error that is none of the numbers,
+    goes on with ``resume=True``. The input is only read. Of an input that is no AnnData file (10x, loom, h5mu, ...),
+    the output is an h5ad file with its cells as ``obs`` and the embedding in ``obsm``, without X and genes.
 
     Args:
         adata_or_path: AnnData (in memory, view or backed), or a path: every format that cells.sources.open_cells knows.
@@ -124,13 +126,13 @@ def embed(
         )
         with (
             prepared(network, torch_device, torch_dtype) as ready,
-            tqdm(total=source.n_obs, unit="cell", desc="embed", disable=not progress) as bar,
+            progress_bar(source.n_obs, unit="cell", desc="embed", disable=not progress) as bar,
         ):
             run = Encoding(cells, ready, pooling, max_tokens, _WINDOW, num_threads, report, bar)
             if destination is None:
                 report.embedding = np.empty((source.n_obs, run.width), np.float32)
                 for start, stop in run.windows():
-                    report.embedding[start:stop] = run.embed_window(start, stop)
+                    report.embedding[start:stop] = run.embed_rows(start, run.read(start, stop))
                 report.empty_cells = int(np.isnan(report.embedding[:, 0]).sum())
             else:
                 options: dict[str, Any] = {
@@ -145,7 +147,13 @@ def embed(
                     options["target depth"] = dataclasses.asdict(cells.target_depth)
                 destination.write(run, key_added, options)
     if isinstance(adata_or_path, AnnData):
-        adata_or_path.obsm[key_added] = report.embedding
+        if adata_or_path.is_view and adata_or_path.isbacked:
+            warnings.warn(
+                "AnnData: a view of a backed AnnData takes nothing into obsm; the embedding is in the report alone",
+                stacklevel=2,
+            )
+        else:
+            adata_or_path.obsm[key_added] = report.embedding
     if report.empty_cells:
         warnings.warn(
             f"{source.name}: {report.empty_cells:,} of {report.cells:,} cells have no gene of the vocabulary; "
@@ -161,8 +169,7 @@ def _check_options(pooling: str, max_tokens: int, key_added: str, dtype: str, nu
         raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    if not key_added or "/" in key_added:
-        raise ValueError(f"key_added: expected a name without '/', got {key_added!r}")
+    check_key(key_added)
     if max_tokens < 1:
         raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
     if num_threads is not None and num_threads < 1:

@@ -33,6 +33,10 @@ def opened(model: XTrimoGeneNetwork | str | os.PathLike[str]) -> XTrimoGeneNetwo
     return XTrimoGeneNetwork.from_checkpoint(Checkpoint.open(checkpoint_folder(os.fspath(model), CHECKPOINT_FILES)))
 
 
+class BadNumbers(ValueError):
+    """A cell holds numbers that are no expression: it stays so until the input is mended."""
+
+
 @dataclass
 class ModelCells:
     """Cells of a source, in the genes of a model's vocabulary, normalised and with depth tokens where it has them."""
@@ -78,7 +82,7 @@ class ModelCells:
     ) -> RaggedBatch:
         """The rows that source.read_rows gave, as a batch; arguments as for data.pack_rows.
 
-        Raises ValueError that names the source, row and column of a bad number.
+        Raises BadNumbers that names the source, row and column of a bad number.
         """
         try:
             batch, totals = pack_rows_and_totals(
@@ -91,7 +95,7 @@ class ModelCells:
                 first_row=first_row,
             )
         except ValueError as error:
-            raise ValueError(f"{self.source.name}: {error}") from error
+            raise BadNumbers(f"{self.source.name}: {error}") from error
         if not self.config.depth_tokens:
             return batch
         depth = self.target_depth

@@ -8,8 +8,8 @@ import h5py
 import pandas as pd
 
 from xtrimogene.cells.formats.contents import Contents
-from xtrimogene.cells.hdf5 import HdfFile, text
 from xtrimogene.cells.formats.tables import name_of, num_rows, read_table
+from xtrimogene.cells.hdf5 import HdfFile, text
 
 
 def is_anndata_group(group: Any) -> bool:
