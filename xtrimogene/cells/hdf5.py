@@ -97,7 +97,7 @@ def _open_error(path: Path, error: OSError) -> Exception:
 
 
 def check_filters(stored: Any) -> None:
-    """Raises ValueError for a data set whose compression this installation cannot undo; loads hdf5plugin if it helps."""
+    """Loads hdf5plugin where it helps. Raises ValueError for a data set whose compression cannot be undone even so."""
     if not isinstance(stored, h5py.Dataset):
         return
     properties = stored.id.get_create_plist()

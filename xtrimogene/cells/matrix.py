@@ -95,7 +95,7 @@ def rows_of(matrix: Any, closing: contextlib.ExitStack, lasting: Callable[[Any],
     Raises ValueError for what is no matrix of numbers.
     """
     if isinstance(matrix, SparseRows | DenseRows) or hasattr(matrix, "stored_entries"):
-        return matrix  # type: ignore[no-any-return]
+        return matrix
     if isinstance(matrix, anndata.abc.CSRDataset | anndata.abc.CSCDataset):
         matrix = matrix.group
     if sparse.issparse(matrix):
@@ -117,7 +117,8 @@ def rows_of(matrix: Any, closing: contextlib.ExitStack, lasting: Callable[[Any],
         return DenseRows((int(matrix.shape[0]), int(matrix.shape[1])), lasting(matrix))
     raise ValueError(
         f"expected a sparse or dense matrix in memory or on disk, got {type(matrix).__name__}"
-        f"{f' of encoding {encoding!r}' if encoding else ''}; load it with adata.to_memory() or give the path of the file"
+        f"{f' of encoding {encoding!r}' if encoding else ''}; load it with adata.to_memory(), or give the path of the "
+        "file"
     )
 
 
@@ -205,8 +206,8 @@ def csr_on_disk(
 def scratch_array(size: int, dtype: Any, closing: contextlib.ExitStack) -> Array:
     """(size,) numbers in a temporary file that vanishes when closed.
 
-    Raises MachineLimit where the temporary folder has no room for it: without asking for the room first, a full disk would
-    end the process at the first write into the map (SIGBUS).
+    Raises MachineLimit where the temporary folder has no room for it: without asking for the room first, a full disk
+    would end the process at the first write into the map (SIGBUS).
     """
     if size == 0:
         return np.zeros(0, dtype)
@@ -219,7 +220,8 @@ def scratch_array(size: int, dtype: Any, closing: contextlib.ExitStack) -> Array
             file.truncate(num_bytes)  # a file system that cannot say
         else:
             raise MachineLimit(
-                f"no room for {num_bytes / 1e9:,.1f} GB in the temporary folder {tempfile.gettempdir()}, where a matrix "
-                "that is not stored by cells is turned around; name a larger one with the environment variable TMPDIR"
+                f"no room for {num_bytes / 1e9:,.1f} GB in the temporary folder {tempfile.gettempdir()}, where a "
+                "matrix that is not stored by cells is turned around; name a larger one with the "
+                "environment variable TMPDIR"
             ) from error
     return np.memmap(file, dtype=dtype, mode="r+", shape=(size,))

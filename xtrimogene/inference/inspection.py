@@ -148,8 +148,8 @@ class CellsReport:
                 for each in self.costs
             ]
             lines.append(
-                f"  at {self.rate / 1e9:,.0f} GFLOP/s, measured just now with float32 matrix products; the real rate is "
-                "lower, so the time is longer"
+                f"  at {self.rate / 1e9:,.0f} GFLOP/s, measured just now with float32 matrix products; the real rate "
+                "is lower, so the time is longer"
             )
         if self.advice:
             lines += ["", "options to use"] + [f"  {each}" for each in self.advice]
@@ -348,7 +348,7 @@ def _costs(
         weights = (each.num_genes + 3) * d + each.num_bins * (each.num_bins + d)
         weights += each.num_layers * (4 + 2 * each.ffn_mult) * d * d
         weights += each.decoder_layers * (4 + 2 * each.ffn_mult) * width * width
-        # Rows of one batch: input, output, q, k, v and the wide ones of the feed-forward layer; and one window of cells.
+        # Rows of one batch: input, output, q, k, v and the wide ones of the feed-forward layer; a window of cells.
         rows = DEFAULT_MAX_TOKENS * d * (6 + each.ffn_mult) + 8 * WINDOW * float(lengths.mean())
         costs.append(Cost(name, float(flops), float(flops) / rate, 4.0 * (weights + rows)))
     return costs

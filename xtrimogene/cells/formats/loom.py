@@ -33,7 +33,7 @@ def loom_contents(file: HdfFile) -> Contents:
             f"expected the names of the genes in row_attrs/Gene, got a loom file with row_attrs "
             f"{', '.join(root['row_attrs']) or '(none)'}; name them with loompy, or write the cells as h5ad"
         )
-    layers: list[str | None] = [None, *(root["layers"] if "layers" in root else [])]
+    layers: list[str | None] = [None, *root.get("layers", [])]
 
     def matrix(layer: str | None) -> DenseRows:
         stored = file.root["matrix" if layer is None else f"layers/{layer}"]

@@ -9,8 +9,8 @@ FORMATS = (
     "h5ad, zarr, 10x Cell Ranger (h5 or the folder of matrix.mtx), loom, h5mu, SpatialData and TileDB-SOMA are read"
 )
 _TABLE = (
-    "a table of text; make it sparse once, in Python: adata = anndata.io.read_csv(FILE) (read_text for tabs; adata.T if "
-    "genes are the rows), adata.X = scipy.sparse.csr_matrix(adata.X), adata.write_h5ad('cells.h5ad')"
+    "a table of text; make it sparse once, in Python: adata = anndata.io.read_csv(FILE) (read_text for tabs; adata.T "
+    "if genes are the rows), adata.X = scipy.sparse.csr_matrix(adata.X), adata.write_h5ad('cells.h5ad')"
 )
 _R = (
     "an object of R; write it from there: anndataR::write_h5ad(object, 'cells.h5ad') takes Seurat and "
@@ -21,8 +21,8 @@ _BY_SUFFIX = {
     **dict.fromkeys((".csv", ".tsv", ".txt", ".tab", ".dge"), _TABLE),
     **dict.fromkeys((".rds", ".rda", ".rdata", ".qs", ".qs2", ".robj"), _R),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z"), _ARCHIVE),
-    ".mtx": "a matrix without its genes and cells; give the folder that has barcodes.tsv and features.tsv (or genes.tsv) "
-    "beside it; else, in Python: adata = scanpy.read_mtx(FILE).T, set adata.var_names and adata.obs_names, "
+    ".mtx": "a matrix without its genes and cells; give the folder that has barcodes.tsv and features.tsv (or "
+    "genes.tsv) beside it; else, in Python: adata = scanpy.read_mtx(FILE).T, set adata.var_names and adata.obs_names, "
     "adata.write_h5ad('cells.h5ad')",
     ".xlsx": "a spreadsheet; save it as CSV, and make that sparse with anndata",
     ".parquet": "a table; make an AnnData of it with a sparse matrix, and write that as h5ad",
@@ -84,19 +84,20 @@ def folder_refusal(folder: Path) -> str:
     if data_sets:
         more = f" and {len(data_sets) - 3} more" if len(data_sets) > 3 else ""
         return (
-            f"is a folder of data sets ({', '.join(data_sets[:3])}{more}); give one of them (pretrain takes a folder), or "
-            "join them with anndata.experimental.concat_on_disk"
+            f"is a folder of data sets ({', '.join(data_sets[:3])}{more}); give one of them (pretrain takes a folder), "
+            "or join them with anndata.experimental.concat_on_disk"
         )
     if any(name.removesuffix(".gz").endswith(".mtx") for name in names):
         return (
-            f"is a folder with a matrix, but not with the three files of 10x: it holds {', '.join(names[:6])}; expected "
-            "matrix.mtx, barcodes.tsv and features.tsv (or genes.tsv), gzipped or not"
+            f"is a folder with a matrix, but not with the three files of 10x: it holds {', '.join(names[:6])}; "
+            "expected matrix.mtx, barcodes.tsv and features.tsv (or genes.tsv), gzipped or not"
         )
     if len(entries) == 1 and entries[0].is_dir():
         return f"is a folder that holds only {entries[0].name}; give {entries[0]}"
     tables = [entry for entry in entries if _suffix(entry) in _BY_SUFFIX]
     if tables:
-        return f"is a folder of files that are not read ({', '.join(each.name for each in tables[:3])}); {tables[0].name} is {_BY_SUFFIX[_suffix(tables[0])]}"
+        told = ", ".join(each.name for each in tables[:3])
+        return f"is a folder of files that are not read ({told}); {tables[0].name} is {_BY_SUFFIX[_suffix(tables[0])]}"
     held = f"holds {', '.join(names[:6])}" if names else "is empty"
     return f"expected an h5ad file or a zarr store, got another folder, which {held} ({FORMATS})"
 

@@ -1,5 +1,5 @@
-"""Folders of 10x Cell Ranger: matrix.mtx with features.tsv (version 3) or genes.tsv (version 2) and barcodes.tsv, gzipped
-or not. Text cannot be read by rows: it is turned once into CSR in temporary files that vanish."""
+"""Folders of 10x Cell Ranger: matrix.mtx with features.tsv (version 3) or genes.tsv (version 2) and barcodes.tsv,
+gzipped or not. Text cannot be read by rows: it is turned once into CSR in temporary files that vanish."""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ def _converted(path: Path, num_features: int, num_cells: int, closing: contextli
             in_order = in_order and bool(np.all(np.diff(cells[max(0, start - 1) : end]) >= 0))
         if end != entries:
             raise ValueError(
-                f"{path.name}: expected {entries:,} entries, as its size line says, got {end:,}; the file is damaged or "
-                "truncated"
+                f"{path.name}: expected {entries:,} entries, as its size line says, got {end:,}; the file is damaged "
+                "or truncated"
             )
         if in_order:  # as Cell Ranger writes it
             closing.push(scratch.pop_all())
