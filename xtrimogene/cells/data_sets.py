@@ -12,7 +12,8 @@ from anndata import AnnData
 from xtrimogene.cells.formats.refused import folder_refusal
 from xtrimogene.cells.formats.soma import is_soma
 from xtrimogene.cells.formats.tenx_mtx import mtx_files
-from xtrimogene.cells.sources import is_zarr, open_cells
+from xtrimogene.cells.formats.zarr_store import is_zarr
+from xtrimogene.cells.sources import open_cells
 from xtrimogene.network.vocabulary import Vocabulary
 
 Data: TypeAlias = AnnData | str | os.PathLike[str]

@@ -115,6 +115,8 @@ def rows_of(matrix: Any, closing: contextlib.ExitStack, lasting: Callable[[Any],
         check_numbers(matrix.dtype)
         check_filters(matrix)
         return DenseRows((int(matrix.shape[0]), int(matrix.shape[1])), lasting(matrix))
+    if hasattr(matrix, "keys"):
+        raise ValueError(f"expected a matrix of encoding csr_matrix, csc_matrix or array, got {encoding or 'none'}")
     raise ValueError(
         f"expected a sparse or dense matrix in memory or on disk, got {type(matrix).__name__}"
         f"{f' of encoding {encoding!r}' if encoding else ''}; load it with adata.to_memory(), or give the path of the "

@@ -23,16 +23,17 @@ from xtrimogene.cells.formats.anndata_group import anndata_group_contents, is_an
 from xtrimogene.cells.formats.contents import Contents
 from xtrimogene.cells.formats.inner import chosen_part, folder_of_parts, has_inner
 from xtrimogene.cells.formats.loom import is_loom_root, loom_contents
-from xtrimogene.cells.formats.refused import file_refusal, folder_refusal, hdf5_refusal
+from xtrimogene.cells.formats.refused import file_refusal, folder_refusal, hdf5_refusal, store_refusal
 from xtrimogene.cells.formats.soma import is_soma, soma_contents
 from xtrimogene.cells.formats.tables import UNREADABLE
 from xtrimogene.cells.formats.tenx_h5 import is_tenx_root, tenx_contents
 from xtrimogene.cells.formats.tenx_mtx import mtx_contents, mtx_files
+from xtrimogene.cells.formats.zarr_store import damaged_metadata, is_zarr
 from xtrimogene.cells.hdf5 import HdfFile, MachineLimit, is_hdf5
 from xtrimogene.cells.matrix import CsrArrays, Rows, rows_of
 from xtrimogene.network.vocabulary import column_names
 
-_ZARR_FILES = ("zarr.json", ".zgroup")
+_IN_MEMORY = "AnnData"
 
 
 class UnreadableCells(ValueError):
@@ -145,7 +146,7 @@ def open_cells(
     """
     closing = contextlib.ExitStack()
     if isinstance(adata_or_path, AnnData):
-        name = "AnnData"
+        name = _IN_MEMORY
         contents = adata_contents(adata_or_path)
     elif isinstance(adata_or_path, str | os.PathLike):
         name = str(Path(adata_or_path))
@@ -198,7 +199,7 @@ def _naming(name: str, kind: str, closing: contextlib.ExitStack) -> Any:
     """Every error names the file; what libraries raise for damage of one kind or another becomes a ValueError."""
     try:
         yield
-    except (FileNotFoundError, PermissionError, MemoryError):
+    except (PermissionError, MemoryError):
         closing.close()
         raise
     except MachineLimit as error:
@@ -206,8 +207,13 @@ def _naming(name: str, kind: str, closing: contextlib.ExitStack) -> Any:
         raise MachineLimit(f"{name}: {error}") from error
     except Exception as error:  # h5py, zarr, tiledb and anndata have no common base of what they raise
         closing.close()
+        if type(error) is FileNotFoundError:  # zarr has a kind of its own for what is missing in a store
+            raise
         if type(error) is ValueError:
             raise error if name in str(error) else ValueError(f"{name}: {error}") from error
+        damaged = damaged_metadata(Path(name)) if name != _IN_MEMORY else None
+        if damaged is not None:
+            raise ValueError(f"{name}: {damaged}; the store is damaged") from error
         raise ValueError(f"{name}: cannot be read as {kind}: {error}; the file is damaged or truncated") from error
     except BaseException:
         closing.close()
@@ -262,7 +268,7 @@ def _of_zarr(path: Path) -> Contents:
     import zarr
 
     root = zarr.open_group(path, mode="r")
-    if is_anndata_group(root) and "mod" not in root:
+    if _is_anndata(root):
         return anndata_group_contents(root, "zarr")
     if has_inner(root):
         folder, kind = folder_of_parts(root)
@@ -270,9 +276,7 @@ def _of_zarr(path: Path) -> Contents:
         names = sorted(entry.name for entry in (path / folder).iterdir() if entry.is_dir() and is_zarr(entry))
         inner = f"{folder}/{chosen_part(names, None, folder, str(path))}"
         return anndata_group_contents(zarr.open_group(path / inner, mode="r"), f"{kind}, {inner}")
-    missing = " and ".join(key for key in ("obs", "var") if key not in root)
-    held = ", ".join(list(root)[:8]) or "nothing"
-    raise ValueError(f"expected an AnnData file, got one without {missing}; the store holds {held}")
+    raise ValueError(store_refusal(root))
 
 
 def split_part(path: Path) -> tuple[Path, str | None]:
@@ -284,11 +288,6 @@ def split_part(path: Path) -> tuple[Path, str | None]:
     return path, None
 
 
-def is_zarr(folder: Path) -> bool:
-    """Whether a folder is a zarr store, or is called one."""
-    return folder.suffix == ".zarr" or any((folder / name).exists() for name in _ZARR_FILES)
-
-
 def is_anndata_file(path: Path) -> bool:
     """Whether a path is an AnnData file (h5ad or zarr), of which a copy can hold more. Raises as open_cells."""
     if not path.exists() or not (is_zarr(path) if path.is_dir() else is_hdf5(path)):
@@ -296,7 +295,13 @@ def is_anndata_file(path: Path) -> bool:
     closing = contextlib.ExitStack()
     with closing, _naming(str(path), "AnnData", closing):
         root = _root(path, closing)
-        return is_anndata_group(root) and "mod" not in root
+        if path.is_dir() and not _is_anndata(root) and not has_inner(root):
+            raise ValueError(store_refusal(root))
+        return _is_anndata(root)
+
+
+def _is_anndata(root: Any) -> bool:
+    return is_anndata_group(root) and "mod" not in root
 
 
 def open_store(path: Path) -> tuple[Any, contextlib.ExitStack]:

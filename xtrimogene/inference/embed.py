@@ -137,7 +137,7 @@ def embed(
             else:
                 options: dict[str, Any] = {
                     "pooling": pooling,
-                    "layer": layer,
+                    "layer": source.layer,
                     "gene_symbols": gene_symbols,
                     "normalized": normalized,
                     "dtype": report.dtype,

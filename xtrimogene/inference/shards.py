@@ -86,6 +86,8 @@ class Destination:
         if not output.parent.is_dir():
             raise FileNotFoundError(f"output: expected an existing folder, got {output.parent}; make it first")
         self._refuse_input()
+        if is_anndata:
+            self._check_copy()
         if output.exists():
             self._refuse_present(kind)
         if os.path.lexists(self.folder):
@@ -100,6 +102,22 @@ class Destination:
         real_input, real_output = Path(os.path.realpath(input)), Path(os.path.realpath(output))
         if real_input in real_output.parents or {real_output, partial_folder(real_output)} & set(real_input.parents):
             raise ValueError(f"output: expected a place apart from the input {input}, got {output}, one in the other")
+
+    def _check_copy(self) -> None:
+        """The result is a copy of the input with another entry in obsm: refuses what that would fail for at the end."""
+        files = self.input.rglob("*") if self.input.is_dir() else [self.input]
+        for path in files:
+            if not os.access(path, os.R_OK):
+                raise PermissionError(f"{path}: may not be read (permission denied), and the result is a copy of it")
+        root, closing = open_store(self.input)
+        with closing:
+            try:
+                if "obsm" in root:
+                    dict(root["obsm"].attrs)
+            except Exception as error:  # h5py and zarr have no common base of what they raise
+                raise ValueError(
+                    f"{self.input}: obsm, where the embedding goes, cannot be read: {error}; remove it from the file"
+                ) from error
 
     def _refuse_present(self, kind: str) -> None:
         output = self.output

@@ -95,7 +95,7 @@ def _write_table(root: h5py.File, name: str, table: pd.DataFrame) -> None:
     if table.index.name not in (None, *table.columns):
         index.name = str(table.index.name)
     write_elem(root, name, pd.DataFrame(index=index))
-    group, written, left_out = root[name], [], list(table.attrs.get(UNREADABLE, {}))
+    group, written, left_out = root[name], [], []
     for number, label in enumerate(table.columns):
         column = str(label)
         try:
@@ -110,9 +110,12 @@ def _write_table(root: h5py.File, name: str, table: pd.DataFrame) -> None:
             if column in group and column not in (*written, group.attrs["_index"]):
                 del group[column]
     group.attrs["column-order"] = np.array(written, dtype=h5py.string_dtype())
+    unreadable = table.attrs.get(UNREADABLE, {})
+    for column, why in unreadable.items():
+        warnings.warn(f"{name}: column {column!r} cannot be read and is left out: {why}", stacklevel=5)
     if left_out:
         warnings.warn(
-            f"{name}: columns that cannot be read, or that h5ad files cannot hold, are left out: {', '.join(left_out)}",
+            f"{name}: columns that h5ad files cannot hold are left out: {', '.join(left_out)}",
             stacklevel=4,
         )
 

@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import gzip
+import json
 import multiprocessing
+import re
 import subprocess
 import sys
 import threading
@@ -25,6 +27,7 @@ from anndata import AnnData
 from xtrimogene.cells import matrix
 from xtrimogene.cells.data_sets import expand_data
 from xtrimogene.cells.formats import tenx_mtx
+from xtrimogene.cells.formats.zarr_store import METADATA
 from xtrimogene.cells.genes import map_genes
 from xtrimogene.cells.hdf5 import HdfFile
 from xtrimogene.cells.sources import CellSource, open_cells
@@ -458,14 +461,40 @@ def test_rows_that_do_not_fit_obs(tmp_path: Path) -> None:
         open_cells(path)
 
 
-def test_damaged_metadata_of_a_store_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("zarr_format", "consolidated"), [(2, True), (2, False), (3, False)])
+def test_damaged_metadata_is_named_or_does_not_matter(zarr_format: int, consolidated: bool, tmp_path: Path) -> None:
     path = tmp_path / "a.zarr"
-    adata().write_zarr(path)
-    for name in (".zgroup", ".zmetadata", "zarr.json"):
-        if (path / name).exists():
-            (path / name).write_text("{")
-    with pytest.raises(ValueError, match=r"a\.zarr: cannot be read as .*damaged or truncated"):
-        open_cells(path)
+    cells = adata()
+    cells.layers["other"], cells.obsm["X_pca"], cells.raw = cells.X * 2, np.ones((N_OBS, 2)), cells.copy()
+    with anndata.settings.override(zarr_write_format=zarr_format):
+        cells.write_zarr(path)
+    root = path / "zarr.json"
+    if not consolidated and zarr_format == 2:
+        (path / ".zmetadata").unlink()
+    elif not consolidated:
+        described = json.loads(root.read_text())
+        del described["consolidated_metadata"]
+        root.write_text(json.dumps(described))
+    read, refused = set(), {}
+    for file in sorted(each for each in path.rglob("*") if each.name in METADATA):
+        content = file.read_bytes()
+        file.write_text("{")
+        name = str(file.relative_to(path))
+        try:
+            with open_cells(path, gene_symbols="symbol") as source:
+                assert (rows_of(source, 30) != counts()).nnz == 0
+                assert source.var_names == SYMBOLS
+                read.add(name.partition("/")[0])
+        except ValueError as error:
+            refused[name] = str(error)
+        file.write_bytes(content)
+    assert read >= {"layers", "obsm", "raw", "uns"}
+    assert ("zarr.json" if zarr_format == 3 else ".zgroup") in refused
+    for name, told in refused.items():
+        assert told.startswith(f"{path}: ")
+        assert re.search(rf"{name} cannot|var: the index '_index' cannot|var\['symbol'\] cannot", told)
+    parts = {name.partition("/")[0] for name in refused} - set(METADATA)
+    assert parts == (set() if consolidated else {"X", "obs", "var"})
 
 
 def test_a_compression_without_its_plugin_is_named(tmp_path: Path) -> None:

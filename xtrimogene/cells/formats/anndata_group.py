@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import h5py
 import pandas as pd
 
 from xtrimogene.cells.formats.contents import Contents
 from xtrimogene.cells.formats.tables import name_of, num_rows, read_table
+from xtrimogene.cells.formats.zarr_store import members
 from xtrimogene.cells.hdf5 import HdfFile, text
+
+T = TypeVar("T")
 
 
 def is_anndata_group(group: Any) -> bool:
@@ -30,10 +35,9 @@ def anndata_group_contents(group: Any, kind: str, file: HdfFile | None = None) -
         return group if file is None else file.root[name]  # the file may have been closed since
 
     layers: list[str | None] = [None] if present(group, "X") else []
-    folder = group["layers"] if present(group, "layers") else {}
-    stored_layers = [layer for layer in folder if present(folder, layer)]
+    stored_layers: list[str] = _unless_damaged(lambda: _stored_layers(group), [])
     layers += stored_layers
-    if present(group, "raw") and "X" in group["raw"] and "raw" not in layers:
+    if "raw" not in layers and _unless_damaged(lambda: _has_raw(group), True):
         layers.append("raw")
 
     def from_raw(layer: str | None) -> bool:
@@ -52,6 +56,27 @@ def anndata_group_contents(group: Any, kind: str, file: HdfFile | None = None) -
         lambda _: num_rows(root()["obs"]),
         file=file,
     )  # fmt: skip
+
+
+def _stored_layers(group: Any) -> list[str]:
+    if not present(group, "layers"):
+        return []
+    folder = group["layers"]
+    return [name for name in members(folder) if _unless_damaged(partial(present, folder, name), True)]
+
+
+def _has_raw(group: Any) -> bool:
+    return present(group, "raw") and "X" in group["raw"]
+
+
+def _unless_damaged(ask: Callable[[], T], damaged: T) -> T:
+    """An answer, and another one where damage keeps from it: what is damaged does not matter until it is asked for."""
+    try:
+        return ask()
+    except MemoryError:
+        raise
+    except Exception:  # h5py and zarr have no common base of what they raise
+        return damaged
 
 
 def present(group: Any, key: str) -> bool:

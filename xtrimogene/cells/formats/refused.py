@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from xtrimogene.cells.formats.zarr_store import members
+
 FORMATS = (
     "h5ad, zarr, 10x Cell Ranger (h5 or the folder of matrix.mtx), loom, h5mu, SpatialData and TileDB-SOMA are read"
 )
@@ -71,6 +73,13 @@ def hdf5_refusal(root: Any) -> str:
     return (
         f"expected an h5ad, 10x, loom or h5mu file, got HDF5 that holds {held}; write the cells with adata.write_h5ad"
     )
+
+
+def store_refusal(root: Any) -> str:
+    """What a zarr store that holds no cells we know is."""
+    missing = " and ".join(key for key in ("obs", "var") if key not in root)
+    held = ", ".join(members(root)[:8]) or "nothing"
+    return f"expected an AnnData file, got one without {missing}; the store holds {held}"
 
 
 def folder_refusal(folder: Path) -> str:
