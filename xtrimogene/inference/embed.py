@@ -82,7 +82,8 @@ def embed(
             the cell's total), or "offset:0.5" (added to its log10 total).
         gene_symbols: column of ``var`` with the gene names, None for ``var_names``.
         num_threads: threads of the packer, None for torch.get_num_threads().
-        resume: go on with a run that was interrupted; without such a run, start one.
+        resume: go on with a run that was interrupted; without such a run, start one; one that is over is left as it
+            is.
         overwrite: replace ``output`` if it exists.
         progress: show a progress bar.
 
@@ -99,7 +100,7 @@ def embed(
                 "output: expected None with an AnnData, whose obsm is written; to write a file, call adata.write_h5ad "
                 "afterwards, or pass the path of a file in place of the AnnData"
             )
-        destination = Destination.checked(Path(adata_or_path), Path(output), resume, overwrite)
+        destination = Destination.checked(Path(adata_or_path), Path(output), key_added, resume, overwrite)
     elif resume or overwrite:
         raise ValueError("resume, overwrite: expected output to be given too")
 
@@ -141,11 +142,10 @@ def embed(
                     "gene_symbols": gene_symbols,
                     "normalized": normalized,
                     "dtype": report.dtype,
-                    "obsm key": key_added,
                 }
                 if network.config.depth_tokens:
                     options["target depth"] = dataclasses.asdict(cells.target_depth)
-                destination.write(run, key_added, options)
+                destination.write(run, options)
     if isinstance(adata_or_path, AnnData):
         if adata_or_path.is_view and adata_or_path.isbacked:
             warnings.warn(
