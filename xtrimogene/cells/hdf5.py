@@ -6,6 +6,7 @@ import contextlib
 import errno
 import importlib
 import os
+import resource
 import threading
 from pathlib import Path
 from typing import Any
@@ -74,14 +75,29 @@ def _opened(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as error:
+        if _too_many_open(error) and more_open_files():
+            return h5py.File(path, "r")
         raise _open_error(path, error) from error
+
+
+def more_open_files() -> bool:
+    """Raises this process's own limit of open files as far as it may; False where it is there already."""
+    own, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if own == most:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return True
+
+
+def _too_many_open(error: OSError) -> bool:
+    return error.errno == errno.EMFILE or f"errno = {errno.EMFILE}," in str(error)
 
 
 def _open_error(path: Path, error: OSError) -> Exception:
     told = str(error)
     if error.errno == errno.EACCES:
         return PermissionError(f"{path}: may not be read (permission denied); ask its owner, or copy it")
-    if error.errno == errno.EMFILE or f"errno = {errno.EMFILE}," in told:
+    if _too_many_open(error):
         return MachineLimit("too many open files; raise the limit with `ulimit -n 4096` in this shell and run again")
     if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK) or "unable to lock file" in told:
         return ValueError(

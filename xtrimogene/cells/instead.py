@@ -14,7 +14,7 @@ _LARGEST_LOG = 25
 
 
 def matrix_instead(source: CellSource) -> str:
-    """"; ..." that names a layer of counts, else one of logarithms, and the options that read it; "" for none.
+    """ "; ..." that names a layer of counts, else one of logarithms, and the options that read it; "" for none.
 
     Judged by its first cells.
     """

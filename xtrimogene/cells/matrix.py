@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import tempfile
@@ -15,13 +14,19 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from xtrimogene.cells.hdf5 import MachineLimit, check_filters, text
+from xtrimogene.cells.hdf5 import MachineLimit, check_filters, more_open_files, text
 
 Array = npt.NDArray[Any]
 # (indptr (rows + 1,), indices (nnz,), data (nnz,)): the SciPy words, here of a window of rows
 CsrArrays = tuple[Array, Array, Array]
 # Stored numbers in memory at a time while a dense or column-major matrix on disk is turned into rows.
 _BLOCK_ENTRIES = 1 << 23
+_LARGER_FOLDER = "name a larger one with the environment variable TMPDIR"
+# What temporary files may fail for, and the cure.
+_LIMITS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _LARGER_FOLDER),
+    errno.EMFILE: "raise the limit of open files with `ulimit -n 4096` in this shell",
+}
 
 
 class Rows(Protocol):
@@ -88,10 +93,10 @@ class DenseRows:
         return np.count_nonzero(self.matrix, axis=1) if isinstance(self.matrix, np.ndarray) else None
 
 
-def rows_of(matrix: Any, closing: contextlib.ExitStack, lasting: Callable[[Any], Any] = lambda stored: stored) -> Rows:
+def rows_of(matrix: Any, lasting: Callable[[Any], Any] = lambda stored: stored) -> Rows:
     """Rows of a matrix, whatever it is and wherever it lies.
 
-    closing holds what has to be closed in the end; lasting(data set) is what to read it through.
+    lasting(data set) is what to read it through.
     Raises ValueError for what is no matrix of numbers.
     """
     if isinstance(matrix, SparseRows | DenseRows) or hasattr(matrix, "stored_entries"):
@@ -109,7 +114,7 @@ def rows_of(matrix: Any, closing: contextlib.ExitStack, lasting: Callable[[Any],
     if encoding in ("csr_matrix", "csc_matrix"):
         n_obs, n_vars = (int(size) for size in matrix.attrs["shape"])
         if encoding == "csc_matrix":
-            return _transposed_on_disk(sparse_rows((n_vars, n_obs), matrix, lasting), closing)
+            return _transposed_on_disk(sparse_rows((n_vars, n_obs), matrix, lasting))
         return sparse_rows((n_obs, n_vars), matrix, lasting)
     if hasattr(matrix, "shape") and hasattr(matrix, "dtype") and len(matrix.shape) == 2 and not hasattr(matrix, "dask"):
         check_numbers(matrix.dtype)
@@ -149,7 +154,7 @@ def _integers(name: str, stored: Any) -> Array:
     return array.astype(np.int64)
 
 
-def _transposed_on_disk(columns: SparseRows, closing: contextlib.ExitStack) -> SparseRows:
+def _transposed_on_disk(columns: SparseRows) -> SparseRows:
     """CSR of a matrix that is stored by columns.
 
     Column-major files cannot be read by rows, and the whole matrix may not fit in memory: entries are read in stored
@@ -176,7 +181,7 @@ def _transposed_on_disk(columns: SparseRows, closing: contextlib.ExitStack) -> S
         )
         for start, stop in bounds
     )
-    return csr_on_disk((n_obs, n_vars), lengths, blocks, columns.data.dtype, closing)
+    return csr_on_disk((n_obs, n_vars), lengths, blocks, columns.data.dtype)
 
 
 def csr_on_disk(
@@ -184,16 +189,15 @@ def csr_on_disk(
     lengths: npt.NDArray[np.int64],
     blocks: Iterable[tuple[Array, Array, Array]],
     dtype: Any,
-    closing: contextlib.ExitStack,
 ) -> SparseRows:
-    """CSR of entries in any order, in temporary files that vanish when closed.
+    """CSR of entries in any order, in temporary files that vanish with the arrays.
 
     lengths  (rows,) entries of each row
     blocks   (row, column, value) of some entries at a time; each goes to the next free place of its row, so that
              entries that come by columns come out sorted
     """
     indptr = np.concatenate([[0], np.cumsum(lengths)])
-    indices, data = (scratch_array(int(indptr[-1]), kind, closing) for kind in (np.int32, dtype))
+    indices, data = (scratch_array(int(indptr[-1]), kind) for kind in (np.int32, dtype))
     free = indptr[:-1].copy()
     for rows, columns, values in blocks:
         order = np.argsort(rows, kind="stable")
@@ -205,25 +209,35 @@ def csr_on_disk(
     return SparseRows(shape, indptr, indices, data)
 
 
-def scratch_array(size: int, dtype: Any, closing: contextlib.ExitStack) -> Array:
-    """(size,) numbers in a temporary file that vanishes when closed.
+def scratch_array(size: int, dtype: Any) -> Array:
+    """(size,) numbers in a temporary file that vanishes with the array.
 
     Raises MachineLimit where the temporary folder has no room for it: without asking for the room first, a full disk
     would end the process at the first write into the map (SIGBUS).
     """
     if size == 0:
         return np.zeros(0, dtype)
-    file = closing.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-    num_bytes = size * np.dtype(dtype).itemsize
     try:
-        os.posix_fallocate(file.fileno(), 0, num_bytes)
+        return _mapped(size, dtype)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno == errno.EMFILE and more_open_files():
+            return _mapped(size, dtype)
+        if error.errno not in _LIMITS:
+            raise
+        raise MachineLimit(
+            f"no room for {size * np.dtype(dtype).itemsize / 1e9:,.1f} GB in the temporary folder "
+            f"{tempfile.gettempdir()} ({error.strerror}), where a matrix that is not stored by cells is turned around; "
+            f"{_LIMITS[error.errno]}"
+        ) from error
+
+
+def _mapped(size: int, dtype: Any) -> Array:
+    num_bytes = size * np.dtype(dtype).itemsize
+    with tempfile.TemporaryFile() as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+        except OSError as error:
+            if error.errno in _LIMITS:
+                raise
             file.truncate(num_bytes)  # a file system that cannot say
-        else:
-            raise MachineLimit(
-                f"no room for {num_bytes / 1e9:,.1f} GB in the temporary folder {tempfile.gettempdir()}, where a "
-                "matrix that is not stored by cells is turned around; name a larger one with the "
-                "environment variable TMPDIR"
-            ) from error
-    return np.memmap(file, dtype=dtype, mode="r+", shape=(size,))
+        return np.memmap(file, dtype=dtype, mode="r+", shape=(size,))

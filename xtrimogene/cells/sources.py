@@ -179,7 +179,7 @@ def _source(
     names_column = contents.names_column if gene_symbols is None else gene_symbols
     names = column_names(var, names_column)
     lasting = (lambda stored: stored) if contents.file is None else contents.file.array
-    rows = rows_of(contents.matrix(layer), closing, lasting)
+    rows = rows_of(contents.matrix(layer), lasting)
     for axis, (word, size) in enumerate((("obs", contents.num_cells(layer)), ("var", len(var)))):
         if rows.shape[axis] != size:
             side = ("rows", "columns")[axis]
@@ -235,7 +235,7 @@ def _opened(path: Path, closing: contextlib.ExitStack) -> Contents:
         files = mtx_files(file)
         if files is None:
             raise ValueError(folder_refusal(file))
-        return mtx_contents(files, closing)
+        return mtx_contents(files)
 
 
 def _of_hdf5(path: Path, part: str | None, name: Path, closing: contextlib.ExitStack) -> Contents:

@@ -3,7 +3,6 @@ gzipped or not. Text cannot be read by rows: it is turned once into CSR in tempo
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import itertools
 import re
@@ -64,7 +63,7 @@ def mtx_files(folder: Path) -> MtxFiles | None:
     return found[0] if found else None
 
 
-def mtx_contents(files: MtxFiles, closing: contextlib.ExitStack) -> Contents:
+def mtx_contents(files: MtxFiles) -> Contents:
     """A 10x folder: X is the matrix, with cells as rows."""
     features = _tsv(files.features)
     barcodes = [row[0] for row in _tsv(files.barcodes)]
@@ -80,7 +79,7 @@ def mtx_contents(files: MtxFiles, closing: contextlib.ExitStack) -> Contents:
 
     def matrix(_: str | None) -> SparseRows:
         try:
-            return _converted(files.matrix, len(features), len(barcodes), closing)
+            return _converted(files.matrix, len(features), len(barcodes))
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(
                 f"{files.matrix.name} cannot be unpacked: {error}; the file is damaged or truncated"
@@ -98,10 +97,10 @@ def mtx_contents(files: MtxFiles, closing: contextlib.ExitStack) -> Contents:
     )
 
 
-def _converted(path: Path, num_features: int, num_cells: int, closing: contextlib.ExitStack) -> SparseRows:
+def _converted(path: Path, num_features: int, num_cells: int) -> SparseRows:
     """CSR of cells x features, in temporary files."""
     shape = (num_cells, num_features)
-    with _open(path) as file, contextlib.ExitStack() as scratch:
+    with _open(path) as file:
         sizes, entries = _header(file, path.name)
         if sizes not in (shape, shape[::-1]):
             raise ValueError(
@@ -109,7 +108,7 @@ def _converted(path: Path, num_features: int, num_cells: int, closing: contextli
                 f"{sizes[0]} x {sizes[1]}; these files do not belong together"
             )
         cell_axis, gene_axis = (1, 0) if sizes == shape[::-1] else (0, 1)
-        cells, genes, values = (scratch_array(entries, kind, scratch) for kind in (np.int32, np.int32, np.float64))
+        cells, genes, values = (scratch_array(entries, kind) for kind in (np.int32, np.int32, np.float64))
         lengths, end, in_order = np.zeros(num_cells, np.int64), 0, True
         for numbers in _numbers(file, path.name):
             start, end = end, end + len(numbers)
@@ -126,12 +125,11 @@ def _converted(path: Path, num_features: int, num_cells: int, closing: contextli
                 "or truncated"
             )
         if in_order:  # as Cell Ranger writes it
-            closing.push(scratch.pop_all())
             return SparseRows(shape, np.concatenate([[0], np.cumsum(lengths)]), genes, values)
         step = _BLOCK_BYTES // 16
         bounds = itertools.pairwise([*range(0, entries, step), entries])
         blocks = ((cells[first:last], genes[first:last], values[first:last]) for first, last in bounds)
-        return csr_on_disk(shape, lengths, blocks, np.float64, closing)
+        return csr_on_disk(shape, lengths, blocks, np.float64)
 
 
 def _header(file: IO[bytes], name: str) -> tuple[tuple[int, int], int]:
