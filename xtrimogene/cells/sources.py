@@ -40,6 +40,14 @@ class UnreadableCells(ValueError):
     """Rows that could not be read this time: damage, or a disk or network that fails for a while."""
 
 
+class MissingMatrix(ValueError):
+    """A data set without the matrix that was asked for; layers are those that it has, None for X."""
+
+    def __init__(self, message: str, layers: list[str | None]) -> None:
+        super().__init__(message)
+        self.layers = layers
+
+
 @dataclass
 class CellSource:
     """The cells of one matrix of a data set.
@@ -171,7 +179,7 @@ def _source(
     if layer not in layers:
         wanted = "X" if layer is None else f"layer {layer!r}"
         known = ", ".join("X" if known is None else str(known) for known in layers) or "none"
-        raise ValueError(f"expected {wanted}, got a data set without it; its matrices: {known}")
+        raise MissingMatrix(f"{name}: expected {wanted}, got a data set without it; its matrices: {known}", layers)
     var = contents.var(layer)
     unreadable = var.attrs.get(UNREADABLE, {})
     if gene_symbols in unreadable:
@@ -207,7 +215,8 @@ def _naming(name: str, kind: str, closing: contextlib.ExitStack) -> Any:
         raise MachineLimit(f"{name}: {error}") from error
     except Exception as error:  # h5py, zarr, tiledb and anndata have no common base of what they raise
         closing.close()
-        if type(error) is FileNotFoundError:  # zarr has a kind of its own for what is missing in a store
+        # zarr has a kind of its own for what is missing in a store
+        if type(error) is FileNotFoundError or isinstance(error, MissingMatrix):
             raise
         if type(error) is ValueError:
             raise error if name in str(error) else ValueError(f"{name}: {error}") from error

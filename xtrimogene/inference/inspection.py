@@ -15,7 +15,7 @@ from anndata import AnnData
 
 from xtrimogene.cells.formats.tables import UNREADABLE
 from xtrimogene.cells.matrix import CsrArrays
-from xtrimogene.cells.sources import CellSource, open_cells
+from xtrimogene.cells.sources import CellSource, MissingMatrix, open_cells
 from xtrimogene.hub import checkpoint_folder
 from xtrimogene.inference.model_cells import WINDOW
 from xtrimogene.inference.options import DEFAULT_MAX_TOKENS
@@ -220,12 +220,10 @@ def _first(adata_or_path: AnnData | str | os.PathLike[str]) -> CellSource:
     """X, or the first matrix that can be opened where there is no X."""
     try:
         return open_cells(adata_or_path)
-    except ValueError as error:
-        _, marker, known = str(error).partition("got a data set without it; its matrices: ")
-        names = [name for name in known.split(", ") if name != "none"] if marker else []
-        for name in names:
-            return open_cells(adata_or_path, layer=name)
-        raise
+    except MissingMatrix as error:
+        if not error.layers:
+            raise
+        return open_cells(adata_or_path, layer=error.layers[0])
 
 
 def _matrix(source: CellSource, target_sum: float) -> MatrixReport:
