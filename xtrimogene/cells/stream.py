@@ -66,7 +66,7 @@ class TrainingCells:
     Memory: 12 bytes a cell and the row offsets of the files, and three windows of cells.
 
     Args:
-        data: AnnData, h5ad files, zarr stores, folders of these, or several of them.
+        data: AnnData, files or stores of cells (see open_cells), folders of these, or several of them.
         vocabulary: its genes; what the files lack is zero.
         layer, gene_symbols, normalized: as for embed; the same for all data sets.
         masking: how genes are chosen.

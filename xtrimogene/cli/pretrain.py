@@ -19,7 +19,7 @@ def add_to(commands: Commands) -> None:
         "pretrain",
         help="train a model on many cells",
         usage="%(prog)s --data PATH [PATH ...] --output DIR [--config FILE] [key=value ...] [--resume]",
-        description="Train the masked auto-encoder on the cells of h5ad files, zarr stores and folders of them. The "
+        description="Train the masked auto-encoder on the cells of files, stores and folders of them. The "
         "config is a YAML file with the keys of PretrainConfig; key=value changes single ones (model.dim=64 one of a "
         "section); checkpoint=DIR begins with the weights of a model. SIGTERM and SIGINT save a checkpoint and stop; "
         "an interrupted or killed run goes on with --resume. "
@@ -31,7 +31,7 @@ def add_to(commands: Commands) -> None:
         run=_run, kept=_kept, smaller="; try a smaller batch_cells and a larger accumulate", changes=[]
     )
     command.add_argument("--config", metavar="FILE", help="YAML file of PretrainConfig's keys (default: its defaults)")
-    command.add_argument("--data", required=True, nargs="+", metavar="PATH", help="cells: .h5ad, .zarr, or folders")
+    command.add_argument("--data", required=True, nargs="+", metavar="PATH", help="files of cells, or folders of them")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make: log, checkpoints, model")
     command.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
     command.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, ... (default: the GPU if any)")
