@@ -17,8 +17,9 @@ def add_to(commands: Commands) -> None:
     command = commands.add_parser(
         "embed",
         help="embed the cells of a file",
-        description="Embed every cell of a file and write a copy of the file with the embedding in obsm, or, for a format "
-        "that is not AnnData's, an h5ad file with the cells and the embedding. The input is only read. An interrupted run goes on with --resume.",
+        description="Embed every cell of a file and write a copy of the file with the embedding in obsm (of a format "
+        "that is not AnnData's: an h5ad file with the cells and the embedding). The input is only read. An interrupted "
+        "run goes on with --resume.",
         epilog="Exit status: 0 all cells are embedded; 2 wrong input or options, a disk that fails, or no memory left; "
         "130 interrupted; 1 an error that nobody has thought of, whose traceback is in the file that is named.",
     )
