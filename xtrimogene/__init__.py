@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from xtrimogene.inference.embed import embed
     from xtrimogene.inference.encoding import EmbedReport
     from xtrimogene.inference.gene_level import GeneReport, gene_embeddings, predict_expression
+    from xtrimogene.inference.inspection import inspect_cells
     from xtrimogene.model import XTrimoGene
     from xtrimogene.network.config import XTrimoGeneConfig
     from xtrimogene.network.vocabulary import Vocabulary
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "embed",
     "gene_embeddings",
+    "inspect_cells",
     "predict_expression",
 ]
 
@@ -40,6 +42,7 @@ _HOMES = {
     "XTrimoGeneConfig": "xtrimogene.network.config",
     "embed": "xtrimogene.inference.embed",
     "gene_embeddings": "xtrimogene.inference.gene_level",
+    "inspect_cells": "xtrimogene.inference.inspection",
     "predict_expression": "xtrimogene.inference.gene_level",
 }
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -381,3 +385,80 @@ def test_all_pooling_needs_depth_tokens(checkpoint: Path, path: Path, capsys: py
     capsys.readouterr()
     assert main(arguments(checkpoint, path, "--pooling", "all")) == 2
     assert "pooling: expected mean or max for a model without depth tokens, got 'all'" in error_line(capsys)
+
+
+REFUSED = {
+    "cells.csv": "is a table of text; make it sparse once, in Python: adata = anndata.io.read_csv",
+    "cells.rds": "is an object of R; write it from there: anndataR::write_h5ad",
+    "folder": "is a folder of data sets (a.h5ad, b.h5ad); give one of them (pretrain takes a folder)",
+    "scaled.h5ad": "not negative, NaN or infinite ones; layer='raw' looks log-normalised: layer='raw', normalized=True "
+    "(--layer raw --normalized)",
+    "counted.h5ad": "ones; layer='counts' holds counts: --layer counts",
+    "foreign.h5ad": "got none of the 30 vocabulary genes",
+    "cut.h5ad": "the file is damaged or truncated",
+    "a file.h5": "expected an h5ad, 10x, loom or h5mu file, got HDF5 that holds nothing",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("command", ["embed", "impute", "pretrain"])
+def test_every_refusal_of_an_input_ends_with_how_to_look_into_it(
+    command: str, name: str, checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = path.parent / "given" / name
+    given.parent.mkdir()
+    if name == "folder":
+        given.mkdir()
+        for each in "ab":
+            shutil.copy(path, given / f"{each}.h5ad")
+    elif name in ("scaled.h5ad", "counted.h5ad", "foreign.h5ad"):
+        adata = anndata.read_h5ad(path)
+        if name == "foreign.h5ad":
+            adata.var_names = [f"Mouse{i}" for i in range(30)]
+        else:
+            adata.raw, adata.layers = adata.copy(), {}
+            if name == "counted.h5ad":
+                adata.layers["counts"] = adata.X.copy()
+            adata.raw.X.data[:] = np.log1p(adata.raw.X.data)
+            adata.X = adata.X.toarray() - 1
+        adata.write_h5ad(given)
+    elif name == "cut.h5ad":
+        given.write_bytes(path.read_bytes()[:-3000])
+    elif name == "a file.h5":
+        h5py.File(given, "w").close()
+    else:
+        given.write_text("gene,c1\n")
+    capsys.readouterr()
+    asked = arguments(checkpoint, given)
+    asked[0] = command
+    if command == "pretrain":
+        if name == "folder":
+            given = given / "b.h5ad"
+            given.write_bytes(path.read_bytes()[:-3000])
+        asked = ["pretrain", "--data", str(path.parent / "given" / name), "--output", str(path.parent / "run")]
+        asked += [f"checkpoint={checkpoint}", "min_genes=0", "max_steps=1"]
+    assert main(asked) == 2
+    told = error_line(capsys)
+    if (command, name) != ("pretrain", "folder"):
+        assert REFUSED[name] in told
+    assert told.endswith(f"; xtrimogene inspect {shlex.quote(str(given))} tells what it holds\n")
+
+
+def test_inspect(checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = path.parent / "report.json"
+    capsys.readouterr()
+    assert main(["inspect", str(path), "--checkpoint", str(checkpoint), "--json", str(report)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{path}: h5ad\n\nmatrices\n  X: 20 cells x 30 columns, 40.0% stored; counts\n")
+    assert "genes found, of 30\n  var_names: 30 (such as G0, G1, G2)\n  var['id']: 0" in out
+    told = json.loads(report.read_text())
+    assert told["command"] == "inspect"
+    assert (told["matrices"][0]["layer"], told["matrices"][0]["numbers"]) == (None, "counts")
+    assert told["genes"][0] == {"column": None, "found": 30, "examples": ["G0", "G1", "G2"]}
+    assert main(["inspect", str(path), "--vocabulary", str(path.parent / "genes.txt"), "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    for name, message in (("none.h5ad", "none.h5ad: no such file"), ("genes.txt", "is a table of text")):
+        assert main(["inspect", str(path.parent / name)]) == 2
+        told = error_line(capsys)
+        assert message in told
+        assert "xtrimogene inspect" not in told

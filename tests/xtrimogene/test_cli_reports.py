@@ -23,7 +23,7 @@ from xtrimogene.cli.messages import tell
 from xtrimogene.network.vocabulary import Vocabulary
 
 GENES = [f"G{i}" for i in range(30)]
-COMMANDS = ("embed", "genes", "impute", "convert", "pretrain", "init", "bench")
+COMMANDS = ("embed", "genes", "impute", "inspect", "convert", "pretrain", "init", "bench")
 
 
 @pytest.fixture

@@ -9,15 +9,21 @@ from typing import TypeAlias
 
 from anndata import AnnData
 
+from xtrimogene.cells.formats.refused import folder_refusal
+from xtrimogene.cells.formats.soma import is_soma
+from xtrimogene.cells.formats.tenx_mtx import mtx_files
+from xtrimogene.cells.formats.zarr_store import is_zarr
 from xtrimogene.cells.sources import open_cells
 from xtrimogene.network.vocabulary import Vocabulary
 
 Data: TypeAlias = AnnData | str | os.PathLike[str]
-_ZARR_FILES = ("zarr.json", ".zgroup")
+# What a folder stands for. 10x files have to be named: Cell Ranger leaves the same cells in several of them.
+_SUFFIXES = (".h5ad", ".zarr", ".h5mu", ".loom")
 
 
 def expand_data(data: Data | Sequence[Data]) -> list[AnnData | Path]:
-    """Data sets in order: a folder that is no zarr store stands for the h5ad files and zarr stores in it, by name.
+    """Data sets in order: a folder that is no data set itself stands for the files and stores in it (h5ad, zarr, h5mu,
+    loom), by name. Hidden files, such as macOS leaves beside others (._NAME), are not looked at.
 
     Raises FileNotFoundError for a folder without any, ValueError for nothing at all or a file that is given twice.
     """
@@ -27,10 +33,14 @@ def expand_data(data: Data | Sequence[Data]) -> list[AnnData | Path]:
             found.append(each)
             continue
         path = Path(each)
-        if path.is_dir() and path.suffix != ".zarr" and not any((path / name).exists() for name in _ZARR_FILES):
-            files = sorted(entry for entry in path.iterdir() if entry.suffix in (".h5ad", ".zarr"))
+        if path.is_dir() and not is_zarr(path) and not is_soma(path) and mtx_files(path) is None:
+            files = sorted(
+                entry for entry in path.iterdir() if entry.suffix in _SUFFIXES and not entry.name.startswith(".")
+            )
             if not files:
-                raise FileNotFoundError(f"{path}: expected h5ad files or zarr stores in the folder, got none")
+                raise FileNotFoundError(
+                    f"{path}: expected h5ad files or zarr stores in the folder, got none: {folder_refusal(path)}"
+                )
             found += files
         else:
             found.append(path)

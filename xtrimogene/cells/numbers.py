@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 
+from xtrimogene.cells.instead import matrix_instead
 from xtrimogene.cells.sources import CellSource
 
 
@@ -27,6 +28,7 @@ def looks_like_counts(source: CellSource) -> bool:
             raise ValueError(
                 f"{source.name}: row {start + row} ({source.cell_name(start + row)}), column {indices[entry]}: value "
                 f"{data[entry]}; expected raw counts (or log-normalised values), not negative, NaN or infinite ones"
+                f"{matrix_instead(source)}"
             )
         whole = whole and bool(np.all(data == np.rint(data)))
     return whole

@@ -1,8 +1,9 @@
-"""CellSource: the cells of an AnnData object, an h5ad file or a zarr store, opened without reading them."""
+"""CellSource: the cells of one matrix of a data set, opened without reading them, whatever format they come in."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -12,19 +13,39 @@ from pathlib import Path
 from typing import Any
 
 import anndata
-import h5py
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from anndata import AnnData
-from anndata.io import read_elem
 
+from xtrimogene.cells.formats.adata import adata_contents
+from xtrimogene.cells.formats.anndata_group import anndata_group_contents, is_anndata_group, is_legacy_group
+from xtrimogene.cells.formats.contents import Contents
+from xtrimogene.cells.formats.inner import chosen_part, folder_of_parts, has_inner
+from xtrimogene.cells.formats.loom import is_loom_root, loom_contents
+from xtrimogene.cells.formats.refused import file_refusal, folder_refusal, hdf5_refusal, store_refusal
+from xtrimogene.cells.formats.soma import is_soma, soma_contents
+from xtrimogene.cells.formats.tables import UNREADABLE
+from xtrimogene.cells.formats.tenx_h5 import is_tenx_root, tenx_contents
+from xtrimogene.cells.formats.tenx_mtx import mtx_contents, mtx_files
+from xtrimogene.cells.formats.zarr_store import damaged_metadata, is_zarr
+from xtrimogene.cells.hdf5 import HdfFile, MachineLimit, is_hdf5
 from xtrimogene.cells.matrix import CsrArrays, Rows, rows_of
 from xtrimogene.network.vocabulary import column_names
+
+_IN_MEMORY = "AnnData"
 
 
 class UnreadableCells(ValueError):
     """Rows that could not be read this time: damage, or a disk or network that fails for a while."""
+
+
+class MissingMatrix(ValueError):
+    """A data set without the matrix that was asked for; layers are those that it has, None for X."""
+
+    def __init__(self, message: str, layers: list[str | None]) -> None:
+        super().__init__(message)
+        self.layers = layers
 
 
 @dataclass
@@ -32,15 +53,20 @@ class CellSource:
     """The cells of one matrix of a data set.
 
     name         how messages call it: the path, or "AnnData"
+    kind         its format, in words
     n_obs        cells
     n_vars       columns of the matrix
     var          (n_vars rows) annotation of the columns
     var_names    (n_vars,) gene name of each column, from the index of var or its column ``gene_symbols``
     layer        the layer that is read, None for X
     other_layers what ``layer`` could be instead
+    obs_columns  names of the columns of obs that can be read
+    read_obs     (n_obs,) values of one of them
+    obs          (n_obs rows) all of obs
     """
 
     name: str
+    kind: str
     var: pd.DataFrame
     var_names: list[str]
     gene_symbols: str | None
@@ -48,7 +74,9 @@ class CellSource:
     other_layers: list[str | None]
     rows: Rows
     cell_name: Callable[[int], str]
+    obs: Callable[[], pd.DataFrame] = field(repr=False)
     open_layer: Callable[[str | None], CellSource] = field(repr=False)
+    _file: HdfFile | None = field(default=None, repr=False)
     _closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
 
     @property
@@ -72,13 +100,25 @@ class CellSource:
         """
         try:
             return self.rows.read(start, stop)
-        except MemoryError:
+        except (MemoryError, MachineLimit):
             raise
         except Exception as error:  # HDF5, zarr and its codecs have no common base of what they raise
             raise UnreadableCells(
                 f"{self.name}: cannot read rows {start} to {stop - 1}: {error}; the file is damaged or truncated, or "
                 "its disk fails"
             ) from error
+
+    @cached_property
+    def obs_columns(self) -> list[str]:
+        return [str(column) for column in self.obs().columns]
+
+    def read_obs(self, column: str) -> Any:
+        return self.obs()[column].to_numpy()
+
+    def suspend(self) -> None:
+        """Gives the file handle back until rows are read again; nothing for formats that hold none."""
+        if self._file is not None:
+            self._file.close()
 
     def close(self) -> None:
         self._closing.close()
@@ -93,40 +133,184 @@ class CellSource:
 def open_cells(
     adata_or_path: AnnData | str | os.PathLike[str], *, layer: str | None = None, gene_symbols: str | None = None
 ) -> CellSource:
-    """Open the cells of an AnnData (in memory, view or backed), an h5ad file or a zarr store, without reading them.
+    """Open the cells of an AnnData (in memory, view or backed) or of a file, without reading them.
 
-    CSR is read by windows of rows; dense matrices are turned into rows block by block; CSC is transposed once, in
-    temporary files where the matrix is on disk. Two things are read whole: a view of a backed AnnData, of which anndata
-    cannot take a part, and files written by anndata before 0.7.
+    Files: h5ad, zarr stores, 10x Cell Ranger (h5, or the folder of matrix.mtx), loom, MuData (the modality with gene
+    expression, or FILE.h5mu/NAME), SpatialData (its table, or STORE.zarr/tables/NAME), TileDB-SOMA with tiledbsoma.
+
+    CSR is read by windows of rows; dense matrices are turned into rows block by block; what is stored by genes, or as
+    text, is turned around once, in temporary files. Two things are read whole: a view of a backed AnnData, of which
+    anndata cannot take a part, and files written by anndata before 0.7.
 
     Args:
-        layer: the layer to read, None for X. "raw" stands for ``.raw`` where no layer has that name.
-        gene_symbols: column of ``var`` with the gene names, None for ``var_names``.
+        layer: the layer to read, None (or "X") for X. "raw" stands for ``.raw`` where no layer has that name. Of 10x
+            files with several genomes: the genome.
+        gene_symbols: column of ``var`` with the gene names, None for ``var_names`` (of 10x files: the symbols).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no h5ad or zarr AnnData, a truncated file, a missing layer or var column, a matrix of no numbers;
-            the message names the file.
+        ValueError: a format that is not read (says what to do), a truncated file, a missing layer or var column, a
+            matrix of no numbers; the message names the file.
     """
+    closing = contextlib.ExitStack()
     if isinstance(adata_or_path, AnnData):
-        return _open_adata(adata_or_path, "AnnData", layer, gene_symbols)
-    if not isinstance(adata_or_path, str | os.PathLike):
+        name = _IN_MEMORY
+        contents = adata_contents(adata_or_path)
+    elif isinstance(adata_or_path, str | os.PathLike):
+        name = str(Path(adata_or_path))
+        contents = _opened(Path(adata_or_path), closing)
+    else:
         raise TypeError(f"adata_or_path: expected an AnnData or a path, got {type(adata_or_path).__name__}")
-    path = Path(adata_or_path)
-    root, closing = open_store(path)
-    if is_legacy_store(root):
-        closing.close()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # anndata tells, item by item, how it moves old fields
-            return _open_adata(anndata.read_h5ad(path), str(path), layer, gene_symbols)
+    with _naming(name, contents.kind, closing):
+        return _source(adata_or_path, name, contents, layer, gene_symbols, closing)
+
+
+def _source(
+    adata_or_path: AnnData | str | os.PathLike[str],
+    name: str,
+    contents: Contents,
+    layer: str | None,
+    gene_symbols: str | None,
+    closing: contextlib.ExitStack,
+) -> CellSource:
+    layers = contents.layers
+    if layer == "X" and "X" not in layers:
+        layer = None  # as tables and help texts call it
+    if layer not in layers:
+        wanted = "X" if layer is None else f"layer {layer!r}"
+        known = ", ".join("X" if known is None else str(known) for known in layers) or "none"
+        raise MissingMatrix(f"{name}: expected {wanted}, got a data set without it; its matrices: {known}", layers)
+    var = contents.var(layer)
+    unreadable = var.attrs.get(UNREADABLE, {})
+    if gene_symbols in unreadable:
+        raise ValueError(f"gene_symbols: var[{gene_symbols!r}] cannot be read: {unreadable[gene_symbols]}")
+    names_column = contents.names_column if gene_symbols is None else gene_symbols
+    names = column_names(var, names_column)
+    lasting = (lambda stored: stored) if contents.file is None else contents.file.array
+    rows = rows_of(contents.matrix(layer), lasting)
+    for axis, (word, size) in enumerate((("obs", contents.num_cells(layer)), ("var", len(var)))):
+        if rows.shape[axis] != size:
+            side = ("rows", "columns")[axis]
+            raise ValueError(f"expected {size} {side} as {word} has rows, got {rows.shape[axis]}; the file is damaged")
+    return CellSource(
+        name, contents.kind, var, names, names_column, layer, [other for other in layers if other != layer], rows,
+        cell_name=lambda row: contents.cell_name(layer, row),
+        obs=functools.cache(lambda: contents.obs(layer)),
+        open_layer=lambda other: open_cells(adata_or_path, layer=other),
+        _file=contents.file,
+        _closing=closing,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _naming(name: str, kind: str, closing: contextlib.ExitStack) -> Any:
+    """Every error names the file; what libraries raise for damage of one kind or another becomes a ValueError."""
     try:
-        return _open_root(root, path, layer, gene_symbols, closing)
-    except (OSError, KeyError, RuntimeError) as error:
+        yield
+    except (PermissionError, MemoryError):
         closing.close()
-        raise ValueError(f"{path}: cannot be read as AnnData: {error}; the file is damaged or truncated") from error
+        raise
+    except MachineLimit as error:
+        closing.close()
+        raise MachineLimit(f"{name}: {error}") from error
+    except Exception as error:  # h5py, zarr, tiledb and anndata have no common base of what they raise
+        closing.close()
+        # zarr has a kind of its own for what is missing in a store
+        if type(error) is FileNotFoundError or isinstance(error, MissingMatrix):
+            raise
+        if type(error) is ValueError:
+            raise error if name in str(error) else ValueError(f"{name}: {error}") from error
+        damaged = damaged_metadata(Path(name)) if name != _IN_MEMORY else None
+        if damaged is not None:
+            raise ValueError(f"{name}: {damaged}; the store is damaged") from error
+        raise ValueError(f"{name}: cannot be read as {kind}: {error}; the file is damaged or truncated") from error
     except BaseException:
         closing.close()
         raise
+
+
+def _opened(path: Path, closing: contextlib.ExitStack) -> Contents:
+    """What a path holds, by what is in it, not by its name."""
+    file, part = split_part(path)
+    if not file.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    with _naming(str(path), "a data set", closing):
+        if not file.is_dir():
+            return _of_hdf5(file, part, path, closing)
+        if is_zarr(file):
+            return _of_zarr(file)
+        if is_soma(file):
+            return soma_contents(file, closing)
+        files = mtx_files(file)
+        if files is None:
+            raise ValueError(folder_refusal(file))
+        return mtx_contents(files)
+
+
+def _of_hdf5(path: Path, part: str | None, name: Path, closing: contextlib.ExitStack) -> Contents:
+    if not is_hdf5(path):
+        raise ValueError(file_refusal(path))
+    file = HdfFile(path)
+    closing.callback(file.close)
+    root = file.root
+    if has_inner(root):
+        folder, kind = folder_of_parts(root)
+        inner = f"{folder}/{chosen_part(list(root[folder]), part, folder, str(path))}"
+        return anndata_group_contents(root[inner], f"{kind}, {inner}", file)
+    if part is not None:
+        raise FileNotFoundError(f"{name}: no such file; only h5mu files have parts")
+    if is_anndata_group(root):
+        if is_legacy_group(root):
+            file.close()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # anndata tells, item by item, how it moves old fields
+                return adata_contents(anndata.read_h5ad(path), "h5ad of anndata before 0.7")
+        return anndata_group_contents(root, "h5ad", file)
+    if is_loom_root(root):
+        return loom_contents(file)
+    if is_tenx_root(root):
+        return tenx_contents(file)
+    raise ValueError(hdf5_refusal(root))
+
+
+def _of_zarr(path: Path) -> Contents:
+    import zarr
+
+    root = zarr.open_group(path, mode="r")
+    if _is_anndata(root):
+        return anndata_group_contents(root, "zarr")
+    if has_inner(root):
+        folder, kind = folder_of_parts(root)
+        # Looked up as folders: a part may be of another zarr format than the store, and zarr does not list it then.
+        names = sorted(entry.name for entry in (path / folder).iterdir() if entry.is_dir() and is_zarr(entry))
+        inner = f"{folder}/{chosen_part(names, None, folder, str(path))}"
+        return anndata_group_contents(zarr.open_group(path / inner, mode="r"), f"{kind}, {inner}")
+    raise ValueError(store_refusal(root))
+
+
+def split_part(path: Path) -> tuple[Path, str | None]:
+    """The file of a path and the part of it that the path names: FILE.h5mu/rna, as muon has it. A store is a folder,
+    and its parts are paths already."""
+    for parent in path.parents:
+        if parent.is_file():
+            return parent, str(path.relative_to(parent))
+    return path, None
+
+
+def is_anndata_file(path: Path) -> bool:
+    """Whether a path is an AnnData file (h5ad or zarr), of which a copy can hold more. Raises as open_cells."""
+    if not path.exists() or not (is_zarr(path) if path.is_dir() else is_hdf5(path)):
+        return False
+    closing = contextlib.ExitStack()
+    with closing, _naming(str(path), "AnnData", closing):
+        root = _root(path, closing)
+        if path.is_dir() and not _is_anndata(root) and not has_inner(root):
+            raise ValueError(store_refusal(root))
+        return _is_anndata(root)
+
+
+def _is_anndata(root: Any) -> bool:
+    return is_anndata_group(root) and "mod" not in root
 
 
 def open_store(path: Path) -> tuple[Any, contextlib.ExitStack]:
@@ -137,101 +321,26 @@ def open_store(path: Path) -> tuple[Any, contextlib.ExitStack]:
     closing = contextlib.ExitStack()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    with _naming(str(path), "AnnData", closing):
+        if not path.is_dir() and not is_hdf5(path):
+            raise ValueError(file_refusal(path))
+        root = _root(path, closing)
+        if not is_anndata_group(root):
+            raise ValueError(hdf5_refusal(root))
+        return root, closing
+
+
+def _root(path: Path, closing: contextlib.ExitStack) -> Any:
+    """The root group of a zarr store or an HDF5 file."""
     if path.is_dir():
         import zarr
 
-        try:
-            root = zarr.open_group(path, mode="r")
-        except Exception as error:  # zarr has no common base of what it raises for a folder that is no store
-            raise ValueError(f"{path}: expected an h5ad file or a zarr store, got another folder") from error
-    else:
-        if not h5py.is_hdf5(path):
-            raise ValueError(
-                f"{path}: expected an h5ad file, got something that is not HDF5, or is cut off at its start; "
-                "write one with adata.write_h5ad"
-            )
-        try:
-            root = closing.enter_context(h5py.File(path, "r"))
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be opened: {error}; the file is damaged or truncated") from error
-    missing = [key for key in ("obs", "var") if key not in root]
-    if missing:
-        hint = "; read a 10x file with scanpy.read_10x_h5 and write it as h5ad" if "matrix" in root else ""
-        closing.close()
-        raise ValueError(f"{path}: expected an AnnData file, got one without {' and '.join(missing)}{hint}")
-    return root, closing
+        return zarr.open_group(path, mode="r")
+    file = HdfFile(path)
+    closing.callback(file.close)
+    return file.root
 
 
 def is_legacy_store(root: Any) -> bool:
     """Whether anndata before 0.7 wrote the file: tables and obsm are compound data sets then, not groups."""
-    return isinstance(root["obs"], h5py.Dataset)
-
-
-def _open_root(
-    root: Any, path: Path, layer: str | None, gene_symbols: str | None, closing: contextlib.ExitStack
-) -> CellSource:
-    layers: list[str | None] = [None] if "X" in root else []
-    layers += list(root["layers"]) if "layers" in root else []
-    if "raw" in root and "raw" not in layers:
-        layers.append("raw")
-    _check_layer(layer, layers, str(path))
-    from_raw = layer == "raw" and ("layers" not in root or "raw" not in root["layers"])
-    matrix = root["raw/X"] if from_raw else root["X"] if layer is None else root[f"layers/{layer}"]
-    var = read_elem(root["raw/var"] if from_raw else root["var"])
-    obs = root["obs"]
-
-    def cell_name(row: int) -> str:
-        names = obs[obs.attrs["_index"]]
-        name = names[row] if hasattr(names, "shape") else read_elem(names)[row]
-        return name.decode() if isinstance(name, bytes) else str(name)
-
-    return _source(
-        str(path), matrix, var, gene_symbols, layer, layers, cell_name,
-        lambda other: open_cells(path, layer=other), closing,
-    )  # fmt: skip
-
-
-def _open_adata(adata: AnnData, name: str, layer: str | None, gene_symbols: str | None) -> CellSource:
-    layers: list[str | None] = [None] if adata.X is not None or adata.isbacked else []
-    layers += list(adata.layers)
-    if adata.raw is not None and "raw" not in layers:
-        layers.append("raw")
-    _check_layer(layer, layers, name)
-    from_raw = layer == "raw" and "raw" not in adata.layers
-    if from_raw:
-        matrix, var = adata.raw.X, adata.raw.var
-    else:
-        matrix, var = adata.X if layer is None else adata.layers[layer], adata.var
-    return _source(
-        name, matrix, var, gene_symbols, layer, layers, lambda row: str(adata.obs_names[row]),
-        lambda other: _open_adata(adata, name, other, None), contextlib.ExitStack(),
-    )  # fmt: skip
-
-
-def _check_layer(layer: str | None, layers: list[str | None], name: str) -> None:
-    if layer not in layers:
-        wanted = "X" if layer is None else f"layer {layer!r}"
-        known = ", ".join("X" if known is None else str(known) for known in layers) or "none"
-        raise ValueError(f"{name}: expected {wanted}, got a data set without it; its matrices: {known}")
-
-
-def _source(
-    name: str,
-    matrix: Any,
-    var: pd.DataFrame,
-    gene_symbols: str | None,
-    layer: str | None,
-    layers: list[str | None],
-    cell_name: Callable[[int], str],
-    open_layer: Callable[[str | None], CellSource],
-    closing: contextlib.ExitStack,
-) -> CellSource:
-    try:
-        names = column_names(var, gene_symbols)
-        rows = rows_of(matrix, closing)
-        if rows.shape[1] != len(var):
-            raise ValueError(f"expected {len(var)} columns as var has rows, got {rows.shape[1]}; the file is damaged")
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    others = [other for other in layers if other != layer]
-    return CellSource(name, var, names, gene_symbols, layer, others, rows, cell_name, open_layer, closing)
+    return is_legacy_group(root)

@@ -11,6 +11,8 @@ import contextlib
 import hashlib
 import itertools
 import math
+import resource
+import threading
 import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -43,6 +45,9 @@ VALIDATION_EPOCH = 0
 # Rows between two that are wanted, up to which one read is cheaper than two.
 _GAP = 16
 
+# Share of the files that this process may have open which the cells may take.
+_OPEN_SHARE = 4
+
 # Rows in memory while the genes of all cells are counted.
 _COUNTED_ROWS = 1024
 
@@ -61,7 +66,7 @@ class TrainingCells:
     Memory: 12 bytes a cell and the row offsets of the files, and three windows of cells.
 
     Args:
-        data: AnnData, h5ad files, zarr stores, folders of these, or several of them.
+        data: AnnData, files or stores of cells (see open_cells), folders of these, or several of them.
         vocabulary: its genes; what the files lack is zero.
         layer, gene_symbols, normalized: as for embed; the same for all data sets.
         masking: how genes are chosen.
@@ -139,6 +144,7 @@ class TrainingCells:
         self.num_threads = num_threads
         self.sources: list[CellSource] = []
         self._column_maps: list[ColumnMap] = []
+        self._open_files = _OpenFiles()
         self._epoch: tuple[int, Order] | None = None
         try:
             self._open(data, layer, gene_symbols)
@@ -160,6 +166,7 @@ class TrainingCells:
         for each in expand_data(data):
             source = open_cells(each, layer=layer, gene_symbols=gene_symbols)
             self.sources.append(source)
+            self._open_files.used(source)
             if isinstance(each, AnnData):
                 source.name = f"AnnData {len(self.sources)}"
             column_map = map_genes(source, self.vocabulary, normalized=self.normalized)
@@ -396,6 +403,7 @@ class TrainingCells:
     def _pack(self, file: int, start: int, stop: int, rows: Cells | None, *, normalized: bool) -> RaggedBatch:
         source = self.sources[file]
         rows_csr = source.read_rows(start, stop)
+        self._open_files.used(source)
         try:
             return pack_rows_and_totals(
                 rows_csr,
@@ -409,6 +417,22 @@ class TrainingCells:
             )[0]
         except ValueError as error:
             raise ValueError(f"{source.name}: {error}") from error
+
+
+class _OpenFiles:
+    """Keeps no more files open than the process has room for: the one that was not read for longest is suspended."""
+
+    def __init__(self) -> None:
+        self.most = max(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _OPEN_SHARE)
+        self._used: dict[int, CellSource] = {}
+        self._lock = threading.Lock()
+
+    def used(self, source: CellSource) -> None:
+        with self._lock:
+            self._used.pop(id(source), None)
+            self._used[id(source)] = source
+            if len(self._used) > self.most:
+                self._used.pop(next(iter(self._used))).suspend()
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ def add_to(commands: Commands) -> None:
     )
     command.set_defaults(run=_run, smaller="; try a smaller --preset, or --quick")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write")
-    command.add_argument("--input", metavar="FILE", help="cells, .h5ad or .zarr (default: lengths of real cells)")
+    command.add_argument("--input", metavar="FILE", help="file of cells (default: lengths of real cells)")
     command.add_argument(
         "--vocabulary", metavar="FILE", help="genes of the model, one a line (default: those of the input)"
     )

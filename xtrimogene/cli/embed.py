@@ -16,16 +16,19 @@ def add_to(commands: Commands) -> None:
     """Adds the command to the parser."""
     command = commands.add_parser(
         "embed",
-        help="embed the cells of an h5ad file or zarr store",
-        description="Embed every cell of a file and write a copy of the file with the embedding in obsm. "
-        "The input is only read. An interrupted run goes on with --resume.",
+        help="embed the cells of a file",
+        description="Embed every cell of a file and write a copy of the file with the embedding in obsm (of a format "
+        "that is not AnnData's: an h5ad file with the cells and the embedding). The input is only read. An interrupted "
+        "run goes on with --resume.",
         epilog="Exit status: 0 all cells are embedded; 2 wrong input or options, a disk that fails, or no memory left; "
         "130 interrupted; 1 an error that nobody has thought of, whose traceback is in the file that is named.",
     )
     command.set_defaults(run=_run, kept=_kept, smaller="; try a smaller --max-tokens")
     command.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of the model")
-    command.add_argument("--input", required=True, metavar="FILE", help="cells, .h5ad or .zarr, raw counts in X")
-    command.add_argument("--output", required=True, metavar="FILE", help="file to write, of the same kind")
+    command.add_argument(
+        "--input", required=True, metavar="FILE", help="file, store or folder of cells, raw counts in X"
+    )
+    command.add_argument("--output", required=True, metavar="FILE", help="file to write: .zarr for .zarr, else .h5ad")
     command.add_argument("--embed-key", default=DEFAULT_KEY, metavar="KEY", help="key in obsm (default: %(default)s)")
     command.add_argument(
         "--pooling",

@@ -12,7 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 
-from xtrimogene.cli.messages import show_error, show_warning
+from xtrimogene.cli.messages import pointer_to_inspect, show_error, show_warning
 
 # What allocators say when there is no memory: PyTorch's of the CPU, C++'s, HDF5's.
 _OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "memory allocation failed")
@@ -33,7 +33,7 @@ def status_of(error: BaseException, arguments: argparse.Namespace) -> int:
         show_error(f"out of memory ({_first_line(error)}){arguments.smaller}{_kept(arguments)}")
         return 2
     if isinstance(error, ValueError | OSError | ImportError):
-        show_error(error)
+        show_error(f"{error}{pointer_to_inspect(error, arguments)}")
         return 2
     told = f"unexpected {type(error).__name__}: {_first_line(error)}"
     show_error(f"{told}; please report it with {_traceback_file(error)}{_kept(arguments)}")

@@ -34,7 +34,9 @@ def add_to(commands: Commands) -> None:
 
 def _add_gene_level_options(command: argparse.ArgumentParser, *, genes_required: bool) -> None:
     command.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of the model")
-    command.add_argument("--input", required=True, metavar="FILE", help="cells, .h5ad or .zarr, raw counts in X")
+    command.add_argument(
+        "--input", required=True, metavar="FILE", help="file, store or folder of cells, raw counts in X"
+    )
     command.add_argument("--output", required=True, metavar="FILE", help="h5ad file to write")
     genes = command.add_mutually_exclusive_group(required=genes_required)
     default = "" if genes_required else " (default: all)"

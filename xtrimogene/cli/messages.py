@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +72,20 @@ def _plain(value: Any) -> Any:
 def show_error(error: BaseException | str) -> None:
     """One line, whatever line breaks the message has."""
     print(f"xtrimogene: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def pointer_to_inspect(error: BaseException, arguments: argparse.Namespace) -> str:
+    """Where to look next when the cells of an input were refused, else "": such a message begins with the path."""
+    if isinstance(error, FileNotFoundError | PermissionError) or arguments.command == "inspect":
+        return ""
+    told = str(error)
+    for path in filter(None, [getattr(arguments, "input", None), *getattr(arguments, "data", [])]):
+        refused = str(Path(path))
+        if told.startswith(f"{refused}/"):  # one of a folder
+            refused = told.partition(": ")[0]
+        if told.startswith(f"{refused}: "):
+            return f"; xtrimogene inspect {shlex.quote(refused)} tells what it holds"
+    return ""
 
 
 def show_warning(

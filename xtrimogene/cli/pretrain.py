@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from xtrimogene.cli.failures import out_of_memory, status_of
-from xtrimogene.cli.messages import show_error, tell
+from xtrimogene.cli.messages import pointer_to_inspect, show_error, tell
 from xtrimogene.cli.options import Commands, fields_of, set_threads
 
 _CHANGE = re.compile(r"[a-z_][a-z_0-9]*(\.[a-z_0-9]+)?=")
@@ -19,7 +19,7 @@ def add_to(commands: Commands) -> None:
         "pretrain",
         help="train a model on many cells",
         usage="%(prog)s --data PATH [PATH ...] --output DIR [--config FILE] [key=value ...] [--resume]",
-        description="Train the masked auto-encoder on the cells of h5ad files, zarr stores and folders of them. The "
+        description="Train the masked auto-encoder on the cells of files, stores and folders of them. The "
         "config is a YAML file with the keys of PretrainConfig; key=value changes single ones (model.dim=64 one of a "
         "section); checkpoint=DIR begins with the weights of a model. SIGTERM and SIGINT save a checkpoint and stop; "
         "an interrupted or killed run goes on with --resume. "
@@ -31,7 +31,7 @@ def add_to(commands: Commands) -> None:
         run=_run, kept=_kept, smaller="; try a smaller batch_cells and a larger accumulate", changes=[]
     )
     command.add_argument("--config", metavar="FILE", help="YAML file of PretrainConfig's keys (default: its defaults)")
-    command.add_argument("--data", required=True, nargs="+", metavar="PATH", help="cells: .h5ad, .zarr, or folders")
+    command.add_argument("--data", required=True, nargs="+", metavar="PATH", help="files of cells, or folders of them")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make: log, checkpoints, model")
     command.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
     command.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, ... (default: the GPU if any)")
@@ -75,7 +75,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except FirstRankFailed:
         return 2
     except TrainingFailed as error:
-        show_error(error)
+        show_error(f"{error}{pointer_to_inspect(error, arguments)}")
         return 1
     except Exception as error:
         if out_of_memory(error) and (Path(arguments.output) / LOG_FILE).exists():

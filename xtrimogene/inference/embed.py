@@ -58,12 +58,13 @@ def embed(
     For a path with ``output``, every 1,024 cells are a shard that is written beside the output, in
     ``<output>.partial``; when all are there, a copy of the input with the embedding is renamed to ``output``. Memory
     does not grow with the number of cells. A run that was killed, or stopped by an error that is none of the numbers,
-    goes on with ``resume=True``. The input is only read.
+    goes on with ``resume=True``. The input is only read. Of an input that is no AnnData file (10x, loom, h5mu, ...),
+    the output is an h5ad file with its cells as ``obs`` and the embedding in ``obsm``, without X and genes.
 
     Args:
-        adata_or_path: AnnData (in memory, view or backed), or path of an h5ad file or zarr store.
+        adata_or_path: AnnData (in memory, view or backed), or a path: every format that cells.sources.open_cells knows.
         model: a model, or its checkpoint folder.
-        output: file to write when a path is given (h5ad for h5ad, zarr for zarr). None: the embedding is only returned,
+        output: file to write when a path is given (zarr for zarr, else h5ad). None: the embedding is only returned,
             as ``report.embedding``.
         layer: matrix to embed, None for X; "raw" for ``.raw``.
         pooling: "mean" or "max" over the encoder's rows of a cell; for a model with depth tokens over T and S too, as
@@ -137,7 +138,7 @@ def embed(
             else:
                 options: dict[str, Any] = {
                     "pooling": pooling,
-                    "layer": layer,
+                    "layer": source.layer,
                     "gene_symbols": gene_symbols,
                     "normalized": normalized,
                     "dtype": report.dtype,

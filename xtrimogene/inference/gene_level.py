@@ -18,18 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import anndata
 import h5py
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
 from anndata import AnnData
-from anndata.io import read_elem
 from scipy import sparse
 
 from xtg_kernels import RaggedBatch
-from xtrimogene.cells.sources import is_legacy_store, open_cells, open_store
+from xtrimogene.cells.sources import open_cells, split_part
 from xtrimogene.inference.model_cells import ModelCells, opened
 from xtrimogene.inference.options import (
     DEFAULT_BATCH_SIZE,
@@ -172,7 +169,7 @@ def _run(
             measured: _CsrWriter | None = None
             root: NewHdf5 | None = None
             if destination is not None:
-                root = stack.enter_context(new_h5ad(destination, _obs_of(adata_or_path), names, overwrite))
+                root = stack.enter_context(new_h5ad(destination, source.obs(), names, overwrite))
                 target = _array(root, f"obsm/{EMBEDDINGS_KEY}" if embeddings else f"layers/{IMPUTED_LAYER}", shape)
                 measured = None if embeddings else stack.enter_context(_CsrWriter(root, (report.cells, report.genes)))
             bar = stack.enter_context(progress_bar(report.cells, unit="cell", desc="decode", disable=not progress))
@@ -269,25 +266,14 @@ def _checked_output(adata_or_path: AnnData | str | os.PathLike[str], output: Pat
     if output.exists():
         if not output.is_file():
             raise FileExistsError(f"output: expected a file to replace, got {output}, a device or the like")
-        if not isinstance(adata_or_path, AnnData) and Path(adata_or_path).exists() and output.samefile(adata_or_path):
+        input = None if isinstance(adata_or_path, AnnData) else split_part(Path(adata_or_path))[0]
+        if input is not None and input.exists() and output.samefile(input):
             raise ValueError(f"output: expected another file than the input, got {output}; the input is never changed")
         if not overwrite:
             raise FileExistsError(f"output: {output} exists; name another file, or pass overwrite=True (--overwrite)")
     if not os.access(output.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"output: the folder {output.parent} cannot be written to; choose another one")
     return output
-
-
-def _obs_of(adata_or_path: AnnData | str | os.PathLike[str]) -> pd.DataFrame:
-    if isinstance(adata_or_path, AnnData):
-        return adata_or_path.obs
-    root, closing = open_store(Path(adata_or_path))
-    with closing:
-        if not is_legacy_store(root):
-            return read_elem(root["obs"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # anndata tells, item by item, how it moves old fields
-        return anndata.read_h5ad(adata_or_path, backed="r").obs
 
 
 def _array(root: h5py.File, name: str, shape: tuple[int, ...]) -> h5py.Dataset:

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from xtrimogene.cells.matrix import CsrArrays
-from xtrimogene.cells.sources import UnreadableCells, is_legacy_store, open_store
+from xtrimogene.cells.sources import UnreadableCells, is_anndata_file, is_legacy_store, open_store, split_part
 from xtrimogene.inference.encoding import Embeddings, Encoding
 from xtrimogene.inference.model_cells import BadNumbers
 from xtrimogene.inference.options import partial_folder
-from xtrimogene.inference.tables import new_hdf5
+from xtrimogene.inference.tables import new_hdf5, write_tables
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.writing import flush_to_disk, locked, sealed, unsealed, write_whole
 
@@ -65,23 +65,33 @@ class Destination:
         return partial_folder(self.output)
 
     @property
+    def is_store(self) -> bool:
+        """Whether the output is a zarr store: a copy of one."""
+        return self.input.is_dir() and is_anndata_file(self.input)
+
+    @property
     def manifest(self) -> Path:
         return self.folder / "manifest.json"
 
     @classmethod
     def checked(cls, input: Path, output: Path, key: str, resume: bool, overwrite: bool) -> Destination:
         """Refuses, before any work, an output that could not be written at the end."""
+        input, _ = split_part(input)
         if not input.exists():
             raise FileNotFoundError(f"{input}: no such file")
-        kind = ".zarr" if input.is_dir() else ".h5ad"
+        is_anndata = is_anndata_file(input)
+        kind = ".zarr" if is_anndata and input.is_dir() else ".h5ad"
         if output.suffix != kind:
-            raise ValueError(f"output: expected a name that ends in {kind}, as the input is one, got {output}")
+            why = "as the input is one" if is_anndata else "for an input that is no AnnData file"
+            raise ValueError(f"output: expected a name that ends in {kind}, {why}, got {output}")
         if output.is_symlink():
             output = Path(os.path.realpath(output))  # what the link points at is replaced, and the link stays
         self = cls(input, output, key, resume, overwrite)
         if not output.parent.is_dir():
             raise FileNotFoundError(f"output: expected an existing folder, got {output.parent}; make it first")
         self._refuse_input()
+        if is_anndata:
+            self._check_copy()
         if output.exists():
             self._refuse_present(kind)
         if os.path.lexists(self.folder):
@@ -96,6 +106,22 @@ class Destination:
         real_input, real_output = Path(os.path.realpath(input)), Path(os.path.realpath(output))
         if real_input in real_output.parents or {real_output, partial_folder(real_output)} & set(real_input.parents):
             raise ValueError(f"output: expected a place apart from the input {input}, got {output}, one in the other")
+
+    def _check_copy(self) -> None:
+        """The result is a copy of the input with another entry in obsm: refuses what that would fail for at the end."""
+        files = self.input.rglob("*") if self.input.is_dir() else [self.input]
+        for path in files:
+            if not os.access(path, os.R_OK):
+                raise PermissionError(f"{path}: may not be read (permission denied), and the result is a copy of it")
+        root, closing = open_store(self.input)
+        with closing:
+            try:
+                if "obsm" in root:
+                    dict(root["obsm"].attrs)
+            except Exception as error:  # h5py and zarr have no common base of what they raise
+                raise ValueError(
+                    f"{self.input}: obsm, where the embedding goes, cannot be read: {error}; remove it from the file"
+                ) from error
 
     def _refuse_present(self, kind: str) -> None:
         output = self.output
@@ -262,7 +288,7 @@ class Destination:
 
     def _check_space(self, run: Encoding, missing: list[tuple[int, int]]) -> None:
         files = [file for file in self.input.rglob("*") if file.is_file()] if self.input.is_dir() else [self.input]
-        sizes = [file.stat() for file in files]
+        sizes = [file.stat() for file in files] if is_anndata_file(self.input) else []  # others are not copied
         copy = sum(min(size.st_size, size.st_blocks * 512) for size in sizes)
         numbers = run.report.cells + sum(stop - start for start, stop in missing)
         needed, free = copy + numbers * run.width * 4, shutil.disk_usage(self.folder).free
@@ -313,11 +339,15 @@ class Destination:
                 report.empty_cells += int(np.isnan(shard[0][:, 0]).sum())
                 yield start, shard[0]
 
-        if self.input.is_dir():
+        if self.is_store:
             _copy_store(self.input, result)
             _add_to_zarr(result, self.key, mark, shards(), shape, run.window)
         else:
-            shutil.copyfile(self.input, result)
+            if is_anndata_file(self.input):
+                shutil.copyfile(self.input, result)
+            else:
+                with new_hdf5(result, "w") as root:
+                    write_tables(root, run.cells.source.obs(), [])
             _add_to_h5ad(result, self.key, mark, shards(), shape)
         if _fingerprint(self.input) != seen:
             raise OSError(f"{self.input}: changed while it was copied")

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from anndata.io import write_elem
 
+from xtrimogene.cells.formats.tables import UNREADABLE
 from xtrimogene.writing import written_beside
 
 _GROUPS = ("layers", "obsm", "obsp", "uns", "varm", "varp")
@@ -75,12 +76,17 @@ def new_hdf5(path: Path, mode: str) -> Iterator[NewHdf5]:
 def new_h5ad(output: Path, obs: pd.DataFrame, var_names: Sequence[str], overwrite: bool) -> Iterator[NewHdf5]:
     """An AnnData file with cells and genes alone, open for more; it bears its name once it is whole."""
     with written_beside(output, overwrite) as written, new_hdf5(written, "w") as root:
-        root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        for name in _GROUPS:
-            root.create_group(name).attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
-        _write_table(root, "obs", obs)
-        _write_table(root, "var", pd.DataFrame(index=pd.Index(list(var_names), dtype=object)))
+        write_tables(root, obs, var_names)
         yield root
+
+
+def write_tables(root: h5py.File, obs: pd.DataFrame, var_names: Sequence[str]) -> None:
+    """Makes an empty HDF5 file an AnnData file with cells and genes alone."""
+    root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    for name in _GROUPS:
+        root.create_group(name).attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+    _write_table(root, "obs", obs)
+    _write_table(root, "var", pd.DataFrame(index=pd.Index(list(var_names), dtype=object)))
 
 
 def _write_table(root: h5py.File, name: str, table: pd.DataFrame) -> None:
@@ -104,8 +110,14 @@ def _write_table(root: h5py.File, name: str, table: pd.DataFrame) -> None:
             if column in group and column not in (*written, group.attrs["_index"]):
                 del group[column]
     group.attrs["column-order"] = np.array(written, dtype=h5py.string_dtype())
+    unreadable = table.attrs.get(UNREADABLE, {})
+    for column, why in unreadable.items():
+        warnings.warn(f"{name}: column {column!r} cannot be read and is left out: {why}", stacklevel=5)
     if left_out:
-        warnings.warn(f"{name}: columns that h5ad files cannot hold are left out: {', '.join(left_out)}", stacklevel=4)
+        warnings.warn(
+            f"{name}: columns that h5ad files cannot hold are left out: {', '.join(left_out)}",
+            stacklevel=4,
+        )
 
 
 def _plain(column: pd.Series) -> Any:

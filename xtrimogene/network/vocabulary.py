@@ -83,7 +83,8 @@ class Vocabulary:
         """Read a text file: either two tab-separated columns under the header ``gene_name``, ``index`` (in any order of
         rows, indices 0 ... G-1), or one gene name a line, in order, with or without the header ``gene_name``.
 
-        Raises FileNotFoundError, or ValueError that names the file, for anything else.
+        Raises FileNotFoundError, or ValueError that names the file, for anything else: JSON, quoted names, columns that
+        commas or blanks separate.
         """
         path = Path(path)
         try:
@@ -102,7 +103,9 @@ class Vocabulary:
                         f"vocabulary: expected one gene name a line, or two columns under the header "
                         f"gene_name<tab>index, got {len(row)} columns in {row}"
                     )
-            return cls(row[0].strip() for row in rows[1 if rows and rows[0] == ["gene_name"] else 0 :])
+            names = [row[0].strip() for row in rows[1 if rows and rows[0] == ["gene_name"] else 0 :]]
+            _check_plain(names)
+            return cls(names)
         except ValueError as error:
             raise ValueError(str(error).replace("vocabulary", f"vocabulary {path}", 1)) from None
 
@@ -184,6 +187,27 @@ def _in_index_order(rows: list[list[str]]) -> list[str]:
     if missing is not None:
         raise ValueError(f"vocabulary: expected the indices 0 to {len(genes) - 1}, got none for {missing}")
     return [genes[index] for index in range(len(genes))]
+
+
+def _check_plain(names: list[str]) -> None:
+    """Refuses lines that are not gene names but parts of another format, which would be genes that no data has."""
+    if not names:
+        return
+    if names[0][0] in "{[":
+        raise ValueError(
+            "vocabulary: expected one gene name a line, got JSON; write its names, one a line: "
+            "Path('genes.txt').write_text('\\n'.join(names))"
+        )
+    quoted = next((name for name in names if name[0] in "\"'" and name[-1] == name[0]), None)
+    if quoted is not None:
+        raise ValueError(f"vocabulary: expected one gene name a line without quotes, got {quoted}; remove the quotes")
+    for word, separator in (("commas", ","), ("semicolons", ";"), ("blanks", None)):
+        columns = len(names[0].split(separator))
+        if columns > 1 and all(len(name.split(separator)) == columns for name in names):
+            raise ValueError(
+                f"vocabulary: expected one gene name a line, got {columns} columns between {word} in {names[0]!r:.60}; "
+                "keep the column of the names, or separate gene_name and index by a tab"
+            )
 
 
 def _without_version(name: str) -> str:

@@ -49,7 +49,7 @@ def pretrain(
 
     Args:
         config: what to do, see PretrainConfig.
-        data: AnnData, h5ad files, zarr stores, folders of these, or several of them; see TrainingCells.
+        data: AnnData, files or stores of cells, folders of these, or several of them; see TrainingCells.
         output: folder to make.
         resume: go on with the run in `output`; without such a run, start one.
         device: "cpu", "cuda", ... or "auto": the GPU if there is one.

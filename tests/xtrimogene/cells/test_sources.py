@@ -329,7 +329,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     for path, message in (
         (text, "expected an h5ad file, got something that is not HDF5"),
         (empty, "expected an h5ad file, got something that is not HDF5"),
-        (plain, "expected an AnnData file, got one without obs and var; read a 10x file with scanpy.read_10x_h5"),
+        (plain, "expected an h5ad, 10x, loom or h5mu file, got HDF5 that holds matrix"),
         (folder, "expected an h5ad file or a zarr store, got another folder"),
     ):
         with pytest.raises(ValueError, match=message) as error:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import weakref
@@ -204,7 +207,7 @@ def test_few_windows_are_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch
     original = stream._Window
     monkeypatch.setattr(stream, "_Window", window)
     with training_cells(folder) as cells:
-        assert sum(batch.batch_size for batch in cells.iterate(0)) == len(cells.training)
+        assert sum(len(batch.cells) for batch in cells.iterate(0)) == len(cells.training)
     assert 2 <= most <= 3
 
 
@@ -570,3 +573,25 @@ def test_prefetching() -> None:
         got.extend(prefetched(items(fail_at=5), 2))
     assert got == [0, 1, 2, 3, 4]
     assert all(thread.name != "prefetch" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("form", ["csr", "csc"])
+def test_more_files_than_may_be_open(form: str, tmp_path: Path) -> None:
+    """In a process whose limit is below the number of files. Matrices that are turned around take temporary files, for
+    which the limit is raised."""
+    for number in range(60):
+        matrix = counts(8, number)
+        adata_of(matrix.asformat(form)).write_h5ad(tmp_path / f"{number:02}.h5ad")
+    code = textwrap.dedent(f"""
+        import resource
+        from xtrimogene.cells.stream import TrainingCells
+        from xtrimogene.network.vocabulary import Vocabulary
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (50, {"most" if form == "csc" else 50}))
+        options = {OPTIONS!r} | {{"validation_share": 0}}
+        with TrainingCells({str(tmp_path)!r}, Vocabulary({GENES!r}), **options) as cells:
+            print(sum(batch.batch_size for batch in cells.iterate(0)), cells.num_cells)
+    """)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["480", "480"], done.stderr

@@ -24,6 +24,7 @@ import pytest
 import scipy.sparse as sp
 import torch
 from anndata import AnnData
+from anndata.io import write_elem
 
 import xtg_kernels
 import xtrimogene
@@ -1214,3 +1215,81 @@ def test_the_manifest_says_what_the_shards_are(interrupted: Path) -> None:
     assert manifest["cells"] == 50
     assert manifest["pooling"] == "mean"
     assert xtrimogene.embed is embed
+
+
+def loom(path: Path) -> Path:
+    with h5py.File(path, "w") as file:
+        file["matrix"] = counts().toarray().T
+        file["row_attrs/Gene"] = np.array(GENES, "S")
+        file["col_attrs/CellID"] = np.array([f"cell{i}" for i in range(N_OBS)], "S")
+        file["col_attrs/batch"] = np.arange(N_OBS) % 3
+    return path
+
+
+def test_other_formats_give_a_file_of_their_cells(
+    model: XTrimoGene, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_windows: None
+) -> None:
+    """Also by a run that is killed again and again."""
+    path, output = loom(tmp_path / "cells.loom"), tmp_path / "out.h5ad"
+    with pytest.raises(ValueError, match=r"expected a name that ends in \.h5ad, for an input that is no AnnData file"):
+        embed(path, model, output=tmp_path / "out.loom", progress=False)
+    for step in (9, 12, 8):
+        with killed_at_step(step, monkeypatch), pytest.raises(Killed):
+            embed(path, model, output=output, resume=True, progress=False)
+    assert embed(path, model, output=output, resume=True, progress=False).resumed_cells > 0
+    written = anndata.read_h5ad(output)
+    assert_close(written.obsm["X_xtrimogene"], expected)
+    assert written.shape == (N_OBS, 0)
+    assert list(written.obs_names) == [f"cell{i}" for i in range(N_OBS)]
+    assert written.obs["batch"].tolist() == [i % 3 for i in range(N_OBS)]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["cells.loom", "out.h5ad"]
+
+
+def test_a_modality_by_its_path_is_not_written_over(model: XTrimoGene, expected: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "cells.h5ad"
+    cells().write_h5ad(tmp_path / "rna.h5ad")
+    with h5py.File(tmp_path / "rna.h5ad") as file, h5py.File(path, "w") as target:
+        file.copy("/", target.create_group("mod"), "rna")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="the input is never changed"):
+        embed(path / "rna", model, output=path, overwrite=True, progress=False)
+    with pytest.raises(ValueError, match="the input is never changed"):
+        xtrimogene.predict_expression(path / "rna", model, GENES[:2], output=path, overwrite=True, progress=False)
+    assert path.read_bytes() == before
+    embed(path / "rna", model, output=tmp_path / "out.h5ad", progress=False)
+    assert_close(anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_xtrimogene"], expected)
+
+
+def test_what_the_copy_would_fail_for_is_told_first(
+    model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", lambda *_: pytest.fail("work was begun"))
+    path, output = tmp_path / "cells.zarr", tmp_path / "out.zarr"
+    cells().write_zarr(path)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda each, mode: access(each, mode) and Path(each).parent.name != "uns")
+    with pytest.raises(PermissionError, match=r"cells\.zarr/uns/\.z\w+: may not be read .*the result is a copy of it"):
+        embed(path, model, output=output, progress=False)
+    monkeypatch.setattr(os, "access", access)
+    for file in path.glob("obsm/.z*"):
+        file.write_text("{")
+    (path / ".zmetadata").unlink()
+    with pytest.raises(ValueError, match=r"cells\.zarr: obsm, where the embedding goes, cannot be read"):
+        embed(path, model, output=output, progress=False)
+    shutil.rmtree(path / "obs")
+    with pytest.raises(
+        ValueError, match=r"cells\.zarr: expected an AnnData file, got one without obs; the store holds"
+    ):
+        embed(path, model, output=output, progress=False)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_columns_of_obs_that_cannot_be_read_are_left_out(path: Path, model: XTrimoGene, tmp_path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        odd = file["obs"].create_group("odd")
+        odd.attrs.update({"encoding-type": "future-array", "encoding-version": "9.9"})
+        write_elem(file["obs"], "good", np.arange(N_OBS))
+        file["obs"].attrs["column-order"] = np.array(["good", "odd"], dtype=h5py.string_dtype())
+    with pytest.warns(UserWarning, match=r"obs: column 'odd' cannot be read and is left out: .*future-array"):
+        xtrimogene.predict_expression(path, model, GENES[:2], output=tmp_path / "out.h5ad", progress=False)
+    assert anndata.read_h5ad(tmp_path / "out.h5ad").obs["good"].tolist() == list(range(N_OBS))
