@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from xtrimogene.cells.genes import columns_left_out
 from xtrimogene.cells.kinds import ValueKind
@@ -17,10 +18,16 @@ from xtrimogene.cells.sources import CellSource
 
 # How far a sum may be from the total that it should have.
 _TOLERANCE = 0.01
+# A matrix of so many columns is not cut to variable genes, and its obs, which may be large, need not be read.
+_MANY_COLUMNS = 10_000
 # How far a number may be from the whole one that it stands for, as in the packer.
 _NOISE = 1e-6
 # Where tools write a cell's total: scanpy, Seurat, and older ones.
 _TOTALS = ("n_counts", "total_counts", "nCount_RNA", "total_umis", "n_umi", "nUMI", "n_UMIs", "raw_sum")
+
+
+class BadNumbers(ValueError):
+    """A cell holds numbers that are not what they are said to be: it stays so until the input or an option changes."""
 
 
 class Look(NamedTuple):
@@ -105,19 +112,20 @@ def without_left_out(source: CellSource, rows_csr: CsrArrays) -> CsrArrays:
     return before[indptr], indices[kept], data[kept]
 
 
-def named(source: CellSource, error: ValueError, kind: ValueKind, rows_csr: CsrArrays, first_row: int) -> ValueError:
+def refused(source: CellSource, error: ValueError, kind: ValueKind, rows_csr: CsrArrays, first_row: int) -> BadNumbers:
     """The packer's refusal with the names of data set, cell and column, and what the cell looks like."""
     row, column = getattr(error, "row", None), getattr(error, "column", None)
     if row is None:
-        return ValueError(f"{source.name}: {error}")
+        return BadNumbers(f"{source.name}: {error}")
     place = f"cell {source.cell_name(row)!r}"
     if isinstance(column, int) and 0 <= column < source.n_vars:
-        place += f", {source.var_names[column] or source.var.index[column]!r}"
+        place += f", {str(source.var.index[column])!r}"
     text = f"{source.name}: {error} ({place})"
-    if getattr(error, "fault", None) == "not_whole" and kind.whole:
-        indptr, _, data = rows_csr
-        own = data[indptr[row - first_row] : indptr[row - first_row + 1]]
-        look = _looks([(np.array([0, len(own)]), own, own)], 1e4)
+    if getattr(error, "fault", None) == "not_whole":
+        indptr, indices, data = rows_csr
+        own = slice(int(indptr[row - first_row]), int(indptr[row - first_row + 1]))
+        cell = without_left_out(source, (np.array([0, own.stop - own.start]), indices[own], data[own]))
+        look = _looks([cell], 1e4)
         if look is None or look.values == "unknown":
             text += (
                 "; counts that are estimated or corrected need not be whole: pass fractional_counts=True "
@@ -125,7 +133,7 @@ def named(source: CellSource, error: ValueError, kind: ValueKind, rows_csr: CsrA
             )
         else:
             text += f"; the cell looks like {look.text} in a matrix of counts: give all cells as counts"
-    return ValueError(text)
+    return BadNumbers(text)
 
 
 class LogScale:
@@ -157,13 +165,30 @@ class LogScale:
         self.silent = True
         row = int(np.argmax(off))
         own = data[indptr[row] : indptr[row + 1]]
-        look = _looks([(np.array([0, len(own)]), own, own)], self.target_sum)
+        look = _looks([(np.array([0, len(own)]), np.zeros(len(own), int), own)], self.target_sum)
         warnings.warn(
             f"{self.source.name}: row {first_row + row} ({self.source.cell_name(first_row + row)}): expected "
             f"log1p(count / total * {self.target_sum:,.0f}), got values whose expm1 sums to {sums[row]:,.1f}"
             f"{f'; they look like {look.text}' if look else ''}; other cells may be off as well",
             stacklevel=4,
         )
+
+
+def check_logged(source: CellSource, rows_csr: CsrArrays, first_row: int, target_sum: float) -> None:
+    """Refuse, among counts that need not be whole, cells that are log1p(count / total * target_sum).
+
+    Raises BadNumbers that names the cell.
+    """
+    indptr, _, data = without_left_out(source, rows_csr)
+    if data.dtype.kind != "f":
+        return
+    for row in np.flatnonzero(_near(log_sums(indptr, data), target_sum)).tolist():
+        own = data[indptr[row] : indptr[row + 1]]
+        if not _all_whole(own):
+            raise BadNumbers(
+                f"{source.name}: row {first_row + row} ({source.cell_name(first_row + row)}): expected counts, got "
+                f"values that look like {_log1p(target_sum)}; give all cells as counts"
+            )
 
 
 def log_sums(indptr: Array, data: Array) -> npt.NDArray[np.float64]:
@@ -176,13 +201,16 @@ def read_totals(source: CellSource, column: str) -> npt.NDArray[np.float64]:
 
     Raises ValueError for a missing column, or one that holds something else than finite numbers of at least 0.
     """
-    if column not in source.obs_columns:
-        known = ", ".join(source.obs_columns) or "none"
-        raise ValueError(f"{source.name}: total_counts: expected a column of obs, got {column!r}; columns: {known}")
-    try:
-        totals = np.asarray(source.read_obs(column), np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"{source.name}: total_counts: expected numbers in obs[{column!r}], got text") from None
+    obs = source.read_obs()
+    if column not in obs.columns:
+        likely = columns_of_totals(obs)
+        known = f"such as {', '.join(likely)}" if likely else f"its columns: {', '.join(map(str, obs.columns)) or 'none'}"
+        raise ValueError(f"{source.name}: total_counts: expected a column of obs, got {column!r}; {known}")
+    totals = _numbers_of(obs[column])
+    if totals is None:
+        raise ValueError(
+            f"{source.name}: total_counts: expected numbers in obs[{column!r}], got {obs[column].dtype} values"
+        )
     wrong = ~(np.isfinite(totals) & (totals >= 0))
     if wrong.any():
         row = int(np.argmax(wrong))
@@ -198,21 +226,28 @@ def check_totals(
 ) -> None:
     """Refuse totals of cells that are below the sums of their counts: the column is another one.
 
-    Raises ValueError that names the cell.
+    Raises BadNumbers that names the cell.
     """
-    wrong = given < sums * (1 - 1e-6)
+    wrong = given < sums * (1 - _NOISE)
     if wrong.any():
         place = int(np.argmax(wrong))
         row = int(row_numbers[place])
-        raise ValueError(
+        raise BadNumbers(
             f"{source.name}: total_counts: expected each cell's total in obs[{column!r}], got {given[place]:g} in row "
             f"{row} ({source.cell_name(row)}), whose counts sum to {sums[place]:g}; name the column of the totals"
         )
 
 
-def columns_of_totals(source: CellSource) -> list[str]:
+def columns_of_totals(obs: pd.DataFrame) -> list[str]:
     """Columns of obs that are likely to hold the cells' totals."""
-    return [column for column in _TOTALS if column in source.obs_columns]
+    return [column for column in _TOTALS if column in obs.columns and _numbers_of(obs[column]) is not None]
+
+
+def _numbers_of(column: pd.Series) -> npt.NDArray[np.float64] | None:
+    """The numbers of a column of obs, NaN where there is none; None for a column of other things."""
+    if not pd.api.types.is_numeric_dtype(column.dtype) or pd.api.types.is_bool_dtype(column.dtype):
+        return None
+    return column.to_numpy(np.float64, na_value=np.nan)
 
 
 def _sample(source: CellSource) -> Iterator[tuple[int, CsrArrays]]:
@@ -342,22 +377,23 @@ def _refuse_fractions(source: CellSource, look: Look | None, depth_tokens: bool)
 
 def _warn_of_cut_cells(source: CellSource, sample: list[tuple[int, CsrArrays]]) -> None:
     """Offer the column of totals that far exceed the counts at hand: the matrix is cut to some genes then."""
-    if not source.n_obs:
+    if not source.n_obs or source.n_vars >= _MANY_COLUMNS:
         return
     sums = np.concatenate([_row_sums(indptr, data) for _, (indptr, _, data) in sample])
     row_numbers = np.concatenate([start + np.arange(len(indptr) - 1) for start, (indptr, _, _) in sample])
-    for column in columns_of_totals(source):
-        with contextlib.suppress(ValueError):
-            totals = read_totals(source, column)[row_numbers]
-            used = (totals > 0) & (sums > 0)
-            if not used.any() or np.any(sums[used] > totals[used] * (1 + _NOISE)):
-                continue
-            share = float(np.median(sums[used] / totals[used]))
-            if share < 0.9:
-                warnings.warn(
-                    f"{source.name}: the counts of a cell sum to {share:.0%} of obs[{column!r}]: the matrix is cut to "
-                    f"some of its genes; to divide by the whole cell's total, pass total_counts={column!r} "
-                    f"(--total-counts {column})",
-                    stacklevel=5,
-                )
-                return
+    obs = source.read_obs()
+    for column in columns_of_totals(obs):
+        totals = _numbers_of(obs[column].iloc[row_numbers])
+        assert totals is not None
+        used = (totals > 0) & (sums > 0)
+        if not used.any() or np.any(sums[used] > totals[used] * (1 + _NOISE)):
+            continue
+        share = float(np.median(sums[used] / totals[used]))
+        if share < 0.9:
+            warnings.warn(
+                f"{source.name}: the counts of a cell sum to {share:.0%} of obs[{column!r}]: the matrix is cut to some "
+                f"of its genes; to divide by the whole cell's total, pass total_counts={column!r} (--total-counts "
+                f"{column})",
+                stacklevel=5,
+            )
+            return

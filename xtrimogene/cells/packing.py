@@ -18,7 +18,7 @@ from xtrimogene.cells.matrix import Array, CsrArrays
 LEFT_OUT = -2
 
 
-class BadNumber(ValueError):
+class PackingFault(ValueError):
     """A number that the packer refuses; the C++ packer sets the same attributes on a ValueError.
 
     fault   "column_out_of_range", "negative", "not_finite", "too_large", "not_whole" or "total_not_finite"
@@ -60,7 +60,7 @@ def pack_rows(
 
     Raises:
         ValueError: a negative, NaN or infinite value, one that is not whole with ``whole``, or a column index outside
-            the matrix; names row and column, and has them as attributes (see BadNumber).
+            the matrix; names row and column, and has them as attributes (see PackingFault).
     """
     return pack_rows_and_totals(
         rows_csr,
@@ -200,7 +200,7 @@ def pack_csr_numpy(
     totals = np.bincount(row_of, weights=numbers, minlength=len(rows)).astype(np.float64)
     if not np.all(np.isfinite(totals)):
         row = first_row + int(rows[int(np.argmin(np.isfinite(totals)))])
-        raise BadNumber(f"row {row}: the sum of its values is not finite", "total_not_finite", row, 0)
+        raise PackingFault(f"row {row}: the sum of its values is not finite", "total_not_finite", row, 0)
     if cell_totals is not None and len(cell_totals) != len(rows):
         raise ValueError(f"cell_totals: expected one for each of {len(rows)} rows, got {len(cell_totals)}")
     place = row_of * (int(column_gene_ids.max(initial=-1)) + 1) + genes
@@ -260,4 +260,4 @@ def _raise_first_fault(
         fault, text = "too_large", f"value {value} does not fit float32"
     else:
         fault, text = "not_whole", f"value {value} is not whole; expected raw counts"
-    raise BadNumber(f"row {row}, column {column}: {text}", fault, row, column)
+    raise PackingFault(f"row {row}, column {column}: {text}", fault, row, column)

@@ -34,8 +34,7 @@ class CellSource:
     var_names    (n_vars,) gene name of each column, from the index of var or its column ``gene_symbols``
     layer        the layer that is read, None for X
     other_layers what ``layer`` could be instead
-    obs_columns  names of the columns of obs
-    read_obs     (n_obs,) values of one of them
+    read_obs     reads obs, the annotation of the cells
     """
 
     name: str
@@ -46,8 +45,7 @@ class CellSource:
     other_layers: list[str | None]
     rows: Rows
     cell_name: Callable[[int], str]
-    obs_columns: list[str]
-    read_obs: Callable[[str], Any] = field(repr=False)
+    read_obs: Callable[[], pd.DataFrame] = field(repr=False)
     open_layer: Callable[[str | None], CellSource] = field(repr=False)
     _closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False)
 
@@ -182,9 +180,8 @@ def _open_root(
         name = names[row] if hasattr(names, "shape") else read_elem(names)[row]
         return name.decode() if isinstance(name, bytes) else str(name)
 
-    columns = [str(column) for column in obs.attrs.get("column-order", ())]
     return _source(
-        str(path), matrix, var, gene_symbols, layer, layers, cell_name, columns, lambda column: read_elem(obs[column]),
+        str(path), matrix, var, gene_symbols, layer, layers, cell_name, lambda: read_elem(obs),
         lambda other: open_cells(path, layer=other), closing,
     )  # fmt: skip
 
@@ -202,7 +199,7 @@ def _open_adata(adata: AnnData, name: str, layer: str | None, gene_symbols: str 
         matrix, var = adata.X if layer is None else adata.layers[layer], adata.var
     return _source(
         name, matrix, var, gene_symbols, layer, layers, lambda row: str(adata.obs_names[row]),
-        [str(column) for column in adata.obs.columns], lambda column: adata.obs[column],
+        lambda: adata.obs,
         lambda other: _open_adata(adata, name, other, None), contextlib.ExitStack(),
     )  # fmt: skip
 
@@ -222,8 +219,7 @@ def _source(
     layer: str | None,
     layers: list[str | None],
     cell_name: Callable[[int], str],
-    obs_columns: list[str],
-    read_obs: Callable[[str], Any],
+    read_obs: Callable[[], pd.DataFrame],
     open_layer: Callable[[str | None], CellSource],
     closing: contextlib.ExitStack,
 ) -> CellSource:
@@ -235,6 +231,4 @@ def _source(
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     others = [other for other in layers if other != layer]
-    return CellSource(
-        name, var, names, gene_symbols, layer, others, rows, cell_name, obs_columns, read_obs, open_layer, closing
-    )
+    return CellSource(name, var, names, gene_symbols, layer, others, rows, cell_name, read_obs, open_layer, closing)
