@@ -34,8 +34,8 @@ class TargetDepth:
             if math.isfinite(depth.number) and depth.mode in DEPTH_TARGETS and (mode == "offset" or depth.number > 0):
                 return depth
         raise ValueError(
-            "target_depth: expected the log10 total to aim at, above 0, such as 4.0, or fold:2 (twice the cell's total), or "
-            f"offset:0.5 (added to its log10 total), got {given!r}"
+            "target_depth: expected the log10 total to aim at, above 0, such as 4.0, or fold:2 (twice the cell's total), "
+            f"or offset:0.5 (added to its log10 total), got {given!r}"
         )
 
 
@@ -82,8 +82,6 @@ def add_depth_tokens(
     if not bool(torch.all(torch.isfinite(totals) & (totals >= 0))):
         raise ValueError("totals: expected finite numbers of at least 0; give the sums of raw counts")
     has_tokens = batch.lengths.to(totals.device) > 0
-    if bool(torch.any(totals[has_tokens] == 0)):
-        raise ValueError("totals: expected more than 0 for cells that have genes; give the sums of raw counts")
     source = torch.log10(totals)
     if mode == "value":
         aimed = torch.full_like(source, target)

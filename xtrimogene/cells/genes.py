@@ -70,7 +70,9 @@ def map_genes(
 
 def warn_of_genes(source: CellSource, vocabulary: Vocabulary, column_map: ColumnMap) -> None:
     """Warn of what is likely to be wrong with the genes of a data set, or is done with them unasked."""
-    names = ["" if gene_id == LEFT_OUT else name for name, gene_id in zip(source.var_names, column_map.gene_ids, strict=True)]
+    names = [
+        "" if gene_id == LEFT_OUT else name for name, gene_id in zip(source.var_names, column_map.gene_ids, strict=True)
+    ]
     share = _share(column_map, names)
     if share < _FEW:
         warnings.warn(

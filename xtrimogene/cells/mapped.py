@@ -61,9 +61,7 @@ class MappedCells:
             aliases = Aliases.from_tsv(aliases)
         column_map = map_genes(source, vocabulary, normalized=kind.logged, aliases=aliases)
         totals = None if total_counts is None else read_totals(source, total_counts)
-        scale = check_numbers(
-            source, kind, target_sum=target_sum, depth_tokens=depth_tokens, total_counts=total_counts
-        )
+        scale = check_numbers(source, kind, target_sum=target_sum, depth_tokens=depth_tokens, total_counts=total_counts)
         warn_of_genes(source, vocabulary, column_map)
         return cls(source, column_map, kind, target_sum, total_counts, totals, scale)
 

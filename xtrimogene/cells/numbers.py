@@ -87,9 +87,7 @@ def check_numbers(
         )
     elif kind.values == "tpm" and look.values in ("log1p", "logged"):
         hint = "pass values='log1p' (--values log1p)" if look.values == "log1p" else "undo the logarithm"
-        warnings.warn(
-            f"{source.name}: expected {wanted}, got numbers that look like {look.text}; {hint}", stacklevel=4
-        )
+        warnings.warn(f"{source.name}: expected {wanted}, got numbers that look like {look.text}; {hint}", stacklevel=4)
     elif kind.fractional and depth_tokens and look.values == "scaled" and total_counts is None:
         warnings.warn(
             f"{source.name}: the numbers look like {look.text}, and this model reads each cell's total (config "
@@ -204,7 +202,9 @@ def read_totals(source: CellSource, column: str) -> npt.NDArray[np.float64]:
     obs = source.read_obs()
     if column not in obs.columns:
         likely = columns_of_totals(obs)
-        known = f"such as {', '.join(likely)}" if likely else f"its columns: {', '.join(map(str, obs.columns)) or 'none'}"
+        known = (
+            f"such as {', '.join(likely)}" if likely else f"its columns: {', '.join(map(str, obs.columns)) or 'none'}"
+        )
         raise ValueError(f"{source.name}: total_counts: expected a column of obs, got {column!r}; {known}")
     totals = _numbers_of(obs[column])
     if totals is None:
@@ -362,7 +362,9 @@ def _refuse_fractions(source: CellSource, look: Look | None, depth_tokens: bool)
     wanted = "X" if source.layer is None else f"layer {source.layer!r}"
     hint = f"these matrices hold whole numbers: {', '.join(fitting)}; " if fitting else ""
     if depth_tokens:
-        option = "values='log1p' (--values log1p) with the obs column of the cells' totals, total_counts (--total-counts)"
+        option = (
+            "values='log1p' (--values log1p) with the obs column of the cells' totals, total_counts (--total-counts)"
+        )
     else:
         option = "normalized=True (--normalized; of pretrain, normalized=true)"
     scaled = "; if they are TPM or the like, pass values='tpm' (--values tpm)"

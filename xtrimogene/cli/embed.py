@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from xtrimogene.cli.options import Commands, add_reading_options, set_threads
+from xtrimogene.cli.options import Commands, add_reading_options, reading_options, set_threads
 from xtrimogene.inference.options import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DTYPES
 from xtrimogene.network.config import POOLINGS
 
@@ -54,18 +54,12 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.input,
         arguments.checkpoint,
         output=arguments.output,
-        layer=arguments.layer,
         pooling=arguments.pooling,
         max_tokens=arguments.max_tokens,
         key_added=arguments.embed_key,
         dtype=arguments.dtype,
-        device=arguments.device,
-        normalized=arguments.normalized,
-        target_depth=arguments.target_depth,
-        gene_symbols=arguments.gene_symbols,
         resume=arguments.resume,
-        overwrite=arguments.overwrite,
-        progress=not arguments.no_progress,
+        **reading_options(arguments),
     )
     print(report)
     print(f"{arguments.output}: obsm[{arguments.embed_key!r}]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,20 @@ def opened(model: XTrimoGeneNetwork | str | os.PathLike[str]) -> XTrimoGeneNetwo
     if isinstance(model, XTrimoGeneNetwork):
         return model
     return XTrimoGeneNetwork.from_checkpoint(Checkpoint.open(checkpoint_folder(os.fspath(model), CHECKPOINT_FILES)))
+
+
+def of_columns(left_out: int, renamed: int, old_names: int) -> str:
+    """What a report says of columns that do not go by the names of genes."""
+    parts = [
+        f"{number:,} {text}"
+        for number, text in (
+            (left_out, "columns that are no genes left out"),
+            (renamed, "columns renamed"),
+            (old_names, "under an old name unknown"),
+        )
+        if number
+    ]
+    return "".join(f", {part}" for part in parts)
 
 
 @dataclass
@@ -119,6 +134,24 @@ class ModelCells:
         except DepthBelowZero as error:
             row = first_row + (error.cell if rows is None else int(rows[error.cell]))
             raise BadNumbers(f"{self.source.name}: row {row} ({self.source.cell_name(row)}): {error}") from error
+
+    def check_finite(self, numbers: npt.NDArray[np.float32], lengths: npt.NDArray[np.int32], rows: Any) -> None:
+        """Refuse numbers of a model that are not finite, for cells that have genes: only empty cells have NaN.
+
+        Args:
+            numbers: (cells, ...) what the model made of them.
+            lengths: (cells,) tokens of each.
+            rows: (cells,) their rows in the source.
+        """
+        finite = np.isfinite(numbers.reshape(len(numbers), -1)).all(axis=1)
+        broken = np.flatnonzero(~finite & (lengths > 0))
+        if len(broken):
+            row = int(rows[broken[0]])
+            raise ValueError(
+                f"{self.source.name}: row {row} ({self.source.cell_name(row)}): the model gives NaN or infinite numbers "
+                f"for a cell with {lengths[broken[0]]:,} tokens; its weights are broken or too large: try "
+                "dtype='float32' (--dtype float32), or another checkpoint"
+            )
 
     def check_longest_cell(self, max_tokens: int, window: int = WINDOW) -> None:
         """Raises ValueError for max_tokens below the longest cell, before any work."""
