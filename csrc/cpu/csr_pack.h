@@ -207,7 +207,9 @@ CsrPackError scan_rows(const CsrRows<Index, Value>& in, int64_t begin, int64_t e
       const bool inside = column < num_columns;
       const int32_t gene = inside ? in.column_gene_ids[column] : -1;
       const bool seen = gene != kLeftOutColumn;
-      suspect |= !inside | (seen & !((v >= 0) & (v <= largest_value<normalize, Value>())));
+      const bool fits = (v >= 0) & (v <= largest_value<normalize, Value>());
+      suspect |= !inside;
+      suspect |= seen & !fits;
       fractional |= seen & !is_whole(v);
       const double count = as_count<normalize>(v);
       // Conditional moves, not branches: which entries a row keeps cannot be predicted.

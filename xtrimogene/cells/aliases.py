@@ -65,8 +65,8 @@ class Aliases:
             old, new = (cell.strip() for cell in row) if len(row) == 2 else ("", "")
             if not old or not new:
                 raise ValueError(
-                    f"aliases {path}: expected two columns, old<tab>new, or HGNC's complete set with the columns symbol, "
-                    f"prev_symbol and alias_symbol, got {row}"
+                    f"aliases {path}: expected two columns, old<tab>new, or HGNC's complete set with the columns "
+                    f"symbol, prev_symbol and alias_symbol, got {row}"
                 )
             tier.setdefault(old, {})[new] = None
         if not tier:

@@ -30,12 +30,12 @@ class TargetDepth:
         mode, _, number = str(given).rpartition(":")
         with contextlib.suppress(ValueError):
             depth = cls(mode or "value", float(number))
-            # A T of 0 or below would be no token to the published code, which takes it for a gene that is not expressed.
+            # To the published code a T of 0 or below is no token: it takes it for a gene that is not expressed.
             if math.isfinite(depth.number) and depth.mode in DEPTH_TARGETS and (mode == "offset" or depth.number > 0):
                 return depth
         raise ValueError(
-            "target_depth: expected the log10 total to aim at, above 0, such as 4.0, or fold:2 (twice the cell's total), "
-            f"or offset:0.5 (added to its log10 total), got {given!r}"
+            "target_depth: expected the log10 total to aim at, above 0, such as 4.0, or fold:2 (twice the cell's "
+            f"total), or offset:0.5 (added to its log10 total), got {given!r}"
         )
 
 

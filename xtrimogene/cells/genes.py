@@ -70,9 +70,8 @@ def map_genes(
 
 def warn_of_genes(source: CellSource, vocabulary: Vocabulary, column_map: ColumnMap) -> None:
     """Warn of what is likely to be wrong with the genes of a data set, or is done with them unasked."""
-    names = [
-        "" if gene_id == LEFT_OUT else name for name, gene_id in zip(source.var_names, column_map.gene_ids, strict=True)
-    ]
+    columns = list(zip(source.var_names, column_map.gene_ids.tolist(), strict=True))
+    names = ["" if gene_id == LEFT_OUT else name for name, gene_id in columns]
     share = _share(column_map, names)
     if share < _FEW:
         warnings.warn(
@@ -96,12 +95,8 @@ def warn_of_genes(source: CellSource, vocabulary: Vocabulary, column_map: Column
             "HGNC's complete set",
             stacklevel=4,
         )
-    found = {vocabulary.genes[gene_id] for gene_id in column_map.gene_ids[column_map.gene_ids >= 0].tolist()}
-    hidden = [
-        name
-        for name, gene_id in zip(source.var_names, column_map.gene_ids, strict=True)
-        if gene_id == LEFT_OUT and name in vocabulary and name not in found
-    ]
+    measured = {vocabulary.genes[gene_id] for gene_id in column_map.gene_ids[column_map.gene_ids >= 0].tolist()}
+    hidden = [name for name, gene_id in columns if gene_id == LEFT_OUT and name in vocabulary and name not in measured]
     if hidden:
         warnings.warn(
             f"{source.name}: columns that are no genes by var['feature_types'] have the names of genes that no other "

@@ -30,13 +30,13 @@ class ValueKind:
             raise ValueError(f"values: expected one of {', '.join(VALUES)}, got {values!r}")
         if normalized and values not in (None, "log1p"):
             raise ValueError(
-                f"normalized: expected False with values={values!r}, got True, which means values='log1p'; leave one out"
+                f"normalized: expected False with values={values!r}, got True, which is 'log1p'; leave one out"
             )
         kind = cls("log1p" if normalized else values or "counts", fractional_counts)
         if fractional_counts and kind.values != "counts":
             raise ValueError(
-                f"fractional_counts: expected False unless the values are counts, got True with values={kind.values!r}; "
-                "leave one out"
+                f"fractional_counts: expected False where values are not counts, got True with "
+                f"values={kind.values!r}; leave one out"
             )
         return kind
 

@@ -79,7 +79,7 @@ def check_numbers(
         warnings.warn(
             f"{source.name}: normalized=True, but the matrix holds whole numbers only, as raw counts do", stacklevel=4
         )
-    elif kind.logged and look.values != "log1p" or kind.fractional and look.values in ("log1p", "logged"):
+    elif (kind.logged and look.values != "log1p") or (kind.fractional and look.values in ("log1p", "logged")):
         warnings.warn(
             f"{source.name}: expected {wanted}, got numbers that look like {look.text}; give values of that scale, or "
             "the raw counts",
@@ -331,7 +331,8 @@ def _exp2m1(numbers: Array) -> Array:
 
 def _row_sums(indptr: Array, numbers: Array) -> npt.NDArray[np.float64]:
     row_of = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-    return np.bincount(row_of, weights=numbers[indptr[0] : indptr[-1]], minlength=len(indptr) - 1)
+    sums = np.bincount(row_of, weights=numbers[indptr[0] : indptr[-1]], minlength=len(indptr) - 1)
+    return sums.astype(np.float64, copy=False)
 
 
 def _one_scale(sums: Array) -> bool:
@@ -371,8 +372,8 @@ def _refuse_fractions(source: CellSource, look: Look | None, depth_tokens: bool)
     seen = f"; they look like {look.text}" if look is not None and look.values != "unknown" else ""
     raise ValueError(
         f"{source.name}: expected raw counts in {wanted}, got numbers that are not whole; {hint}if they are "
-        f"log1p(count / total * 10,000) already, pass {option}; if they are counts that are estimated or corrected, pass "
-        f"fractional_counts=True (--fractional-counts){scaled if look is not None and look.values == 'scaled' else ''}"
+        f"log1p(count / total * 10,000) already, pass {option}; if they are counts that are estimated or corrected, "
+        f"pass fractional_counts=True (--fractional-counts){scaled if look is not None and look.values == 'scaled' else ''}"
         f"{seen}"
     )
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from xtg_kernels import RaggedBatch, dispatch
 from xtrimogene.cells.matrix import Array, CsrArrays
 
-
 # Column of the map whose numbers nobody looks at, such as that of an antibody. -1: a gene that the vocabulary lacks.
 LEFT_OUT = -2
 

@@ -142,13 +142,13 @@ class TrainingCells:
         if depth_tokens and not self.kind.whole:
             given = "fractional_counts=True" if fractional_counts else f"values={values!r}"
             raise ValueError(
-                f"{given.partition('=')[0]}: expected whole counts with depth_tokens=True, which thins them, got {given}; "
-                "round them, or train a model without depth tokens"
+                f"{given.partition('=')[0]}: expected whole counts with depth_tokens=True, which thins them, got "
+                f"{given}; round them, or train a model without depth tokens"
             )
         if depth_tokens and total_counts is not None:
             raise ValueError(
-                f"total_counts: expected none with depth_tokens=True, got {total_counts!r}: the total of a thinned cell "
-                "is not known unless all its counts are; train on matrices of all genes, or without depth tokens"
+                f"total_counts: expected none with depth_tokens=True, got {total_counts!r}: the total of a thinned "
+                "cell is not known unless all its counts are; train on matrices of all genes, or without depth tokens"
             )
         self.vocabulary = vocabulary
         self.masking = MaskingConfig() if masking is None else masking

@@ -148,8 +148,8 @@ class ModelCells:
         if len(broken):
             row = int(rows[broken[0]])
             raise ValueError(
-                f"{self.source.name}: row {row} ({self.source.cell_name(row)}): the model gives NaN or infinite numbers "
-                f"for a cell with {lengths[broken[0]]:,} tokens; its weights are broken or too large: try "
+                f"{self.source.name}: row {row} ({self.source.cell_name(row)}): the model gives NaN or infinite "
+                f"numbers for a cell with {lengths[broken[0]]:,} tokens; its weights are broken or too large: try "
                 "dtype='float32' (--dtype float32), or another checkpoint"
             )
 
