@@ -6,7 +6,7 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
 # GCC 12 warns of uninitialised values inside its own AVX-512 headers.
 CXXFLAGS := -std=c++17 -O2 -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized -ffp-contract=off
 
-.PHONY: setup demo test test-gpu-static gpu lint check-kernels check-aarch64 bench-steps sanitize benchmarks readme-tables clean
+.PHONY: setup demo test test-gpu-static gpu lint check-kernels check-aarch64 bench-steps sanitize benchmarks readme-tables docs clean
 
 setup: $(VENV)/.built
 
@@ -32,7 +32,7 @@ test: setup check-kernels
 # The complete ahead-of-time checks of the Triton kernels: every shipped launch config, for every GPU.
 # XTG_GPU_STATIC_PART=0/7 takes a seventh of them.
 test-gpu-static: setup
-	$(BIN)/python -m pytest -m gpu_static tests/aot
+	$(BIN)/python -m pytest -m gpu_static tests/benchmarks/static
 
 # The day a GPU is there: checks, sanitizer, tuning, times, into build/gpu. Cut off, it goes on where it was.
 gpu: setup
@@ -111,6 +111,14 @@ benchmarks: setup
 
 readme-tables: setup
 	$(BIN)/python -m benchmarks.readme
+
+$(VENV)/.docs: $(VENV)/.built
+	XTG_BUILD_CPP=0 $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[docs]'
+	touch $@
+
+# The documentation site, into build/site: offline, with its notebooks run, two pages at a time; warnings are errors.
+docs: $(VENV)/.docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -j 2 -b html docs build/site
 
 clean:
 	rm -rf build dist demo_output *.egg-info xtg_kernels/_C*.so

@@ -2,12 +2,18 @@
 
 XTG_BUILD_CPP=0 installs without it (no compiler needed; everything runs on the reference backend).
 XTG_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
+CXX and CXXFLAGS are a compiler and flags of your own, the last to be said.
+
+The extension needs the Python that it was built for (pybind11) and any torch from 2.10 on (stable ABI): a wheel is
+tagged cp311-cp311-linux_x86_64 or the like, without the extension py3-none-any. Wheel and source archive know their
+commit (xtrimogene/version.py).
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +21,8 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parent
 X86_FLAGS = {
@@ -84,6 +92,7 @@ class NinjaBuild(build_ext):
             ]
             flags += sanitize
             link += sanitize
+        flags += os.environ.get("CXXFLAGS", "").split()
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -122,12 +131,41 @@ class NinjaBuild(build_ext):
         return f"{Path(compiler).name}-{version.strip()}"
 
 
+class PythonBuild(build_py):
+    """setuptools' build_py, with the commit, and without what an earlier build has left in build/lib."""
+
+    def run(self) -> None:
+        # All of build/lib goes into the wheel, modules too that the tree no longer has.
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+        if not self.editable_mode:
+            _write_commit(Path(self.build_lib))
+
+
+class SourceArchive(sdist):
+    """setuptools' sdist, with the commit: whoever builds from the archive has no git to ask."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        _write_commit(Path(base_dir))
+
+
+def _write_commit(folder: Path) -> None:
+    """Write xtrimogene/commit.txt below a folder, where the commit is known."""
+    sys.path.insert(0, str(ROOT))
+    from xtrimogene.version import commit
+
+    found = commit()
+    if found:
+        (folder / "xtrimogene" / "commit.txt").write_text(f"{found}\n")
+
+
 def _escape(path: str) -> str:
     return path.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-if os.environ.get("XTG_BUILD_CPP", "1") == "0":
-    setup()
-else:
-    # The list of sources is the builder's; setuptools wants one to be there and puts them into the source archive.
-    setup(ext_modules=[Extension("xtg_kernels._C", list(sources()))], cmdclass={"build_ext": NinjaBuild})
+commands = {"build_py": PythonBuild, "build_ext": NinjaBuild, "sdist": SourceArchive}
+# The list of sources is the builder's; setuptools wants one to be there and puts them into the source archive.
+with_kernels = os.environ.get("XTG_BUILD_CPP", "1") != "0"
+setup(ext_modules=[Extension("xtg_kernels._C", list(sources()))] if with_kernels else [], cmdclass=commands)

@@ -1,1 +1,5 @@
-"""Benchmarks: shapes from real cells, plain PyTorch baselines, one runner. python -m benchmarks.run --help"""
+"""Benchmarks of a checkout: ops, whole models, and the Triton kernels with and without a GPU. See benchmarks.run."""
+
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"

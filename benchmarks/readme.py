@@ -1,31 +1,30 @@
-"""Writes the measured tables of README.md from benchmarks/results/*.csv: python -m benchmarks.readme"""
+"""Writes the measured tables of README.md (the headline) and docs/benchmarks.md (all): python -m benchmarks.readme"""
 
 from __future__ import annotations
 
-import csv
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.report import Report, summary_table
-from benchmarks.timings import FULL, QUICK
+from benchmarks import RESULTS
+from xtrimogene.bench.document import markdown_table
+from xtrimogene.bench.report import Report, summary_table
+from xtrimogene.bench.rows import Rows, read_rows
+from xtrimogene.bench.sizes import FULL, QUICK
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results"
 OPENING, CLOSING = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-Rows = list[dict[str, str]]
 
 
-def read_rows(path: Path) -> Rows:
-    """The rows of a CSV file, as text."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def with_tables(text: str, results: Path = RESULTS, names: Sequence[str] = ()) -> str:
+    """The text with what stands between the two markers made anew: tables of these results, of all without names.
 
-
-def with_tables(text: str, results: Path = RESULTS) -> str:
-    """The text with what stands between the two markers made anew. A result that is not there makes no table."""
+    A result that is not there makes no table.
+    """
     parts = []
     for name, section in SECTIONS.items():
+        if names and name not in names:
+            continue
         path = results / f"{name}.csv"
         if path.is_file():
             rows = read_rows(path)
@@ -81,7 +80,7 @@ def _report(rows: Rows) -> str:
         f"{int(flops['cells']):,} cells with {mean:,.0f} of {int(flops['genes']):,} genes on average):\n\n"
         f"{markdown_table(table.header, table.body)}\n\n{table.how}\n\n"
         "The whole report, with every model, part and curve: "
-        "[benchmarks/results/report/report.md](benchmarks/results/report/report.md)."
+        "`benchmarks/results/report/report.md`."
     )
 
 
@@ -196,14 +195,13 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
 }
 
 
+# Page: the results whose tables it shows, none for all.
+PAGES: dict[str, tuple[str, ...]] = {"README.md": ("report/results",), "docs/benchmarks.md": ()}
+
+
 def _milliseconds(text: str) -> str:
     value = float(text)
     return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
-
-
-def markdown_table(header: list[str], body: list[list[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
 
 
 def _where(rows: Rows) -> str:
@@ -220,9 +218,10 @@ def _where(rows: Rows) -> str:
 
 
 def main() -> None:
-    """Rewrites README.md in place."""
-    path = ROOT / "README.md"
-    path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrites the pages in place."""
+    for name, names in PAGES.items():
+        path = ROOT / name
+        path.write_text(with_tables(path.read_text(encoding="utf-8"), names=names), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -96,4 +97,12 @@ def test_options_of_embed_are_those_of_the_command(folder: Path) -> None:
 
 
 def test_tables_are_those_of_the_committed_results() -> None:
-    assert readme.with_tables(README) == README
+    assert set(readme.PAGES) == {"README.md", "docs/benchmarks.md"}
+    for name, names in readme.PAGES.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert readme.with_tables(text, names=names) == text
+
+
+def test_pictures_are_those_of_the_committed_lengths() -> None:
+    drawn = runpy.run_path(str(ROOT / "docs" / "pictures.py"))["drawn"]()
+    assert drawn == {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "pictures").iterdir()}

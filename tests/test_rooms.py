@@ -16,14 +16,31 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "xtg_kernels": set(),
     "xtrimogene._moved": set(),
-    "xtrimogene": {"xtrimogene._moved"},
+    "xtrimogene.version": set(),
+    "xtrimogene": {"xtrimogene._moved", "xtrimogene.version"},
+    "xtrimogene.progress": set(),
     "xtrimogene.network": {"xtg_kernels"},
     "xtrimogene.encoder": {"xtrimogene.network"},
     "xtrimogene.flops": {"xtrimogene.network"},
     "xtrimogene.hub": set(),
-    "xtrimogene.cells": {"xtrimogene.network", "xtg_kernels"},
-    "xtrimogene.inference": {"xtrimogene.cells", "xtrimogene.hub", "xtrimogene.network", "xtg_kernels"},
-    "xtrimogene.training": {"xtrimogene.cells", "xtrimogene.hub", "xtrimogene.network", "xtg_kernels"},
+    "xtrimogene.writing": set(),
+    "xtrimogene.cells": {"xtrimogene.network", "xtrimogene.progress", "xtg_kernels"},
+    "xtrimogene.inference": {
+        "xtrimogene.cells",
+        "xtrimogene.hub",
+        "xtrimogene.network",
+        "xtrimogene.progress",
+        "xtrimogene.writing",
+        "xtg_kernels",
+    },
+    "xtrimogene.training": {
+        "xtrimogene.cells",
+        "xtrimogene.hub",
+        "xtrimogene.network",
+        "xtrimogene.progress",
+        "xtrimogene.writing",
+        "xtg_kernels",
+    },
     "xtrimogene.model": {"xtrimogene.inference", "xtrimogene.hub", "xtrimogene.network"},
     "xtrimogene.interop": {"xtrimogene.model", "xtrimogene.network", "xtg_kernels"},
     "xtrimogene.dropin": {"xtrimogene.interop"},
@@ -35,13 +52,18 @@ PACKAGES = {
     "xtg_kernels": {"numpy", "torch", "triton"},
     "xtrimogene.network": {"numpy", "safetensors", "torch", "yaml"},
     "xtrimogene.hub": {"huggingface_hub"},
+    "xtrimogene.progress": {"tqdm"},
+    "xtrimogene.version": set(),
 }
 
 
 def _room(module: str) -> str:
-    """The room that a module of ours is in: xtrimogene.network.config is in xtrimogene.network."""
+    """The room of a module of ours, or of a name in one: xtrimogene.network for xtrimogene.network.config."""
     parts = module.split(".")
-    return parts[0] if parts[0] != "xtrimogene" else ".".join(parts[:2])
+    if parts[0] == "xtg_kernels":
+        return parts[0]
+    entry = ROOT / "/".join(parts[:2])
+    return ".".join(parts[:2]) if entry.is_dir() or entry.with_suffix(".py").is_file() else parts[0]
 
 
 def _imports(path: Path) -> Iterator[str]:

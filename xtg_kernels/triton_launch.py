@@ -1,9 +1,9 @@
 """What the Triton kernels share at launch: tile sizes for the card at hand, and the flat work list over (cell, block).
 
 Tile sizes are data, ``ops/<op>/configs.json``: architecture -> kernel -> precision -> width -> sizes, num_warps and
-num_stages. ``python -m benchmarks.static_configs`` chooses them from compiled candidates and ``python -m
-benchmarks.tune`` on a card. Nothing is tuned while a model runs, and no choice depends on lengths: a cell's bits do not
-depend on its batch.
+num_stages. ``python -m benchmarks.static.configs`` chooses them from compiled candidates and ``python -m
+benchmarks.gpu.tune`` on a card. Nothing is tuned while a model runs, and no choice depends on lengths: a cell's bits do
+not depend on its batch.
 """
 
 from __future__ import annotations

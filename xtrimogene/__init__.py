@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from xtrimogene.network.config import XTrimoGeneConfig
     from xtrimogene.network.vocabulary import Vocabulary
 
-__version__ = "0.1.0"
+    __version__: str
 
 __all__ = [
     "EmbedReport",
@@ -32,6 +32,7 @@ __all__ = [
 # Where each name lives. They are imported when they are asked for: the encoder alone needs no single-cell packages, and
 # `xtrimogene --help` not even torch.
 _HOMES = {
+    "__version__": "xtrimogene.version",
     "EmbedReport": "xtrimogene.inference.encoding",
     "GeneReport": "xtrimogene.inference.gene_level",
     "Vocabulary": "xtrimogene.network.vocabulary",

@@ -2,9 +2,8 @@
 
     python -m xtrimogene.demo --output demo_output
 
-Runs offline from a checkout of the repository, whose benchmarks/cell_lengths.json it reads. Writes report.md,
-report.json, loss.png, umap.png and the run itself, with the model, into run/. A fifth of the cells is held out; how
-well their labels can be read off the embedding is set beside an untrained model and PCA.
+Runs offline. Writes report.md, report.json, loss.png, umap.png and the run itself, with the model, into run/. A fifth
+of the cells is held out; how well their labels can be read off the embedding is set beside an untrained model and PCA.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import numpy.typing as npt
 
 import xtrimogene
 from xtg_kernels.info import info
+from xtrimogene.bench.tasks import CELL_LENGTHS
 from xtrimogene.cells.stream import TrainingCells
 from xtrimogene.network.config import PRESETS, XTrimoGeneConfig
 from xtrimogene.network.flops import Counts, FlopCount, dense_flops, encoder_flops, padded_flops
@@ -31,7 +31,6 @@ from xtrimogene.training.log import LOG_FILE, read_log
 from xtrimogene.training.pretrain import pretrain
 from xtrimogene.training.run_folder import RUN_FILE
 
-CELL_LENGTHS = Path(__file__).parents[1] / "benchmarks" / "cell_lengths.json"
 LABELS = "bulk_labels"
 REAL_GENES = 19_264  # genes of the released vocabulary, the one the committed lengths were counted on
 PADDED_BATCH = 64
@@ -70,8 +69,6 @@ def load_cells() -> anndata.AnnData:
 
 def load_lengths() -> dict[str, Any]:
     """The committed list of expressed genes per cell of a real data set: keys `source` and `lengths`."""
-    if not CELL_LENGTHS.is_file():
-        raise FileNotFoundError(f"{CELL_LENGTHS}: no such file; run the demo from a checkout of the repository")
     lengths: dict[str, Any] = json.loads(CELL_LENGTHS.read_text(encoding="utf-8"))
     return lengths
 

@@ -142,9 +142,10 @@ def test_the_default_arguments_are_those_of_the_function() -> None:
 
     given = vars(_parser().parse_args(["embed", "--checkpoint", "c", "--input", "i", "--output", "o"]))
     names = {"embed_key": "key_added", "threads": "num_threads"}
+    own = ("command", "run", "kept", "smaller", "checkpoint", "input", "output", "no_progress", "quiet", "json")
     defaults = {name: parameter.default for name, parameter in inspect.signature(embed).parameters.items()}
     for name, value in given.items():
-        if name not in ("run", "smaller", "checkpoint", "input", "output", "no_progress"):
+        if name not in own:
             assert defaults[names.get(name, name)] == value, name
 
 
@@ -183,23 +184,97 @@ def test_errors_are_one_line_and_change_nothing(
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
 
 
-def test_interruption_says_how_to_go_on(
+@pytest.mark.parametrize("kept", [False, True])
+def test_interruption_promises_what_is_there(
+    kept: bool, checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    original, calls = XTrimoGeneNetwork.embed_batch, []
+
+    def interrupt(*given: object) -> torch.Tensor:
+        calls.append(given)
+        if len(calls) > kept:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    monkeypatch.setattr(importlib.import_module("xtrimogene.inference.embed"), "_WINDOW", 8)
+    monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", interrupt)
+    capsys.readouterr()
+    assert main(arguments(checkpoint, path, "--dtype", "float32")) == 130
+    promise = "; what is finished is kept, --resume goes on with it" if kept else ""
+    assert capsys.readouterr().err == f"xtrimogene: interrupted{promise}\n"
+    assert path.with_name("out.h5ad.partial").exists() == kept
+    command = ["impute", *arguments(checkpoint, path)[1:]]
+    monkeypatch.setattr(XTrimoGeneNetwork, "decode", interrupt)
+    assert main(command) == 130
+    assert capsys.readouterr().err == "xtrimogene: interrupted\n"
+
+
+class Unheard(BaseException):
+    """As some libraries raise: no Exception."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError("odd\nlines"), TypeError(), Unheard("odd"), RecursionError("deep")])
+def test_an_unexpected_error_is_one_line_and_a_file(
+    error: BaseException,
+    checkpoint: Path,
+    path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise error
+
+    monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(path.parent))
+    capsys.readouterr()
+    assert main(arguments(checkpoint, path)) == 1
+    line = error_line(capsys)
+    assert f"unexpected {type(error).__name__}: " in line
+    (written,) = path.parent.glob("xtrimogene-error-*.txt")
+    assert f"please report it with the traceback in {written}" in line
+    assert "Traceback (most recent call last)" in written.read_text()
+    assert "embed_batch" in written.read_text()
+
+
+def test_warnings_of_libraries_are_off(
     checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object) -> torch.Tensor:
-        raise KeyboardInterrupt
+    import warnings
 
-    monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", interrupt)
-    assert main(arguments(checkpoint, path)) == 130
-    assert "--resume" in capsys.readouterr().err
-    assert not path.with_name("out.h5ad.partial").exists()
+    library: dict[str, object] = {"__name__": "library", "warnings": warnings}
+    exec("def warn():\n    warnings.warn('nothing a user can do about', FutureWarning, stacklevel=2)", library)
+    inner = XTrimoGeneNetwork.embed_batch
+
+    def embed_batch(*given: object) -> torch.Tensor:
+        library["warn"]()  # type: ignore[operator]
+        return inner(*given)
+
+    monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", embed_batch)
+    capsys.readouterr()
+    assert main(arguments(checkpoint, path)) == 0
+    assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("tried to allocate 20 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("std::bad_alloc"),
+    ],
+)
 def test_running_out_of_memory_says_what_helps(
-    checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: BaseException,
+    checkpoint: Path,
+    path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def exhaust(*_: object) -> torch.Tensor:
-        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        raise error
 
     capsys.readouterr()
     monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", exhaust)

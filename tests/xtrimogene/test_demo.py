@@ -145,10 +145,3 @@ def test_the_verdict_on_labels_calls_chance_chance() -> None:
 def test_tables_line_up() -> None:
     text = demo.table(["name", "n"], [["a", "100"], ["longer", "1"]])
     assert text.split("\n") == ["| name   | n   |", "| ------ | --- |", "| a      | 100 |", "| longer | 1   |"]
-
-
-def test_without_the_lengths_file_it_says_where_to_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(demo, "CELL_LENGTHS", tmp_path / "cell_lengths.json")
-    with pytest.raises(FileNotFoundError, match="run the demo from a checkout of the repository"):
-        demo.run(tmp_path / "demo_output")
-    assert not (tmp_path / "demo_output").exists()

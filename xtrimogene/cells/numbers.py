@@ -368,13 +368,14 @@ def _refuse_fractions(source: CellSource, look: Look | None, depth_tokens: bool)
         )
     else:
         option = "normalized=True (--normalized; of pretrain, normalized=true)"
-    scaled = "; if they are TPM or the like, pass values='tpm' (--values tpm)"
+    scaled = ""
+    if look is not None and look.values == "scaled":
+        scaled = "; if they are TPM or the like, pass values='tpm' (--values tpm)"
     seen = f"; they look like {look.text}" if look is not None and look.values != "unknown" else ""
     raise ValueError(
         f"{source.name}: expected raw counts in {wanted}, got numbers that are not whole; {hint}if they are "
         f"log1p(count / total * 10,000) already, pass {option}; if they are counts that are estimated or corrected, "
-        f"pass fractional_counts=True (--fractional-counts){scaled if look is not None and look.values == 'scaled' else ''}"
-        f"{seen}"
+        f"pass fractional_counts=True (--fractional-counts){scaled}{seen}"
     )
 
 

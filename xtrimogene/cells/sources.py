@@ -23,6 +23,10 @@ from xtrimogene.cells.matrix import CsrArrays, Rows, rows_of
 from xtrimogene.network.vocabulary import column_names
 
 
+class UnreadableCells(ValueError):
+    """Rows that could not be read this time: damage, or a disk or network that fails for a while."""
+
+
 @dataclass
 class CellSource:
     """The cells of one matrix of a data set.
@@ -66,13 +70,16 @@ class CellSource:
     def read_rows(self, start: int, stop: int) -> CsrArrays:
         """Rows start ... stop - 1 as ``(indptr, indices, data)``, indptr from 0; views where the matrix is in memory.
 
-        Raises ValueError that names the file when it cannot be read.
+        Raises UnreadableCells, a ValueError that names the file, when it cannot be read.
         """
         try:
             return self.rows.read(start, stop)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"{self.name}: cannot read rows {start} to {stop - 1}: {error}; the file is damaged or truncated"
+        except MemoryError:
+            raise
+        except Exception as error:  # HDF5, zarr and its codecs have no common base of what they raise
+            raise UnreadableCells(
+                f"{self.name}: cannot read rows {start} to {stop - 1}: {error}; the file is damaged or truncated, or "
+                "its disk fails"
             ) from error
 
     def close(self) -> None:

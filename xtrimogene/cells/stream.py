@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from anndata import AnnData
-from tqdm import tqdm
 
 from xtg_kernels import RaggedBatch
 from xtrimogene.cells.aliases import Aliases
@@ -33,6 +32,7 @@ from xtrimogene.cells.ragged import joined, taken
 from xtrimogene.cells.sources import CellSource, open_cells
 from xtrimogene.network.masked_batch import MaskedBatch
 from xtrimogene.network.vocabulary import Vocabulary
+from xtrimogene.progress import progress_bar
 
 # What a hash is for; the words differ, so that the uses of one seed have nothing to do with one another.
 _BLOCKS, _CELLS, _VALIDATION = 1, 2, 3
@@ -203,7 +203,7 @@ class TrainingCells:
 
     def _count_genes(self, progress: bool) -> npt.NDArray[np.int32]:
         counts = np.empty(self.num_cells, np.int32)
-        with tqdm(total=self.num_cells, unit="cell", desc="count genes", disable=not progress) as bar:
+        with progress_bar(self.num_cells, unit="cell", desc="count genes", disable=not progress) as bar:
             for file, source in enumerate(self.sources):
                 for start in range(0, source.n_obs, _COUNTED_ROWS):
                     stop = min(start + _COUNTED_ROWS, source.n_obs)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import warnings
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from xtrimogene.cli import bench, convert, embed, genes, init, pretrain
-from xtrimogene.cli.messages import show_error, show_warning
+from xtrimogene.cli.failures import one_line_each, status_of
+from xtrimogene.cli.messages import check_json
+from xtrimogene.cli.options import add_telling_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns 0, or 2 after one line on stderr that says what was wrong and what to do.
 
+    130 after Ctrl-C, 1 for an error that nobody has thought of: the line names the file with its traceback.
     ``pretrain`` also returns 1 when training cannot go on, and 128 + the number of the signal that stopped it.
     """
     parser = _parser()
@@ -23,21 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show_warning
+        with one_line_each(), _quiet(arguments):
+            check_json(arguments)
             status = arguments.run(arguments)
-    except (ValueError, OSError, ImportError) as error:
-        show_error(error)
-        return 2
-    except KeyboardInterrupt:
-        print("xtrimogene: interrupted; --resume goes on where it was", file=sys.stderr)
-        return 130
-    except BaseException as error:
-        # torch is not imported for the name of its error: where it was raised, it is there.
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
-            raise
-        show_error(f"out of memory ({error}){arguments.smaller}")
-        return 2
+    except BaseException as error:  # libraries raise some that are no Exception
+        return status_of(error, arguments)
     return status or 0
 
 
@@ -45,7 +39,39 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="xtrimogene", description="xTrimoGene single-cell models: cells in, embeddings of cells and genes out."
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument(
+        "--version",
+        action=_ShowVersion,
+        default=argparse.SUPPRESS,
+        help="show the version, with the commit where it is known, and exit",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for command in (embed, genes, convert, pretrain, init, bench):
         command.add_to(commands)
+    for each in commands.choices.values():
+        add_telling_options(each)
     return parser
+
+
+class _ShowVersion(argparse.Action):
+    """argparse's own would have the version, and so git asked, for every command."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from xtrimogene.version import version
+
+        print(f"xtrimogene {version()}")
+        parser.exit()
+
+
+@contextlib.contextmanager
+def _quiet(arguments: argparse.Namespace) -> Iterator[None]:
+    """--quiet: the standard output leads nowhere, and there is no bar; warnings and errors are still seen."""
+    if not arguments.quiet:
+        yield
+        return
+    arguments.no_progress = True
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from xtrimogene.cli.messages import show_error
+from xtrimogene.cli.messages import show_error, tell
 from xtrimogene.cli.options import Commands, set_threads
 
 
@@ -34,8 +34,8 @@ def add_to(commands: Commands) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from benchmarks.bench import WrongNumbers, bench
-    from benchmarks.report import short_text
+    from xtrimogene.bench.bench import WrongNumbers, bench
+    from xtrimogene.bench.report import short_text
     from xtrimogene.network.vocabulary import Vocabulary
 
     set_threads(arguments)
@@ -51,5 +51,6 @@ def _run(arguments: argparse.Namespace) -> int:
     except WrongNumbers as error:
         show_error(error)
         return 1
-    print(f"\n{short_text(report)}\n\n{arguments.output}: report.html, report.md, results.csv, pictures")
+    text = f"\n{short_text(report)}\n\n{arguments.output}: report.html, report.md, results.csv, pictures"
+    tell(arguments, text, {"output": arguments.output, "machine": report.where, "rows": report.rows})
     return 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from xtrimogene.cli.options import Commands, size_of
+from xtrimogene.cli.messages import tell
+from xtrimogene.cli.options import Commands, numbers_of, size_of
 from xtrimogene.interop import PARTS
 
 
@@ -33,4 +34,5 @@ def _run(arguments: argparse.Namespace) -> None:
     vocabulary = Vocabulary.from_tsv(arguments.vocabulary)
     model = from_scfoundation(arguments.from_scfoundation, arguments.part, vocabulary)
     model.save_pretrained(Path(arguments.output))
-    print(f"{arguments.output}: scFoundation {arguments.part}, {size_of(model)}")
+    text = f"{arguments.output}: scFoundation {arguments.part}, {size_of(model)}"
+    tell(arguments, text, {"output": arguments.output, "part": arguments.part, **numbers_of(model)})

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
 
-from xtrimogene.cli.options import Commands, add_reading_options, reading_options, set_threads
-from xtrimogene.inference.options import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DTYPES
+from xtrimogene.cli.messages import tell
+from xtrimogene.cli.options import Commands, add_reading_options, fields_of, reading_options, set_threads
+from xtrimogene.inference.options import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DTYPES, partial_folder
 from xtrimogene.network.config import POOLINGS
 
 
@@ -16,8 +19,10 @@ def add_to(commands: Commands) -> None:
         help="embed the cells of an h5ad file or zarr store",
         description="Embed every cell of a file and write a copy of the file with the embedding in obsm. "
         "The input is only read. An interrupted run goes on with --resume.",
+        epilog="Exit status: 0 all cells are embedded; 2 wrong input or options, a disk that fails, or no memory left; "
+        "130 interrupted; 1 an error that nobody has thought of, whose traceback is in the file that is named.",
     )
-    command.set_defaults(run=_run, smaller="; try a smaller --max-tokens, with --resume")
+    command.set_defaults(run=_run, kept=_kept, smaller="; try a smaller --max-tokens")
     command.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of the model")
     command.add_argument("--input", required=True, metavar="FILE", help="cells, .h5ad or .zarr, raw counts in X")
     command.add_argument("--output", required=True, metavar="FILE", help="file to write, of the same kind")
@@ -46,6 +51,12 @@ def add_to(commands: Commands) -> None:
     command.add_argument("--resume", action="store_true", help="go on with an interrupted run, if there is one")
 
 
+def _kept(arguments: argparse.Namespace) -> bool:
+    """Whether there are cells to go on with."""
+    output = Path(os.path.realpath(arguments.output))
+    return any(partial_folder(output).glob("shard-*.npy"))
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from xtrimogene.inference.embed import embed
 
@@ -61,5 +72,5 @@ def _run(arguments: argparse.Namespace) -> None:
         resume=arguments.resume,
         **reading_options(arguments),
     )
-    print(report)
-    print(f"{arguments.output}: obsm[{arguments.embed_key!r}]")
+    text = f"{report}\n{arguments.output}: obsm[{arguments.embed_key!r}]"
+    tell(arguments, text, {"output": arguments.output, **fields_of(report)})

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from xtrimogene.cli.options import Commands, add_reading_options, reading_options, set_threads
+from xtrimogene.cli.messages import tell
+from xtrimogene.cli.options import Commands, add_reading_options, fields_of, reading_options, set_threads
 from xtrimogene.inference.options import DEFAULT_BATCH_SIZE, EMBEDDINGS_KEY, GENE_DTYPES, IMPUTED_LAYER
 
 
@@ -56,16 +57,16 @@ def _genes(arguments: argparse.Namespace) -> None:
     from xtrimogene.inference.gene_level import gene_embeddings
 
     report, _ = gene_embeddings(arguments.input, arguments.checkpoint, _asked(arguments) or (), **_options(arguments))
-    print(report)
-    print(f"{arguments.output}: obsm[{EMBEDDINGS_KEY!r}]")
+    text = f"{report}\n{arguments.output}: obsm[{EMBEDDINGS_KEY!r}]"
+    tell(arguments, text, {"output": arguments.output, **fields_of(report)})
 
 
 def _impute(arguments: argparse.Namespace) -> None:
     from xtrimogene.inference.gene_level import predict_expression
 
     report, _ = predict_expression(arguments.input, arguments.checkpoint, _asked(arguments), **_options(arguments))
-    print(report)
-    print(f"{arguments.output}: layers[{IMPUTED_LAYER!r}]")
+    text = f"{report}\n{arguments.output}: layers[{IMPUTED_LAYER!r}]"
+    tell(arguments, text, {"output": arguments.output, **fields_of(report)})
 
 
 def _asked(arguments: argparse.Namespace) -> Sequence[str] | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from xtrimogene.cli.options import Commands, size_of
+from xtrimogene.cli.messages import tell
+from xtrimogene.cli.options import Commands, numbers_of, size_of
 from xtrimogene.network.config import PRESETS
 
 
@@ -31,4 +32,5 @@ def _run(arguments: argparse.Namespace) -> None:
 
     model = XTrimoGene.from_preset(arguments.preset, Vocabulary.from_tsv(arguments.vocabulary), seed=arguments.seed)
     model.save_pretrained(Path(arguments.output))
-    print(f"{arguments.output}: untrained {arguments.preset} model, {size_of(model)}")
+    text = f"{arguments.output}: untrained {arguments.preset} model, {size_of(model)}"
+    tell(arguments, text, {"output": arguments.output, "preset": arguments.preset, **numbers_of(model)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from xtrimogene.cells.kinds import VALUES
@@ -77,6 +78,25 @@ def set_threads(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
 
 
+def add_telling_options(command: argparse.ArgumentParser) -> None:
+    """Options of every command: how much it says, and to whom."""
+    command.add_argument("--quiet", action="store_true", help="no report and no progress bar, only warnings and errors")
+    command.add_argument("--json", metavar="REPORT", help="also write the numbers of the report to this file, as JSON")
+
+
+def fields_of(report: Any) -> dict[str, Any]:
+    """The fields of a report that its repr shows: all but the arrays."""
+    return {field.name: getattr(report, field.name) for field in dataclasses.fields(report) if field.repr}
+
+
+def numbers_of(model: XTrimoGeneNetwork) -> dict[str, int]:
+    """A model's parameters and genes, for a report."""
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "genes": len(model.vocabulary),
+    }
+
+
 def size_of(model: XTrimoGeneNetwork) -> str:
     """A model's parameters and genes, in words."""
-    return f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(model.vocabulary):,} genes"
+    return ", ".join(f"{number:,} {name}" for name, number in numbers_of(model).items())

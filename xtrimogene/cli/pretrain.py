@@ -6,8 +6,8 @@ import argparse
 import re
 from pathlib import Path
 
-from xtrimogene.cli.messages import show_error
-from xtrimogene.cli.options import Commands, set_threads
+from xtrimogene.cli.messages import show_error, tell
+from xtrimogene.cli.options import Commands, fields_of, set_threads
 
 _CHANGE = re.compile(r"[a-z_][a-z_0-9]*(\.[a-z_0-9]+)?=")
 
@@ -26,7 +26,9 @@ def add_to(commands: Commands) -> None:
         epilog="Exit status: 0 trained to the end; 1 training had begun and cannot go on; 2 something was wrong before "
         "it began; 143 or 130 stopped by SIGTERM or SIGINT, with a checkpoint of the steps made.",
     )
-    command.set_defaults(run=_run, smaller="; try a smaller batch_cells and a larger accumulate", changes=[])
+    command.set_defaults(
+        run=_run, kept=_kept, smaller="; try a smaller batch_cells and a larger accumulate", changes=[]
+    )
     command.add_argument("--config", metavar="FILE", help="YAML file of PretrainConfig's keys (default: its defaults)")
     command.add_argument("--data", required=True, nargs="+", metavar="PATH", help="cells: .h5ad, .zarr, or folders")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make: log, checkpoints, model")
@@ -45,6 +47,11 @@ def take_changes(arguments: argparse.Namespace, rest: list[str]) -> None:
         changes = [word for word in words if _CHANGE.match(word) and not Path(word).exists()]
         arguments.changes += changes
         words[:] = [word for word in words if word not in changes]
+
+
+def _kept(arguments: argparse.Namespace) -> bool:
+    """Whether there is a checkpoint to go on with."""
+    return any((Path(arguments.output) / "checkpoints").glob("step-*/complete.json"))
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -69,10 +76,10 @@ def _run(arguments: argparse.Namespace) -> int:
         show_error(error)
         return 1
     if report.rank == 0:
-        print(report)
         if report.model is None:
             with_what = f"with a checkpoint of step {report.steps:,}" if report.steps else "before the first step"
-            print(f"{report.output}: stopped, {with_what}; --resume goes on")
+            end = f"{report.output}: stopped, {with_what}; --resume goes on"
         else:
-            print(f"{report.model}: the trained model")
+            end = f"{report.model}: the trained model"
+        tell(arguments, f"{report}\n{end}", fields_of(report))
     return 128 + report.signal if report.signal else 0

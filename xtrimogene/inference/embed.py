@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 from anndata import AnnData
-from tqdm import tqdm
 
 from xtrimogene.cells.sources import open_cells
 from xtrimogene.inference.encoding import EmbedReport, Encoding
 from xtrimogene.inference.model_cells import WINDOW, ModelCells, opened
 from xtrimogene.inference.options import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DTYPES
 from xtrimogene.inference.precision import BFLOAT16_TOLERANCE, bfloat16_error, choose_dtype
-from xtrimogene.inference.shards import Destination
+from xtrimogene.inference.shards import Destination, check_key
 from xtrimogene.network.config import POOLINGS
 from xtrimogene.network.devices import backend_name, choose_device, prepared
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.pooling import check_pooling
+from xtrimogene.progress import progress_bar
 
 # Cells that are read, packed, sorted by length and, for a path, written as one shard.
 _WINDOW = WINDOW
@@ -54,12 +54,15 @@ def embed(
 ) -> EmbedReport:
     """Embed every cell: (n_obs, dim) float32 into ``adata.obsm[key_added]``, or into a copy of the file at ``output``.
 
+    A view of a backed AnnData, whose obsm cannot be written, is left alone: the embedding is in the report.
+
     A cell's embedding depends on that cell alone (up to the rounding of matrix products of another size). A cell
     without a gene of the vocabulary gets NaN, is counted in the report and warned about.
 
     For a path with ``output``, every 1,024 cells are a shard that is written beside the output, in
     ``<output>.partial``; when all are there, a copy of the input with the embedding is renamed to ``output``. Memory
-    does not grow with the number of cells. A run that was killed goes on with ``resume=True``. The input is only read.
+    does not grow with the number of cells. A run that was killed, or stopped by an error that is none of the numbers,
+    goes on with ``resume=True``. The input is only read.
 
     Args:
         adata_or_path: AnnData (in memory, view or backed), or path of an h5ad file or zarr store.
@@ -82,8 +85,8 @@ def embed(
             by their sum over the cell. Numbers that are not what they are said to be are refused or warned of.
         fractional_counts: counts need not be whole: those of EM quantifiers, or corrected for ambient RNA.
         total_counts: column of ``obs`` with the total of each whole cell, for a matrix that is cut to some genes:
-            counts are divided by it, and token S of a model with depth tokens is its log10. None: the sum over the genes of
-            the vocabulary. A model with depth tokens needs it for values "log1p".
+            counts are divided by it, and token S of a model with depth tokens is its log10. None: the sum over the genes
+            of the vocabulary. A model with depth tokens needs it for values "log1p".
         target_depth: for a model with depth tokens, the log10 total that token T aims at: a number above 0, or "fold:2"
             (twice the cell's total), or "offset:0.5" (added to its log10 total). None: 4.0, and for values "tpm", as
             the published code has bulk samples, "fold:1".
@@ -147,13 +150,13 @@ def embed(
         )
         with (
             prepared(network, torch_device, torch_dtype) as ready,
-            tqdm(total=source.n_obs, unit="cell", desc="embed", disable=not progress) as bar,
+            progress_bar(source.n_obs, unit="cell", desc="embed", disable=not progress) as bar,
         ):
             run = Encoding(cells, ready, pooling, max_tokens, _WINDOW, num_threads, report, bar)
             if destination is None:
                 report.embedding = np.empty((source.n_obs, run.width), np.float32)
                 for start, stop in run.windows():
-                    report.embedding[start:stop] = run.embed_window(start, stop)
+                    report.embedding[start:stop] = run.embed_rows(start, run.read(start, stop))
                 report.empty_cells = int(np.isnan(report.embedding[:, 0]).sum())
             else:
                 options: dict[str, Any] = {
@@ -170,7 +173,13 @@ def embed(
                     options["target depth"] = dataclasses.asdict(cells.target_depth)
                 destination.write(run, key_added, options)
     if isinstance(adata_or_path, AnnData):
-        adata_or_path.obsm[key_added] = report.embedding
+        if adata_or_path.is_view and adata_or_path.isbacked:
+            warnings.warn(
+                "AnnData: a view of a backed AnnData takes nothing into obsm; the embedding is in the report alone",
+                stacklevel=2,
+            )
+        else:
+            adata_or_path.obsm[key_added] = report.embedding
     if report.empty_cells:
         warnings.warn(
             f"{source.name}: {report.empty_cells:,} of {report.cells:,} cells have no gene of the vocabulary; "
@@ -186,8 +195,7 @@ def _check_options(pooling: str, max_tokens: int, key_added: str, dtype: str, nu
         raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    if not key_added or "/" in key_added:
-        raise ValueError(f"key_added: expected a name without '/', got {key_added!r}")
+    check_key(key_added)
     if max_tokens < 1:
         raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
     if num_threads is not None and num_threads < 1:

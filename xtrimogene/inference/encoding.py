@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from xtrimogene.cells.matrix import CsrArrays
 from xtrimogene.cells.packing import split_by_tokens
 from xtrimogene.inference.model_cells import ModelCells, of_columns
 from xtrimogene.network.model import XTrimoGeneNetwork
@@ -103,17 +104,20 @@ class Encoding:
     def windows(self) -> list[tuple[int, int]]:
         return self.cells.windows(self.window)
 
-    def embed_window(self, start: int, stop: int) -> Embeddings:
-        """(stop - start, width) embeddings of the cells of one window.
+    def read(self, start: int, stop: int) -> CsrArrays:
+        """The rows of one window."""
+        clock = time.perf_counter()
+        rows = self.cells.source.read_rows(start, stop)
+        self.report.seconds_reading += time.perf_counter() - clock
+        return rows
+
+    def embed_rows(self, start: int, window: CsrArrays) -> Embeddings:
+        """(rows, width) embeddings of the rows of one window, the first of which is row start of the data set.
 
         Cells go through the encoder sorted by length: attention costs the square of the length, and batches of like
         cells take about as long as one another.
         """
         report = self.report
-        clock = time.perf_counter()
-        window = self.cells.source.read_rows(start, stop)
-        report.seconds_reading += time.perf_counter() - clock
-
         clock = time.perf_counter()
         order = np.argsort(np.diff(window[0]), kind="stable").astype(np.int64)
         packed = self.cells.pack(window, rows=order, num_threads=self.num_threads, first_row=start)
@@ -121,7 +125,7 @@ class Encoding:
 
         clock = time.perf_counter()
         device = next(self.network.parameters()).device
-        embeddings = np.empty((stop - start, self.width), np.float32)
+        embeddings = np.empty((len(order), self.width), np.float32)
         for first, last, batch in split_by_tokens(packed, self.max_tokens):
             pooled = self.network.embed_batch(batch.to(device), self.pooling)
             rows = pooled.cpu().numpy()

@@ -12,9 +12,8 @@ import contextlib
 import difflib
 import os
 import time
-import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ import torch
 from anndata import AnnData
 from anndata.io import read_elem
 from scipy import sparse
-from tqdm import tqdm
 
 from xtg_kernels import RaggedBatch
 from xtrimogene.cells.sources import is_legacy_store, open_cells, open_store
@@ -39,9 +37,11 @@ from xtrimogene.inference.options import (
     GENE_DTYPES,
     IMPUTED_LAYER,
 )
+from xtrimogene.inference.tables import NewHdf5, new_h5ad
 from xtrimogene.network.devices import backend_name, choose_device, prepared
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.vocabulary import Vocabulary
+from xtrimogene.progress import progress_bar
 
 Numbers = npt.NDArray[np.float32]
 
@@ -191,11 +191,12 @@ def _run(
         with contextlib.ExitStack() as stack:
             target: Any = result
             measured: _CsrWriter | None = None
+            root: NewHdf5 | None = None
             if destination is not None:
-                root = stack.enter_context(_new_h5ad(destination, _obs_of(adata_or_path), names))
+                root = stack.enter_context(new_h5ad(destination, _obs_of(adata_or_path), names, overwrite))
                 target = _array(root, f"obsm/{EMBEDDINGS_KEY}" if embeddings else f"layers/{IMPUTED_LAYER}", shape)
                 measured = None if embeddings else stack.enter_context(_CsrWriter(root, (report.cells, report.genes)))
-            bar = stack.enter_context(tqdm(total=report.cells, unit="cell", desc="decode", disable=not progress))
+            bar = stack.enter_context(progress_bar(report.cells, unit="cell", desc="decode", disable=not progress))
             ready = stack.enter_context(prepared(network, torch_device, torch.float32))
             stack.enter_context(torch.autocast(torch_device.type, torch.bfloat16, enabled=dtype == "bfloat16"))
             for start, stop in cells.windows(batch_size):
@@ -206,6 +207,8 @@ def _run(
                 target[start:stop] = numbers
                 if measured is not None:
                     measured.append(_values(batch, report.vocabulary_size, gene_ids))
+                if root is not None:
+                    root.check()
                 report.empty_cells += int((batch.lengths == 0).sum())
                 bar.update(stop - start)
     if report.empty_cells:
@@ -277,19 +280,23 @@ def _near_matches(vocabulary: Vocabulary, name: str) -> str:
 
 
 def _checked_output(adata_or_path: AnnData | str | os.PathLike[str], output: Path, overwrite: bool) -> Path:
-    """Refuses, before any work, an output that could not be written at the end."""
+    """Refuses, before any work, an output that could not be written at the end; a link is what it points at."""
     if output.suffix != ".h5ad":
         raise ValueError(f"output: expected a name that ends in .h5ad, got {output}")
+    if output.is_symlink():
+        output = Path(os.path.realpath(output))
     if not output.parent.is_dir():
         raise FileNotFoundError(f"output: expected an existing folder, got {output.parent}; make it first")
     if output.is_dir():
         raise FileExistsError(f"output: expected a file name, got the folder {output}")
     if output.exists():
+        if not output.is_file():
+            raise FileExistsError(f"output: expected a file to replace, got {output}, a device or the like")
         if not isinstance(adata_or_path, AnnData) and Path(adata_or_path).exists() and output.samefile(adata_or_path):
             raise ValueError(f"output: expected another file than the input, got {output}; the input is never changed")
         if not overwrite:
             raise FileExistsError(f"output: {output} exists; name another file, or pass overwrite=True (--overwrite)")
-    if not os.access(output.parent, os.W_OK):
+    if not os.access(output.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"output: the folder {output.parent} cannot be written to; choose another one")
     return output
 
@@ -304,21 +311,6 @@ def _obs_of(adata_or_path: AnnData | str | os.PathLike[str]) -> pd.DataFrame:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # anndata tells, item by item, how it moves old fields
         return anndata.read_h5ad(adata_or_path, backed="r").obs
-
-
-@contextlib.contextmanager
-def _new_h5ad(output: Path, obs: pd.DataFrame, var_names: list[str]) -> Iterator[h5py.File]:
-    """An AnnData file with cells and genes alone, open for more; it bears its name once it is whole."""
-    written = output.with_name(f".{output.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        AnnData(obs=obs, var=pd.DataFrame(index=var_names)).write_h5ad(written)
-        with h5py.File(written, "r+") as root:
-            yield root
-        with open(written, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(written, output)
-    finally:
-        written.unlink(missing_ok=True)
 
 
 def _array(root: h5py.File, name: str, shape: tuple[int, ...]) -> h5py.Dataset:

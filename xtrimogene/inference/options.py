@@ -1,4 +1,6 @@
-"""Choices and defaults of embed and of the gene level. It imports nothing, for a command line that answers at once."""
+"""Choices and defaults of embed and of the gene level. It imports next to nothing: a command line answers at once."""
+
+from pathlib import Path
 
 DEFAULT_KEY = "X_xtrimogene"
 # Tokens of a batch: room for a cell that expresses every gene, and enough rows to keep the matrix products busy.
@@ -11,3 +13,8 @@ IMPUTED_LAYER = "imputed"
 GENE_DTYPES = ("float32", "bfloat16")
 # Cells decoded together: each takes about ten (positions, decoder_dim) tensors.
 DEFAULT_BATCH_SIZE = 4
+
+
+def partial_folder(output: Path) -> Path:
+    """Where embed keeps the finished cells of an output that is not there yet."""
+    return output.with_name(output.name + ".partial")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
+import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +21,24 @@ import h5py
 import numpy as np
 import torch
 
-from xtrimogene.cells.sources import is_legacy_store, open_store
-from xtrimogene.inference.encoding import Embeddings, EmbedReport, Encoding
+from xtrimogene.cells.matrix import CsrArrays
+from xtrimogene.cells.numbers import BadNumbers
+from xtrimogene.cells.sources import UnreadableCells, is_legacy_store, open_store
+from xtrimogene.inference.encoding import Embeddings, Encoding
+from xtrimogene.inference.options import partial_folder
+from xtrimogene.inference.tables import new_hdf5
 from xtrimogene.network.model import XTrimoGeneNetwork
+from xtrimogene.writing import flush_to_disk, locked, sealed, unsealed, write_whole
+
+# What a run puts into its folder. Nothing else is ever removed from it.
+_OWN_FILES = re.compile(r"(manifest\.json|shard-\d{12}\.npy)(\.tmp)?|lock|result\.h5ad")
+_OWN_FOLDERS = re.compile(r"(result|replaced)\.zarr")
+# After the array in a shard: the digest of the rows that it was made from, and that of the run, the array and these.
+_DIGEST_BYTES = 32
+# What is in the folders of a zarr store (formats 2 and 3): metadata, and chunks in those of arrays.
+_ZARR_METADATA = {".zgroup", ".zarray", ".zattrs", ".zmetadata", "zarr.json"}
+_ZARR_CHUNK = re.compile(r"c|(c\.)?\d+(\.\d+)*")
+_LONGEST_KEY = 255  # a zarr store has a folder of that name
 
 
 @dataclass
@@ -28,7 +46,9 @@ class Destination:
     """Where a path's embedding goes, and the folder beside it that holds the finished shards until all are there.
 
     The folder holds manifest.json (what the shards were made from), one shard-<first row>.npy per window, and lock.
-    Every file is written under another name, flushed to disk and renamed: what bears its name is whole.
+    Every file is written under another name, flushed to disk and renamed: what bears its name is whole. A shard also
+    tells the run and the rows that it was made from, with a checksum: no other one is ever taken for it. When the
+    result is in place, the folder gets a name that tells so, and is removed.
     """
 
     input: Path
@@ -38,7 +58,7 @@ class Destination:
 
     @property
     def folder(self) -> Path:
-        return self.output.with_name(self.output.name + ".partial")
+        return partial_folder(self.output)
 
     @property
     def manifest(self) -> Path:
@@ -47,95 +67,181 @@ class Destination:
     @classmethod
     def checked(cls, input: Path, output: Path, resume: bool, overwrite: bool) -> Destination:
         """Refuses, before any work, an output that could not be written at the end."""
-        self = cls(input, output, resume, overwrite)
         if not input.exists():
             raise FileNotFoundError(f"{input}: no such file")
         kind = ".zarr" if input.is_dir() else ".h5ad"
         if output.suffix != kind:
             raise ValueError(f"output: expected a name that ends in {kind}, as the input is one, got {output}")
+        if output.is_symlink():
+            output = Path(os.path.realpath(output))  # what the link points at is replaced, and the link stays
+        self = cls(input, output, resume, overwrite)
         if not output.parent.is_dir():
             raise FileNotFoundError(f"output: expected an existing folder, got {output.parent}; make it first")
+        self._refuse_input()
+        if output.exists():
+            self._refuse_present(kind)
+        if os.path.lexists(self.folder):
+            self._refuse_folder()
+        return self
+
+    def _refuse_input(self) -> None:
+        """The input is never changed."""
+        output, input = self.output, self.input
         if output.exists() and output.samefile(input):
             raise ValueError(f"output: expected another file than the input, got {output}; the input is never changed")
-        if output.exists() and kind == ".h5ad" and output.is_dir():
-            raise FileExistsError(f"output: expected a file name, got the folder {output}")
-        if output.exists() and not overwrite and not self.published():
+        real_input, real_output = Path(os.path.realpath(input)), Path(os.path.realpath(output))
+        if real_input in real_output.parents or {real_output, partial_folder(real_output)} & set(real_input.parents):
+            raise ValueError(f"output: expected a place apart from the input {input}, got {output}, one in the other")
+
+    def _refuse_present(self, kind: str) -> None:
+        output = self.output
+        if output.is_dir() != (kind == ".zarr") or not (output.is_dir() or output.is_file()):
+            wanted = f"a file name, got the folder {output}" if output.is_dir() else f"a folder, got the file {output}"
+            raise FileExistsError(f"output: expected {wanted}")
+        if self.published():
+            return
+        if not self.overwrite:
             raise FileExistsError(f"output: {output} exists; name another file, or pass overwrite=True (--overwrite)")
-        if self.folder.exists() and not resume:
+        if output.is_dir():
+            foreign = _foreign_in_store(output)
+            if foreign is not None:
+                raise FileExistsError(
+                    f"output: expected a zarr store to replace, got a folder that holds {foreign}, which is no part of "
+                    "one; name another file"
+                )
+            if not os.access(output, os.W_OK | os.X_OK):
+                raise PermissionError(f"output: the folder {output} cannot be replaced, it is read-only")
+
+    def _refuse_folder(self) -> None:
+        folder = self.folder
+        if folder.is_symlink() or not folder.is_dir():
             raise FileExistsError(
-                f"output: {self.folder} is left from an interrupted run; go on with resume=True (--resume), or remove "
+                f"output: expected no file or link {folder}, where finished cells are kept; move it away or name "
+                "another output"
+            )
+        foreign = [entry.name for entry in folder.iterdir() if not _is_own(entry)]
+        if foreign:
+            raise FileExistsError(
+                f"output: {folder} holds {', '.join(sorted(foreign)[:3])}, which no run of embed writes; move it away "
+                "or name another output"
+            )
+        if (folder / "lock").exists():
+            with locked(folder / "lock", self._busy):
+                pass
+        if not self.resume:
+            raise FileExistsError(
+                f"output: {folder} is left from an interrupted run; go on with resume=True (--resume), or remove "
                 "that folder to start again"
             )
-        return self
+
+    @property
+    def _busy(self) -> str:
+        return f"output: another run is at work in {self.folder}; wait for it"
+
+    @property
+    def _finished(self) -> Path:
+        """What the folder is called once the result, which the name tells, is in place."""
+        return self.folder.with_name(f"{self.folder.name}.{self.output.stat().st_ino}")
 
     def published(self) -> bool:
         """Whether the earlier run had put the result in place already and was killed while it tidied up."""
         if not self.resume or not self.output.exists():
             return False
-        if self.manifest.exists():
-            return bool(json.loads(self.manifest.read_text()).get("result") == _file_identity(self.output))
-        # Without leave to overwrite, a run begins only where there is no output: this empty folder is the end of one.
-        return not self.overwrite and self.folder.is_dir() and not any(self.folder.iterdir())
+        if self._finished.is_dir():
+            return True
+        with contextlib.suppress(OSError, ValueError):
+            return bool(unsealed(self.manifest.read_bytes()).get("result") == _file_identity(self.output))
+        return False
 
     def write(self, run: Encoding, key: str, options: dict[str, Any]) -> None:
         """Embeds the windows that are not there yet, then puts the result in place."""
         report = run.report
-        wanted = {
-            "input": _fingerprint(self.input),
+        described = {
             "cells": report.cells,
             "columns": run.cells.source.n_vars,
+            "genes": hashlib.sha256(run.cells.column_map.gene_ids.tobytes()).hexdigest(),
             "cells per shard": run.window,
             "checkpoint": _model_fingerprint(run.network),
             **options,
         }
+        wanted = json.loads(json.dumps(described))  # as the manifest gives it back
+        if self.published():
+            for folder in (self.folder, self._finished):
+                earlier = _manifest_of(folder)
+                if earlier is not None:
+                    self._check_same_run(earlier, wanted)
+                self._remove(folder)
+            report.resumed_cells = report.cells
+            report.empty_cells = self._count_empty_cells(key)
+            return
         try:
             self.folder.mkdir(exist_ok=self.resume)
+        except FileExistsError:
+            raise FileExistsError(self._busy) from None
         except OSError as error:
             raise PermissionError(
                 f"output: the folder {self.output.parent} cannot be written to ({error}); choose another one"
             ) from error
-        published = self.published()
-        with self._locked():
-            if self.manifest.exists():
-                self._check_same_run(wanted)
-            if published:
-                report.resumed_cells = report.cells
-                report.empty_cells = self._count_empty_cells(key)
-                self._remove()
-                return
-            if not self.manifest.exists():
-                _write_json(self.manifest, wanted)
-            windows = run.windows()
-            missing = [(start, stop) for start, stop in windows if not self._has_shard(start, stop, run.width)]
-            report.resumed_cells = report.cells - sum(stop - start for start, stop in missing)
-            try:
-                run.bar.update(report.resumed_cells)
-                for start, stop in missing:
-                    self._write_shard(start, run.embed_window(start, stop))
-            except BaseException as error:
-                # Input that cannot be embedded stays so, and mending it makes another input: its shards are void.
-                if isinstance(error, ValueError) or not any(self.folder.glob("shard-*.npy")):
-                    self._remove()
-                raise
-            if _fingerprint(self.input) != wanted["input"]:
-                self._remove()
-                raise ValueError(f"{self.input}: changed while it was read; run again")
-            self._publish([start for start, _ in windows], (report.cells, run.width), key, wanted, report, run.window)
-            self._remove()
+        over = None
+        try:
+            with locked(self.folder / "lock", self._busy):
+                try:
+                    self._embed(run, key, wanted)
+                    over = self._finished
+                except BaseException as error:
+                    # Bad numbers stay so, and mending them makes another input: its shards are void.
+                    if isinstance(error, BadNumbers | _OtherCells) or not self._any_shard():
+                        over = self.folder.with_name(f"{self.folder.name}.{uuid.uuid4().hex[:12]}")
+                    elif isinstance(error, OSError | UnreadableCells):
+                        kind = UnreadableCells if isinstance(error, UnreadableCells) else OSError
+                        kept = "the cells that are finished are kept: go on with resume=True (--resume)"
+                        raise kind(f"{error}; {kept}") from error
+                    raise
+                finally:
+                    if over is not None:
+                        self.folder.rename(over)  # nobody else takes it for a run to go on with
+        finally:
+            if over is not None:
+                self._remove(over)  # not before the lock is closed: NFS keeps open files
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        import fcntl
+    def _embed(self, run: Encoding, key: str, wanted: dict[str, Any]) -> None:
+        report, windows = run.report, run.windows()
+        earlier = _manifest_of(self.folder)
+        if earlier is not None:
+            self._check_same_run(earlier, wanted)
+        elif self.manifest.exists():
+            warnings.warn(f"{self.manifest}: damaged; each shard is compared with its cells instead", stacklevel=4)
+        run_digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).digest()
+        seen = _fingerprint(self.input)
+        made_from: dict[int, bytes] = {}
+        for start, stop in windows:
+            shard = self._read_shard(start, stop, run.width, run_digest)
+            if shard is not None:
+                made_from[start] = shard[1]
+        if earlier is None or earlier.get("input") != seen:
+            # Copied or touched it may be the same all the same: what counts is the rows that shards were made from.
+            other = _first_other_window(run, made_from)
+            if other is not None:
+                raise ValueError(
+                    f"resume: expected the input of the interrupted run in {self.folder}, got other cells from row "
+                    f"{other} of {self.input} on; give the same, or remove that folder to start again"
+                )
+        missing = [(start, stop) for start, stop in windows if start not in made_from]
+        self._remove_result()
+        self._check_space(run, missing)
+        write_whole(self.manifest, sealed({**wanted, "input": seen}))
+        report.resumed_cells = report.cells - sum(stop - start for start, stop in missing)
+        run.bar.update(report.resumed_cells)
+        for start, stop in missing:
+            rows = run.read(start, stop)
+            made_from[start] = _digest(rows)
+            self._write_shard(start, _shard_of(run.embed_rows(start, rows), made_from[start], run_digest))
+        before = _fingerprint(self.input)
+        if before != seen and _first_other_window(run, made_from) is not None:
+            raise _OtherCells(f"{self.input}: changed while it was read; run again")
+        self._publish(run, key, {**wanted, "input": before}, run_digest)
 
-        with open(self.folder / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise FileExistsError(f"output: another run is at work in {self.folder}; wait for it") from None
-            yield
-
-    def _check_same_run(self, wanted: dict[str, Any]) -> None:
-        earlier = json.loads(self.manifest.read_text())
+    def _check_same_run(self, earlier: dict[str, Any], wanted: dict[str, Any]) -> None:
         changed = [
             f"{name} was {earlier.get(name)!r}, is {value!r}"
             for name, value in wanted.items()
@@ -147,64 +253,168 @@ class Destination:
                 f"others: {'; '.join(changed)}; give the same, or remove that folder to start again"
             )
 
+    def _check_space(self, run: Encoding, missing: list[tuple[int, int]]) -> None:
+        files = [file for file in self.input.rglob("*") if file.is_file()] if self.input.is_dir() else [self.input]
+        sizes = [file.stat() for file in files]
+        copy = sum(min(size.st_size, size.st_blocks * 512) for size in sizes)
+        numbers = run.report.cells + sum(stop - start for start, stop in missing)
+        needed, free = copy + numbers * run.width * 4, shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(
+                f"output: expected {needed / 1e6:,.0f} MB free in {self.output.parent} for a copy of the input with "
+                f"the embedding, got {free / 1e6:,.0f} MB; make room, or name another place"
+            )
+
     def _shard(self, start: int) -> Path:
         return self.folder / f"shard-{start:012d}.npy"
+
+    def _any_shard(self) -> bool:
+        return any(self.folder.glob("shard-*.npy"))
 
     def _count_empty_cells(self, key: str) -> int:
         root, closing = open_store(self.output)
         with closing:
             return int(np.isnan(root["obsm"][key][:, 0]).sum())
 
-    def _write_shard(self, start: int, embeddings: Embeddings) -> None:
-        _write_atomically(self._shard(start), lambda file: np.save(file, embeddings))
+    def _write_shard(self, start: int, shard: bytes) -> None:
+        write_whole(self._shard(start), shard)
 
-    def _has_shard(self, start: int, stop: int, width: int) -> bool:
+    def _read_shard(self, start: int, stop: int, width: int, run: bytes) -> tuple[Embeddings, bytes] | None:
+        """The embeddings of a window and the digest of their rows; None where no whole shard of this run is there."""
         path = self._shard(start)
-        return path.exists() and np.load(path, mmap_mode="r").shape == (stop - start, width)
+        if not path.exists():
+            return None
+        content = path.read_bytes()
+        signed, checksum = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+        if hashlib.sha256(signed + run).digest() != checksum:
+            warnings.warn(f"{path}: not the shard that was written; its cells are embedded again", stacklevel=5)
+            return None
+        embeddings = np.load(io.BytesIO(signed[:-_DIGEST_BYTES]), allow_pickle=False)
+        return (embeddings, signed[-_DIGEST_BYTES:]) if embeddings.shape == (stop - start, width) else None
 
-    def _publish(
-        self,
-        starts: list[int],
-        shape: tuple[int, int],
-        key: str,
-        manifest: dict[str, Any],
-        report: EmbedReport,
-        window: int,
-    ) -> None:
+    def _publish(self, run: Encoding, key: str, manifest: dict[str, Any], run_digest: bytes) -> None:
         result = self.folder / f"result{self.output.suffix}"
-        _remove_path(result)
+        report, shape = run.report, (run.report.cells, run.width)
+        report.empty_cells = 0
 
         def shards() -> Iterator[tuple[int, Embeddings]]:
-            for start in starts:
-                shard = np.load(self._shard(start))
-                report.empty_cells += int(np.isnan(shard[:, 0]).sum())
-                yield start, shard
+            for start, stop in run.windows():
+                shard = self._read_shard(start, stop, run.width, run_digest)
+                if shard is None:
+                    raise OSError(f"{self._shard(start)}: not what was written to it")
+                report.empty_cells += int(np.isnan(shard[0][:, 0]).sum())
+                yield start, shard[0]
 
         if self.input.is_dir():
-            shutil.copytree(self.input, result)
-            _add_to_zarr(result, key, shards(), shape, window)
+            _copy_store(self.input, result)
+            _add_to_zarr(result, key, shards(), shape, run.window)
         else:
             shutil.copyfile(self.input, result)
             _add_to_h5ad(result, key, shards(), shape)
-        _flush_to_disk(result)
-        _write_json(self.manifest, {**manifest, "result": _file_identity(result)})
+        if _fingerprint(self.input) != manifest["input"]:
+            raise OSError(f"{self.input}: changed while it was copied")
+        _flush_tree(result)
+        write_whole(self.manifest, sealed({**manifest, "result": _file_identity(result)}))
+        if self.output.exists() and not self.overwrite:
+            raise FileExistsError(f"output: {self.output} has appeared meanwhile, by another run perhaps")
         if self.output.is_dir():
             self.output.rename(self.folder / "replaced.zarr")  # a folder cannot be renamed onto another
         os.replace(result, self.output)
-        _flush_to_disk(self.output.parent)
+        flush_to_disk(self.output.parent)
 
-    def _remove(self) -> None:
-        # The manifest goes last: it tells a resumed run that the result is in place.
-        for path in self.folder.iterdir():
-            if path != self.manifest:
+    def _remove_result(self) -> None:
+        for name in ("result.h5ad", "result.zarr"):
+            _remove_path(self.folder / name)
+
+    def _remove(self, folder: Path) -> None:
+        """Removes what runs have written, the manifest last."""
+        if not folder.is_dir():
+            return
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "manifest.json"):
+            if _is_own(path):
                 _remove_path(path)
-        self.manifest.unlink(missing_ok=True)
-        self.folder.rmdir()
+        try:
+            folder.rmdir()
+        except OSError as error:
+            warnings.warn(f"{folder}: cannot be removed: {error.strerror}", stacklevel=4)
+
+
+class _OtherCells(ValueError):
+    """The input has other cells than it had when the run began."""
+
+
+def _manifest_of(folder: Path) -> dict[str, Any] | None:
+    """What is written in the manifest; None where it is missing or damaged."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return unsealed((folder / "manifest.json").read_bytes())
+    return None
+
+
+def _is_own(path: Path) -> bool:
+    """Whether this is something that a run of embed writes into its folder."""
+    if path.is_symlink():
+        return False
+    return bool(_OWN_FOLDERS.fullmatch(path.name) if path.is_dir() else _OWN_FILES.fullmatch(path.name))
+
+
+def _foreign_in_store(folder: Path) -> str | None:
+    """The name of something in a folder that no zarr store has, None where all is part of one (or there is nothing)."""
+    with os.scandir(folder) as entries:
+        found = {entry.name: entry.is_dir() for entry in entries}
+    is_array = ".zarray" in found
+    if "zarr.json" in found:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            described = json.loads((folder / "zarr.json").read_bytes())
+            is_array = isinstance(described, dict) and described.get("node_type") == "array"
+    if found and not _ZARR_METADATA & set(found):
+        return f"{folder.name}, without the metadata of a group or array," if len(found) > 1 else min(found)
+    for name, is_folder in found.items():
+        if (name in _ZARR_METADATA and not is_folder) or (is_array and _ZARR_CHUNK.fullmatch(name)):
+            continue
+        if not is_folder or is_array:
+            return name
+        foreign = _foreign_in_store(folder / name)
+        if foreign is not None:
+            return f"{name}/{foreign}"
+    return None
+
+
+def _shard_of(embeddings: Embeddings, rows: bytes, run: bytes) -> bytes:
+    """The content of a shard: an npy file, the digest of the rows, and that of both and of the run."""
+    file = io.BytesIO()
+    np.save(file, embeddings)
+    signed = file.getvalue() + rows
+    return signed + hashlib.sha256(signed + run).digest()
+
+
+def _digest(rows: CsrArrays) -> bytes:
+    digest = hashlib.sha256()
+    for array in rows:
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.digest()
+
+
+def _first_other_window(run: Encoding, made_from: dict[int, bytes]) -> int | None:
+    """First row of the first window whose rows are not those of the digest."""
+    for start, stop in run.windows():
+        if start in made_from and _digest(run.read(start, stop)) != made_from[start]:
+            return start
+    return None
+
+
+def check_key(key: str) -> None:
+    """Refuses, before any work, a key that could not be written into the obsm of a file. Raises ValueError."""
+    if not key or "/" in key or "\0" in key or key.startswith((".", "__")) or key == "zarr.json":
+        raise ValueError(f"key_added: expected a name without '/', got {key[:40]!r}; nor may it begin with '.' or '__'")
+    if len(key.encode(errors="surrogateescape")) > _LONGEST_KEY:
+        raise ValueError(f"key_added: expected at most {_LONGEST_KEY} bytes, got {key[:40]!r}...")
 
 
 def _add_to_h5ad(path: Path, key: str, shards: Iterator[tuple[int, Embeddings]], shape: tuple[int, int]) -> None:
-    with h5py.File(path, "r+") as root:
+    with new_hdf5(path, "r+") as root:
         if not is_legacy_store(root):
+            if "obsm" in root and not isinstance(root["obsm"], h5py.Group):
+                del root["obsm"]  # anndata 0.12 writes nothing as a data set of encoding "null"
             obsm = _obsm_group(root)
             if key in obsm:
                 del obsm[key]
@@ -224,14 +434,38 @@ def _add_to_zarr(
 ) -> None:
     import zarr
 
-    consolidated = zarr.open_group(path, mode="r").metadata.consolidated_metadata is not None
-    obsm = _obsm_group(zarr.open_group(path, mode="r+", use_consolidated=False))
+    root = zarr.open_group(path, mode="r+", use_consolidated=False)
+    if "obsm" in root and not isinstance(root["obsm"], zarr.Group):
+        shutil.rmtree(path / "obsm")
+    obsm = _obsm_group(root)
+    if (path / "obsm" / key).exists():
+        shutil.rmtree(path / "obsm" / key)
     chunks = (max(1, min(window, shape[0])), shape[1])
-    _fill_array(obsm.create_array(key, shape=shape, dtype=np.float32, chunks=chunks, overwrite=True), shards)
-    if consolidated:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # zarr's notice that format 3 does not have it; this store does
-            zarr.consolidate_metadata(path)
+    _fill_array(obsm.create_array(key, shape=shape, dtype=np.float32, chunks=chunks), shards)
+    _consolidate(path, key)
+
+
+def _consolidate(store: Path, key: str) -> None:
+    """Enters the new array into the metadata of all nodes that some stores keep at their root.
+
+    zarr.consolidate_metadata would read those of every node, and fail for a broken one that is none of our business.
+    """
+    for name in (".zmetadata", "zarr.json"):
+        root = json.loads((store / name).read_bytes()) if (store / name).exists() else {}
+        kept = root if name == ".zmetadata" else root.get("consolidated_metadata")
+        if not kept:
+            continue
+        entries = {
+            entry: content for entry, content in kept["metadata"].items() if not f"{entry}/".startswith(f"obsm/{key}/")
+        }
+        for node in ("obsm", f"obsm/{key}"):
+            for file in (".zgroup", ".zarray", ".zattrs") if name == ".zmetadata" else ("zarr.json",):
+                if (store / node / file).exists():
+                    entry = f"{node}/{file}" if name == ".zmetadata" else node
+                    entries[entry] = json.loads((store / node / file).read_bytes())
+        # zarr takes the children of a node that stand together.
+        kept["metadata"] = {entry: entries[entry] for entry in sorted(entries, key=lambda e: (e.count("/"), e))}
+        (store / name).write_text(json.dumps(root))
 
 
 def _obsm_group(root: Any) -> Any:
@@ -266,33 +500,21 @@ def _file_identity(path: Path) -> list[int]:
     return [stat.st_dev, stat.st_ino]
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+def _copy_store(source: Path, target: Path) -> None:
+    """A copy of a folder in files and folders that are new: writable ones, also where those of the source are not."""
+    target.mkdir()
+    for entry in source.iterdir():
+        copy = _copy_store if entry.is_dir() else shutil.copyfile
+        copy(entry, target / entry.name)
 
 
-def _write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _flush_to_disk(path.parent)
-
-
-def _flush_to_disk(path: Path) -> None:
-    """fsync of a file, or of a folder and, for a store, of all files in it."""
-    files = [file for file in path.rglob("*") if file.is_file()] if path.suffix == ".zarr" else []
-    for each in (*files, path):
-        descriptor = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _flush_tree(path: Path) -> None:
+    for each in (*path.rglob("*"), path) if path.is_dir() else (path,):
+        flush_to_disk(each)
 
 
 def _remove_path(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

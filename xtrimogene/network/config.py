@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from xtrimogene.network.keys import read_yaml, refuse_unknown, typed, write_yaml
 
 # The 3m shape agrees with a public re-implementation, 100m is the released scFoundation shape. The paper's row for
 # 10 M parameters could not be found: ours keeps the paper's two encoder layers for each decoder layer. tiny is ours: it
@@ -77,19 +78,8 @@ class XTrimoGeneConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            # bool is an int to Python, and `num_layers: yes` in YAML is a bool.
-            if field.type == "int" or (field.type == "int | None" and value is not None):
-                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                    raise ValueError(f"config {field.name}: expected an integer >= 1, got {value!r}")
-            elif field.type == "bool":
-                if not isinstance(value, bool):
-                    raise ValueError(f"config {field.name}: expected true or false, got {value!r}")
-            elif field.type == "float":
-                if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                    raise ValueError(f"config {field.name}: expected a finite number, got {value!r}")
-                # An integer written in YAML must compare equal to, and be saved like, the float it stands for.
-                object.__setattr__(self, field.name, float(value))
+            value = typed(field.name, str(field.type), getattr(self, field.name), least=1)
+            object.__setattr__(self, field.name, value)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"config dropout: expected 0 <= dropout < 1, got {self.dropout!r}")
         if self.stabilizer not in STABILIZERS:
@@ -153,11 +143,7 @@ class XTrimoGeneConfig:
         if not isinstance(values, Mapping):
             raise ValueError(f"config: expected keys and values, got {type(values).__name__}")
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        for key in values:
-            if key not in fields:
-                near = difflib.get_close_matches(str(key), fields, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
-                raise ValueError(f"config {key}: unknown key, got {values[key]!r}; {hint}")
+        refuse_unknown(values, fields)
         required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
         missing = [name for name in required if name not in values]
         if missing:
@@ -166,25 +152,15 @@ class XTrimoGeneConfig:
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the keys and values as a YAML file."""
-        import yaml
-
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        write_yaml(path, self.to_dict())
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> XTrimoGeneConfig:
         """Read a YAML file. Its key `preset`, if any, names a preset that the other keys complete or change."""
-        import yaml
-
+        values = read_yaml(path)
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: expected a YAML file of keys and values: {error}") from error
-        try:
-            if isinstance(values, dict):
-                # PyYAML follows YAML 1.1, where a number such as 1e-5 (no dot) is a string.
-                values = {key: _number_if_numeric(value) for key, value in values.items()}
-                if "preset" in values:
-                    return cls.preset(str(values.pop("preset")), **{"num_genes": None, **values})
+            if isinstance(values, dict) and "preset" in values:
+                return cls.preset(str(values.pop("preset")), **{"num_genes": None, **values})
             return cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
@@ -196,12 +172,3 @@ class XTrimoGeneConfig:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-
-def _number_if_numeric(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value

@@ -113,7 +113,7 @@ def save(
     Raises FileExistsError when the folder exists and is not empty, unless overwrite; also with overwrite when it holds
     files that no checkpoint has, since the whole folder is replaced.
     """
-    target = Path(os.path.abspath(folder))
+    target = Path(os.path.realpath(folder))  # what a link points at is written, and the link stays
     _refuse_occupied(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex[:12]
@@ -125,7 +125,10 @@ def save(
         vocabulary.save(written / VOCABULARY_FILE)
         (written / CARD_FILE).write_text(_card(target.name, tensors, config, vocabulary, card or {}), encoding="utf-8")
         plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, written / WEIGHTS_FILE, metadata={"format": "pt"})
+        try:
+            save_file(plain, written / WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:  # also for a full disk
+            raise OSError(f"{target / WEIGHTS_FILE}: cannot be written: {error}") from error
         # safetensors makes files that only their owner can read, whatever the umask.
         (written / WEIGHTS_FILE).chmod(stat.S_IMODE((written / CONFIG_FILE).stat().st_mode))
         if target.exists():
@@ -213,6 +216,7 @@ def _check_files(path: Path) -> None:
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
+        path.open("rb").close()  # safetensors says "no such file" of one that may not be read
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

@@ -1,15 +1,13 @@
 """Checkpoints of a training run: written beside their place, renamed when complete, checked before they are taken.
 
 The tensors go through torch.distributed.checkpoint, so that every rank writes what it holds. A checkpoint is a folder
-`step-<number>` with the files of torch.distributed.checkpoint and complete.json, which holds the progress of the run
-and the size and CRC-32 of every other file.
+`step-<number>` with the files of torch.distributed.checkpoint and complete.json, which holds the progress of the run,
+the size and CRC-32 of every other file and a checksum of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
 import warnings
 import zlib
@@ -21,7 +19,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from xtrimogene.writing import flush_to_disk, sealed, unsealed, write_whole
 
 COMPLETE_FILE = "complete.json"
 _PREFIX = "step-"
@@ -55,14 +56,15 @@ class Checkpoints:
         _barrier()
         model_state, optimizer_state = get_state_dict(model, optimizer)
         with _without_single_process_notice():
-            dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=written)
+            try:
+                dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=written)
+            except CheckpointException as error:  # no Exception, and a traceback of each rank for a message
+                first = next(iter(error.failures.values()))[0]
+                raise OSError(f"{target}: the checkpoint cannot be written: {first}") from error
         _barrier()
         if _rank() == 0:
             files = {path.name: list(_size_and_crc(path)) for path in sorted(written.iterdir())}
-            complete = written / COMPLETE_FILE
-            complete.write_text(json.dumps({"step": step, "progress": progress, "files": files}, indent=1))
-            flush_to_disk(complete)
-            flush_to_disk(written)
+            write_whole(written / COMPLETE_FILE, sealed({"step": step, "progress": progress, "files": files}))
             written.rename(target)
             flush_to_disk(self.folder)
             for old in list(self._newest_first())[self.keep :]:
@@ -79,7 +81,7 @@ class Checkpoints:
         """
         for path in self._newest_first():
             try:
-                complete = json.loads((path / COMPLETE_FILE).read_text())
+                complete = unsealed((path / COMPLETE_FILE).read_bytes())
                 for name, (size, crc) in complete["files"].items():
                     if (path / name).stat().st_size != size or _size_and_crc(path / name) != (size, crc):
                         raise ValueError(f"{name} is not the file that was written")
@@ -104,24 +106,6 @@ class Checkpoints:
     def _newest_first(self) -> Iterator[Path]:
         folders = [path for path in self.folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()]
         return iter(sorted(folders, key=lambda path: int(path.name.removeprefix(_PREFIX)), reverse=True))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is never there by half."""
-    temporary = path.with_name(path.name + _TEMPORARY)
-    temporary.write_text(text, encoding="utf-8")
-    flush_to_disk(temporary)
-    temporary.replace(path)
-    flush_to_disk(path.parent)
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync of a file or of a folder's list of names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

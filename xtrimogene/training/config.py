@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ import yaml
 
 from xtrimogene.cells.kinds import ValueKind
 from xtrimogene.cells.masking import MaskingConfig
-from xtrimogene.network.config import XTrimoGeneConfig, _number_if_numeric
+from xtrimogene.network.config import XTrimoGeneConfig
+from xtrimogene.network.keys import read_yaml, refuse_unknown, typed, with_numbers, write_yaml
 
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("float32", "bfloat16")
@@ -124,7 +124,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            value = _checked(each.name, str(each.type), getattr(self, each.name))
+            value = typed(each.name, str(each.type), getattr(self, each.name))
             object.__setattr__(self, each.name, value)
         for name, low in _LEAST.items():
             value = getattr(self, name)
@@ -187,13 +187,13 @@ class PretrainConfig:
         """Inverse of to_dict. Raises ValueError for an unknown or bad key, and names it."""
         if not isinstance(values, Mapping):
             raise ValueError(f"config: expected keys and values, got {type(values).__name__}")
-        _refuse_unknown(values, [each.name for each in dataclasses.fields(cls)], "")
+        refuse_unknown(values, [each.name for each in dataclasses.fields(cls)])
         values = dict(values)
         masking = values.get("masking", {})
         if not isinstance(masking, MaskingConfig):
             if not isinstance(masking, Mapping):
                 raise ValueError(f"config masking: expected keys and values, got {masking!r}")
-            _refuse_unknown(masking, [each.name for each in dataclasses.fields(MaskingConfig)], "masking.")
+            refuse_unknown(masking, [each.name for each in dataclasses.fields(MaskingConfig)], "masking.")
             try:
                 values["masking"] = MaskingConfig(**{"seed": values.get("seed", 0), **masking})
             except (TypeError, ValueError) as error:
@@ -209,29 +209,29 @@ class PretrainConfig:
         values: Any = {}
         if path is not None:
             try:
-                values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+                values = read_yaml(path)
             except FileNotFoundError:
                 raise FileNotFoundError(f"config {path}: no such file") from None
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ValueError(f"config {path}: expected a YAML file of keys and values: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"config {error}") from error
             values = {} if values is None else values
             if not isinstance(values, dict):
                 raise ValueError(f"config {path}: expected keys and values, got {type(values).__name__}")
             cls._from_file(path, values)
         for change in changes:
             _apply(values, change)
-        return cls.from_dict(_with_numbers(values))
+        return cls.from_dict(with_numbers(values))
 
     @classmethod
     def _from_file(cls, path: str | Path, values: dict[str, Any]) -> PretrainConfig:
         try:
-            return cls.from_dict(_with_numbers(values))
+            return cls.from_dict(values)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the keys and values as a YAML file."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        write_yaml(path, self.to_dict())
 
     def fixed(self) -> dict[str, Any]:
         """The keys that a resumed run must share with the run it goes on with, sections as `section.key`."""
@@ -264,36 +264,6 @@ _LEAST = {
 }
 
 
-def _checked(name: str, kind: str, value: Any) -> Any:
-    """The value in the type of its field, or ValueError."""
-    if kind.endswith(" | None"):
-        if value is None:
-            return None
-        kind = kind.removesuffix(" | None")
-    # bool is an int to Python, and `accumulate: yes` in YAML is a bool.
-    if kind == "bool" and not isinstance(value, bool):
-        raise ValueError(f"config {name}: expected true or false, got {value!r}")
-    if kind == "int" and (isinstance(value, bool) or not isinstance(value, int)):
-        raise ValueError(f"config {name}: expected an integer, got {value!r}")
-    if kind == "float":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"config {name}: expected a finite number, got {value!r}")
-        return float(value)
-    if kind == "str" and not isinstance(value, str):
-        raise ValueError(f"config {name}: expected a text, got {value!r}")
-    if kind.startswith("Mapping") and not isinstance(value, Mapping):
-        raise ValueError(f"config {name}: expected keys and values, got {value!r}")
-    return value
-
-
-def _refuse_unknown(values: Mapping[str, Any], known: list[str], section: str) -> None:
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {section}{near[0]}?" if near else f"known keys: {', '.join(known)}"
-            raise ValueError(f"config {section}{key}: unknown key, got {values[key]!r}; {hint}")
-
-
 def _apply(values: dict[str, Any], change: str) -> None:
     name, separator, text = change.partition("=")
     if not separator or not name:
@@ -310,11 +280,3 @@ def _apply(values: dict[str, Any], change: str) -> None:
     if not isinstance(inner, dict):
         raise ValueError(f"{change}: config {section} is no section of keys")
     inner[key] = value
-
-
-def _with_numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    """PyYAML follows YAML 1.1, where a number such as 1e-4 (no dot) is a string."""
-    return {
-        key: _with_numbers(value) if isinstance(value, Mapping) else _number_if_numeric(value)
-        for key, value in values.items()
-    }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from xtrimogene.writing import sealed, unsealed
 
 LOG_FILE = "log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -15,6 +16,8 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 class TrainingLog:
     """Lines of {"event": ..., "step": ..., numbers} in `folder/log.jsonl`, and scalars in `folder/tensorboard`.
+
+    Every line ends with a checksum of itself, which read_log takes off.
 
     after_step   None to begin; a number to go on after that step: later lines are cut off, and with them a line that a
                  killed run wrote by half, so that each step is in the log once
@@ -74,21 +77,28 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log, as dicts, up to the first that is not whole. No file, no lines."""
+    """The lines of a log, as dicts; no file, no lines.
+
+    Lines that are damaged are left out with a warning, the last one without where a killed run wrote it by half.
+    """
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if not line.endswith("\n"):
                 return
             try:
-                yield json.loads(line)
-            except ValueError:
-                return
+                entry = unsealed(line)
+                if not isinstance(entry.get("event"), str) or not isinstance(entry.get("step"), int):
+                    raise ValueError("no event and step")
+            except ValueError as error:
+                warnings.warn(f"{path}: line {number} is damaged and left out: {error}", stacklevel=2)
+                continue
+            yield entry
 
 
 def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
+    return sealed(entry, indent=None) + "\n"
 
 
 def _summary_writer(folder: Path, after_step: int | None) -> Any:

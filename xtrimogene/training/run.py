@@ -30,6 +30,7 @@ from xtrimogene.cells.stream import TrainingCells
 from xtrimogene.network.folder import Checkpoint, save
 from xtrimogene.network.masked_batch import MaskedBatch
 from xtrimogene.network.model import XTrimoGeneNetwork
+from xtrimogene.progress import progress_bar
 from xtrimogene.training.checkpoints import Checkpoints
 from xtrimogene.training.config import PretrainConfig
 from xtrimogene.training.log import TrainingLog
@@ -218,8 +219,8 @@ class Run:
         with (
             StopSignals(self.ranks, "stops after this step, or batch of a validation; --resume goes on") as signals,
             contextlib.closing(self._batches()) as batches,
-            tqdm(
-                total=config.max_steps,
+            progress_bar(
+                config.max_steps,
                 initial=progress.step,
                 unit="step",
                 desc="pretrain",
@@ -386,7 +387,10 @@ class Run:
 
         def written() -> Path:
             target = self.folder.path / MODEL_FOLDER
-            save(target, tensors, self.model.config, self.model.vocabulary, card=self._card(), overwrite=True)
+            try:
+                save(target, tensors, self.model.config, self.model.vocabulary, card=self._card(), overwrite=True)
+            except OSError as error:
+                raise TrainingFailed(f"the trained model: {error}; go on with --resume") from error
             return target
 
         return self.ranks.first(written)

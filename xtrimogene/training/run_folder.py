@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import os
@@ -15,9 +15,10 @@ import torch
 from xtg_kernels import dispatch
 from xtrimogene.cells.stream import TrainingCells
 from xtrimogene.network.vocabulary import Vocabulary
-from xtrimogene.training.checkpoints import Checkpoints, write_whole
+from xtrimogene.training.checkpoints import Checkpoints
 from xtrimogene.training.config import PretrainConfig
 from xtrimogene.training.ranks import Ranks
+from xtrimogene.writing import locked, sealed, unsealed, write_whole
 
 RUN_FILE = "run.json"
 CONFIG_FILE = "config.yaml"
@@ -38,7 +39,7 @@ class RunFolder:
     def __init__(self, path: Path, resume: bool) -> None:
         self.path = path
         self.resume = resume
-        self._lock: Any = None
+        self._lock = contextlib.ExitStack()
 
     def check(self) -> None:
         """Refuse, before any work, a folder that cannot be the output."""
@@ -68,16 +69,13 @@ class RunFolder:
             raise PermissionError(
                 f"output {self.path}: the folder cannot be made ({error.strerror}); choose another one"
             ) from error
-        self._lock = open(self.path / _LOCK_FILE, "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise FileExistsError(f"output {self.path}: another run is at work in it; wait for it") from None
+        busy = f"output {self.path}: another run is at work in it; wait for it"
+        self._lock.enter_context(locked(self.path / _LOCK_FILE, busy))
         run_file = self.path / RUN_FILE
         machine = _machine()
         if run_file.exists():
             try:
-                earlier = json.loads(run_file.read_text(encoding="utf-8"))
+                earlier = unsealed(run_file.read_bytes())
                 earlier_run, earlier_machine = dict(earlier["run"]), dict(earlier["machine"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
@@ -98,7 +96,7 @@ class RunFolder:
         else:
             config.to_yaml(self.path / CONFIG_FILE)
             vocabulary.save(self.path / VOCABULARY_FILE)
-            write_whole(run_file, json.dumps({"run": identity, "machine": machine}, indent=1))
+            write_whole(run_file, sealed({"run": identity, "machine": machine}))
         checkpoints = self.checkpoints(config)
         checkpoints.remove_leftovers()
         return checkpoints.newest()
@@ -124,8 +122,7 @@ class RunFolder:
         return Checkpoints(self.path / CHECKPOINT_FOLDER, config.keep_checkpoints)
 
     def unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
+        self._lock.close()
 
 
 def identity_of(config: PretrainConfig, cells: TrainingCells, ranks: Ranks) -> dict[str, Any]:

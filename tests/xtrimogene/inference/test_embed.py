@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from anndata import AnnData
 import xtg_kernels
 import xtrimogene
 from xtg_kernels import dispatch
-from xtrimogene import Vocabulary, XTrimoGene, embed
+from xtrimogene import Vocabulary, XTrimoGene, embed, writing
 from xtrimogene.inference import precision, shards
 from xtrimogene.inference.shards import Destination
 from xtrimogene.network.model import XTrimoGeneNetwork
@@ -387,8 +388,9 @@ def killed_at_step(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     with monkeypatch.context() as patch:
         for owner, name in (
             (os, "replace"),
+            (os, "fsync"),
             (shutil, "copyfile"),
-            (shutil, "copytree"),
+            (shards, "_copy_store"),
             (Path, "mkdir"),
             (Path, "rename"),
             (Path, "unlink"),
@@ -441,15 +443,17 @@ def test_kill_9_and_resume(
     partial = tmp_path / "out.h5ad.partial"
     script = f"""
         import sys, time
-        from xtrimogene import XTrimoGene, cli
+        import xtrimogene.inference.embed
+        from xtrimogene import cli
+        from xtrimogene.network.model import XTrimoGeneNetwork
         sys.modules["xtrimogene.inference.embed"]._WINDOW = 8
-        original, batches = XTrimoGene.embed_batch, []
+        original, batches = XTrimoGeneNetwork.embed_batch, []
         def stuck_in_the_fourth(self, *args):
             batches.append(args)
             if len(batches) == 4:
                 time.sleep(600)
             return original(self, *args)
-        XTrimoGene.embed_batch = stuck_in_the_fourth
+        XTrimoGeneNetwork.embed_batch = stuck_in_the_fourth
         files = ["--checkpoint", {str(checkpoint)!r}, "--input", {str(path)!r}, "--output", {str(output)!r}]
         cli.main(["embed", *files, "--dtype", "float32"])
     """
@@ -526,8 +530,10 @@ def test_resume_refuses_other_shards(interrupted: Path, path: Path, model: XTrim
     other = XTrimoGene.from_preset("3m", model.vocabulary, num_layers=1, dim=DIM, num_heads=2, seed=1)
     with pytest.raises(ValueError, match="got others: checkpoint was"):
         embed(path, other, **options)
-    os.utime(path, ns=(0, 0))
-    with pytest.raises(ValueError, match="got others: input was"):
+    changed = counts()
+    changed.data[changed.indptr[20]] += 1
+    cells(changed).write_h5ad(path)
+    with pytest.raises(ValueError, match=r"got other cells from row 16 of .*cells\.h5ad on; give the same"):
         embed(path, model, **options)
     assert len(list(interrupted.glob("shard-*.npy"))) == 3
     assert not output.exists()
@@ -538,24 +544,388 @@ def test_two_runs_at_once(interrupted: Path, path: Path, model: XTrimoGene, tmp_
 
     with open(interrupted / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(FileExistsError, match="another run is at work"):
-            embed(path, model, output=tmp_path / "out.h5ad", resume=True, progress=False)
+        for resume in (True, False):
+            with pytest.raises(FileExistsError, match="another run is at work"):
+                embed(path, model, output=tmp_path / "out.h5ad", resume=resume, progress=False)
     assert len(list(interrupted.glob("shard-*.npy"))) == 3
 
 
+def test_what_is_only_touched_or_copied_is_the_same_input(
+    interrupted: Path, path: Path, model: XTrimoGene, expected: np.ndarray, tmp_path: Path
+) -> None:
+    """A touch before the run goes on, and one while it is at work."""
+    copy = tmp_path / "copy.h5ad"
+    shutil.copyfile(path, copy)
+    os.replace(copy, path)
+    os.utime(path, ns=(0, 0))
+    original = XTrimoGene.embed_batch
+
+    def touch(self: XTrimoGene, *args: Any) -> torch.Tensor:
+        path.touch()
+        return original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(XTrimoGeneNetwork, "embed_batch", touch)
+        report = embed(path, model, output=tmp_path / "out.h5ad", resume=True, progress=False)
+    assert report.resumed_cells == 24
+    assert_close(anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_xtrimogene"], expected)
+
+
+@pytest.mark.usefixtures("small_windows")
 def test_input_that_changes_meanwhile(
     path: Path, model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = XTrimoGene.embed_batch
+    from xtrimogene.cells.matrix import SparseRows
+
+    read, original = SparseRows.read, XTrimoGene.embed_batch
+    last = tmp_path / "out.h5ad.partial" / "shard-000000000048.npy"
 
     def change(self: XTrimoGene, *args: Any) -> torch.Tensor:
         os.utime(path, ns=(0, 0))
         return original(self, *args)
 
+    def reread(self: SparseRows, start: int, stop: int) -> Any:
+        indptr, indices, data = read(self, start, stop)
+        return indptr, indices, data + float(start == 16 and last.exists())
+
     monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", change)
+    monkeypatch.setattr(SparseRows, "read", reread)
     with pytest.raises(ValueError, match=r"cells\.h5ad: changed while it was read; run again"):
         embed(path, model, output=tmp_path / "out.h5ad", progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cells.h5ad"]
+
+
+@pytest.mark.parametrize("damage", ["array", "header", "digest", "cut", "other run"])
+def test_a_damaged_shard_is_made_again(
+    damage: str, interrupted: Path, path: Path, model: XTrimoGene, expected: np.ndarray, tmp_path: Path
+) -> None:
+    shard = interrupted / "shard-000000000008.npy"
+    content = bytearray(shard.read_bytes())
+    if damage == "cut":
+        del content[-40:]
+    elif damage == "other run":
+        content[-32:] = (interrupted / "shard-000000000016.npy").read_bytes()[-32:]
+    else:
+        content[{"array": 300, "header": 70, "digest": len(content) - 40}[damage]] ^= 64
+    shard.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"shard-000000000008\.npy: not the shard that was written; its cells are emb"):
+        report = embed(path, model, output=tmp_path / "out.h5ad", resume=True, progress=False)
+    assert report.resumed_cells == 16
+    assert_close(anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_xtrimogene"], expected)
+
+
+@pytest.mark.parametrize("old", ['"cells": 50', '"pooling"', "{"])
+def test_a_damaged_manifest_loses_nothing(
+    old: str, interrupted: Path, path: Path, model: XTrimoGene, expected: np.ndarray, tmp_path: Path
+) -> None:
+    manifest = interrupted / "manifest.json"
+    text = manifest.read_text()
+    assert old in text
+    manifest.write_text(text.replace(old, "x" if old == "{" else old.replace("5", "4").replace("p", "q"), 1))
+    other = XTrimoGene.from_preset("3m", model.vocabulary, num_layers=1, dim=DIM, num_heads=2, seed=1)
+    left = interrupted.with_name("left")
+    shutil.copytree(interrupted, left)
+    with pytest.warns(UserWarning, match=r"manifest\.json: damaged; each shard is compared with its cells instead"):
+        report = embed(path, model, output=tmp_path / "out.h5ad", resume=True, progress=False)
+    assert report.resumed_cells == 24
+    assert_close(anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_xtrimogene"], expected)
+    # The shards of a model are never taken for those of another, whatever is left of the manifest.
+    left.rename(tmp_path / "other.h5ad.partial")
+    with pytest.warns(UserWarning, match="not the shard that was written"):
+        report = embed(path, other, output=tmp_path / "other.h5ad", resume=True, progress=False)
+    assert report.resumed_cells == 0
+
+
+def test_a_disk_that_fails_keeps_what_is_finished(
+    path: Path, model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_windows: None
+) -> None:
+    from xtrimogene.cells.matrix import SparseRows
+
+    read, output = SparseRows.read, tmp_path / "out.h5ad"
+    for code in (errno.EIO, errno.ESTALE):
+
+        def fail(self: SparseRows, start: int, stop: int, code: int = code) -> Any:
+            if start >= 24 and stop - start == 8:
+                raise OSError(code, os.strerror(code))
+            return read(self, start, stop)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SparseRows, "read", fail)
+            with pytest.raises(
+                ValueError, match=r"cells\.h5ad: cannot read rows 24 to 31: .*; the cells that are fini"
+            ):
+                embed(path, model, output=output, resume=True, progress=False)
+    assert embed(path, model, output=output, resume=True, progress=False).resumed_cells == 24
+
+
+def test_an_empty_folder_makes_no_old_output_the_result(path: Path, model: XTrimoGene, tmp_path: Path) -> None:
+    output = tmp_path / "out.h5ad"
+    output.write_bytes(b"old")
+    (tmp_path / "out.h5ad.partial").mkdir()
+    with pytest.raises(FileExistsError, match=r"out\.h5ad exists"):
+        embed(path, model, output=output, resume=True, progress=False)
+    assert output.read_bytes() == b"old"
+    embed(path, model, output=output, resume=True, overwrite=True, progress=False)
+    assert "X_xtrimogene" in anndata.read_h5ad(output).obsm
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "shard folder", "link", "link inside"])
+def test_a_folder_of_somebody_else_is_left_alone(
+    what: str, path: Path, model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, precious = tmp_path / "out.h5ad.partial", tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("mine")
+    if what == "link":
+        folder.symlink_to(precious)
+    elif what == "file":
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+    elif what == "folder":
+        folder.mkdir()
+        (folder / "notes").mkdir()
+    elif what == "shard folder":
+        (folder / "shard-000000000000.npy").mkdir(parents=True)
+    else:
+        folder.mkdir()
+        (folder / "lock").symlink_to(precious / "thesis.txt")
+    before = sorted(tmp_path.rglob("*"))
+    for resume in (True, False):
+        with (
+            no_work(monkeypatch, tmp_path),
+            pytest.raises(
+                FileExistsError, match=r"output: .*out\.h5ad\.partial.*; move it away or name another output"
+            ),
+        ):
+            embed(path, model, output=tmp_path / "out.h5ad", resume=resume, overwrite=True, progress=False)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_that_comes_meanwhile_stays(
+    path: Path, model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, publish = tmp_path / "out.h5ad.partial", Destination._publish
+
+    def drop(self: Destination, *args: Any) -> None:
+        (folder / "notes.txt").write_text("mine")
+        publish(self, *args)
+
+    monkeypatch.setattr(Destination, "_publish", drop)
+    with pytest.warns(UserWarning, match=r"out\.h5ad\.partial\.\d+: cannot be removed"):
+        embed(path, model, output=tmp_path / "out.h5ad", progress=False)
+    (kept,) = tmp_path.glob("out.h5ad.partial.*")
+    assert [entry.name for entry in kept.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_overwrite_replaces_stores_and_nothing_else(
+    zarr_format: int, model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, output = tmp_path / "cells.zarr", tmp_path / "out.zarr"
+    with anndata.settings.override(zarr_write_format=zarr_format):
+        cells().write_zarr(store)
+    options: dict[str, Any] = {"output": output, "overwrite": True, "progress": False}
+    for foreign in ("thesis.txt", "obs/thesis.txt", "notes/thesis.txt", "X/data/thesis.txt"):
+        for as_store in (False, True):
+            if as_store:
+                shutil.copytree(store, output)
+            (output / foreign).parent.mkdir(parents=True, exist_ok=True)
+            (output / foreign).write_text("mine")
+            with no_work(monkeypatch, tmp_path), pytest.raises(FileExistsError, match=r"got a folder that holds "):
+                embed(store, model, **options)
+            shutil.rmtree(output)
+    output.write_text("mine")
+    with no_work(monkeypatch, tmp_path), pytest.raises(FileExistsError, match="expected a folder, got the file"):
+        embed(store, model, **options)
+    output.unlink()
+    shutil.copytree(store, output)
+    embed(store, model, **options)
+    assert "X_xtrimogene" in anndata.read_zarr(output).obsm
+    shutil.rmtree(output)
+    output.mkdir()  # empty: nothing to lose
+    embed(store, model, **options)
+    assert "X_xtrimogene" in anndata.read_zarr(output).obsm
+
+
+def test_output_and_input_in_one_another(model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "cells.zarr"
+    cells().write_zarr(store)
+    shutil.copytree(store, tmp_path / "outer.zarr" / "cells.zarr")
+    for source, output in ((store, store / "out.zarr"), (tmp_path / "outer.zarr/cells.zarr", tmp_path / "outer.zarr")):
+        with no_work(monkeypatch, tmp_path), pytest.raises(ValueError, match="expected a place apart from the input"):
+            embed(source, model, output=output, overwrite=True, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "zarr"])
+def test_an_output_that_is_a_link(kind: str, model: XTrimoGene, expected: np.ndarray, tmp_path: Path) -> None:
+    """What it points at is replaced, there or not."""
+    source, link, real = tmp_path / f"cells.{kind}", tmp_path / f"link.{kind}", tmp_path / "elsewhere" / "real"
+    real.parent.mkdir()
+    getattr(cells(), f"write_{kind}")(source)
+    link.symlink_to(real)
+    for _ in range(2):
+        embed(source, model, output=link, overwrite=True, progress=False)
+        assert link.is_symlink()
+        assert_close(getattr(anndata, f"read_{kind}")(real).obsm["X_xtrimogene"], expected)
+    assert [entry.name for entry in real.parent.iterdir()] == ["real"]
+
+
+def test_a_read_only_store_gives_one_that_can_be_written(model: XTrimoGene, tmp_path: Path) -> None:
+    store, output = tmp_path / "cells.zarr", tmp_path / "out.zarr"
+    cells().write_zarr(store)
+    for entry in (*store.rglob("*"), store):
+        entry.chmod(0o555 if entry.is_dir() else 0o444)
+    before = os.umask(0o027)
+    try:
+        embed(store, model, output=output, progress=False)
+    finally:
+        os.umask(before)
+        for entry in (store, *store.rglob("*")):
+            entry.chmod(0o755 if entry.is_dir() else 0o644)
+    for entry in (*output.rglob("*"), output):
+        assert entry.stat().st_mode & 0o777 == (0o750 if entry.is_dir() else 0o640)
+
+
+def test_modes_are_those_of_the_umask(interrupted: Path, path: Path, model: XTrimoGene, tmp_path: Path) -> None:
+    path.chmod(0o400)
+    before = os.umask(0o022)
+    try:
+        embed(path, model, output=tmp_path / "out.h5ad", resume=True, progress=False)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out.h5ad").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("consolidated", [True, False])
+@pytest.mark.parametrize("zarr_format", [2, 3])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_broken_arrays_that_are_not_read_do_not_matter(
+    zarr_format: int, consolidated: bool, model: XTrimoGene, expected: np.ndarray, tmp_path: Path
+) -> None:
+    import zarr
+
+    store, output = tmp_path / "cells.zarr", tmp_path / "out.zarr"
+    adata = cells()
+    adata.obsm["X_pca"] = np.ones((N_OBS, 2))
+    adata.obsm["X_xtrimogene"] = pd.DataFrame({"a": np.ones(N_OBS)}, index=adata.obs_names)
+    with anndata.settings.override(zarr_write_format=zarr_format):
+        adata.write_zarr(store)
+    if not consolidated and zarr_format == 2:
+        (store / ".zmetadata").unlink()
+    elif not consolidated:
+        root = json.loads((store / "zarr.json").read_bytes())
+        (store / "zarr.json").write_text(json.dumps({**root, "consolidated_metadata": None}))
+    broken = store / "obsm" / "X_pca" / (".zarray" if zarr_format == 2 else "zarr.json")
+    whole = broken.read_bytes()
+    broken.write_bytes(b"{")
+    embed(store, model, output=output, progress=False)
+    (output / broken.relative_to(store)).write_bytes(whole)
+    written = anndata.read_zarr(output)
+    assert_close(written.obsm["X_xtrimogene"], expected)
+    assert set(written.obsm) == {"X_pca", "X_xtrimogene"}
+    root = zarr.open_group(output, mode="r")
+    assert (root.metadata.consolidated_metadata is not None) == consolidated
+    assert_close(root["obsm/X_xtrimogene"][:], expected)
+    assert set(root["obsm"]) == {"X_pca", "X_xtrimogene"}
+
+
+def test_room_on_the_disk_is_looked_for_first(
+    path: Path, model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = path.stat().st_blocks * 512 + N_OBS * DIM * 4  # the copy and the embedding, but no shards
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+    with no_work(monkeypatch, tmp_path), pytest.raises(OSError, match=r"output: expected .* MB free in .*, got .* MB"):
+        embed(path, model, output=tmp_path / "out.h5ad", progress=False)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["cells.h5ad"]
+
+
+@pytest.mark.parametrize("moment", ["_write_shard", "_publish"])
+def test_a_full_disk_keeps_what_is_finished(
+    moment: str, path: Path, model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_windows: None
+) -> None:
+    original, written = getattr(Destination, moment), []
+
+    def fail(self: Destination, *args: Any) -> None:
+        written.append(args)
+        if len(written) == 4 or moment == "_publish":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Destination, moment, fail)
+        with pytest.raises(OSError, match=r"No space left on device; the cells that are finished are kept: .*--resume"):
+            embed(path, model, output=tmp_path / "out.h5ad", progress=False)
+    report = embed(path, model, output=tmp_path / "out.h5ad", resume=True, progress=False)
+    assert report.resumed_cells == (24 if moment == "_write_shard" else 50)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_other_run(
+    code: int, path: Path, model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match=r"lock: this file system has no locks \(.*\); see to it that no other run"):
+        embed(path, model, output=tmp_path / "out.h5ad", progress=False)
+    assert "X_xtrimogene" in anndata.read_h5ad(tmp_path / "out.h5ad").obsm
+
+
+def test_a_lock_that_fails_otherwise_is_told_as_it_is(
+    interrupted: Path, path: Path, model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        embed(path, model, output=tmp_path / "out.h5ad", resume=True, progress=False)
+    assert len(list(interrupted.glob("shard-*.npy"))) == 3
+
+
+def test_a_lock_of_a_file_that_is_gone_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    flock = fcntl.flock
+
+    def late(*args: Any) -> None:
+        flock(*args)
+        (tmp_path / "lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(FileExistsError, match="busy"), writing.locked(tmp_path / "lock", "busy"):
+        raise AssertionError("two at work")
+
+
+@pytest.mark.parametrize("form", ["csr", "csc", "dense"])
+def test_a_view_of_a_backed_adata_keeps_its_embedding(
+    form: str, model: XTrimoGene, expected: np.ndarray, path: Path
+) -> None:
+    cells(counts() if form == "csr" else counts().tocsc() if form == "csc" else counts().toarray()).write_h5ad(path)
+    view = anndata.read_h5ad(path, backed="r")[5:20]
+    with pytest.warns(UserWarning, match="a view of a backed AnnData takes nothing into obsm; the embedding is in"):
+        report = embed(view, model, progress=False)
+    np.testing.assert_allclose(report.embedding, expected[5:20], rtol=1e-4, atol=1e-5)
+    view.file.close()
+
+
+@pytest.mark.parametrize("key", ["", ".", "..", ".hidden", "__a", "zarr.json", "a\0b", "x" * 256, "\u00e4" * 128])
+def test_keys_that_no_file_can_hold(key: str, path: Path, model: XTrimoGene, monkeypatch: pytest.MonkeyPatch) -> None:
+    with no_work(monkeypatch, path.parent), pytest.raises(ValueError, match="key_added: expected "):
+        embed(path, model, output=path.with_name("out.h5ad"), key_added=key, progress=False)
+
+
+def test_an_obsm_of_null_takes_the_embedding(
+    path: Path, model: XTrimoGene, expected: np.ndarray, tmp_path: Path
+) -> None:
+    with h5py.File(path, "r+") as root:
+        del root["obsm"]
+        root.create_dataset("obsm", data=h5py.Empty("f4")).attrs.update(
+            {"encoding-type": "null", "encoding-version": "0.1.0"}
+        )
+    embed(path, model, output=tmp_path / "out.h5ad", progress=False)
+    assert_close(anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_xtrimogene"], expected)
 
 
 # --- what bad input gets -----------------------------------------------------------------------------------------

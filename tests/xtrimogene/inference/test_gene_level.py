@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -275,3 +279,73 @@ def test_a_run_that_fails_leaves_no_file_and_the_old_one(
         gene_level.predict_expression(path, model, ASKED, output=output, overwrite=True, batch_size=4, progress=False)
     assert output.read_bytes() == b"old"
     assert {entry.name for entry in tmp_path.iterdir()} == {"cells.h5ad", "out.h5ad"}
+
+
+@pytest.mark.filterwarnings("ignore:.*no gene of the vocabulary")
+@pytest.mark.parametrize("infer_string", [False, True])
+def test_nullable_strings_of_obs_are_written(infer_string: bool, path: Path, tmp_path: Path, model: XTrimoGene) -> None:
+    adata = anndata.read_h5ad(path)
+    donors = [f"d{i % 3}" for i in range(adata.n_obs)]
+    adata.obs["donor"] = pd.array(donors, dtype="string")
+    adata.obs["missing"] = pd.array([None, *donors[1:]], dtype="string")
+    adata.obs["when"] = pd.date_range("2020-01-01", periods=adata.n_obs)
+    adata.obs.index = adata.obs.index.astype("string")
+    with (
+        pd.option_context("future.infer_string", infer_string),
+        pytest.warns(UserWarning, match="obs: columns that h5ad files cannot hold are left out: when"),
+    ):
+        gene_level.predict_expression(adata, model, ASKED, output=tmp_path / "out.h5ad", progress=False)
+    obs = anndata.read_h5ad(tmp_path / "out.h5ad").obs
+    assert list(obs.index) == list(adata.obs.index)
+    assert list(obs["donor"]) == donors
+    assert obs["missing"].isna().tolist() == [True] + [False] * (adata.n_obs - 1)
+    with h5py.File(tmp_path / "out.h5ad") as root:
+        encodings = {root["obs"][name].attrs["encoding-type"] for name in ("donor", "missing", "_index")}
+    assert encodings == {"string-array", "categorical"}
+
+
+@pytest.mark.filterwarnings("ignore:.*no gene of the vocabulary")
+def test_an_output_that_comes_meanwhile_stays_and_the_result_too(
+    path: Path, tmp_path: Path, model: XTrimoGene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, decode = tmp_path / "out.h5ad", XTrimoGeneNetwork.decode
+
+    def other_run(self: XTrimoGene, *args: Any, **options: Any) -> torch.Tensor:
+        output.write_bytes(b"another run")
+        return decode(self, *args, **options)
+
+    monkeypatch.setattr(XTrimoGeneNetwork, "decode", other_run)
+    with pytest.raises(FileExistsError, match=r"out\.h5ad has appeared meanwhile, .*; the result of this one is "):
+        gene_level.predict_expression(path, model, ASKED, output=output, progress=False)
+    assert output.read_bytes() == b"another run"
+    (kept,) = tmp_path.glob("out.*.h5ad")
+    assert "imputed" in anndata.read_h5ad(kept).layers
+
+
+@pytest.mark.parametrize("command", ["impute", "genes"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    command: str, path: Path, tmp_path: Path, model: XTrimoGene
+) -> None:
+    """In a process of its own: HDF5 is apt to end one after a write that failed."""
+    model.save_pretrained(tmp_path / "checkpoint")
+    script = """
+        import resource, sys
+        from xtrimogene.cli import main
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+        sys.exit(main(sys.argv[2:]))
+    """
+    files = ["--checkpoint", str(tmp_path / "checkpoint"), "--input", str(path), "--output", str(tmp_path / "out.h5ad")]
+    asked = ["--genes", *ASKED] if command == "genes" else []
+    for limit in (100, 4_000, 20_000):
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script), str(limit), command, *files, *asked, "--no-progress"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == (2 if "File too large" in done.stderr else 0), done.stderr
+        if done.returncode:
+            assert done.stderr.startswith("xtrimogene: error: [Errno 27] File too large: ")
+            assert done.stderr.count("\n") == 1
+            assert {entry.name for entry in tmp_path.iterdir()} == {path.name, "checkpoint"}
+        else:
+            assert limit > 100
+            (tmp_path / "out.h5ad").unlink()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import stat
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -358,3 +360,76 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_hub_name_without_a_network_says_so() -> None:
     with pytest.raises(FileNotFoundError, match="no such checkpoint folder, and not to be had from the Hub"):
         XTrimoGene.from_pretrained("no-such-owner/no-such-model", local_files_only=True)
+
+
+def _saved(folder: Path) -> XTrimoGene:
+    model = XTrimoGene.from_preset("tiny", Vocabulary([f"G{i}" for i in range(7)]), seed=0)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_tensor(tmp_path: Path, number: float) -> None:
+    model = _saved(tmp_path / "model")
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors["encoder.layers.1.linear1.bias"][3] = number
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"encoder\.layers\.1\.linear1\.bias: expected finite weights"):
+        XTrimoGene.from_pretrained(tmp_path / "model")
+
+
+def test_a_loaded_model_does_not_change_with_its_file(tmp_path: Path) -> None:
+    _saved(tmp_path / "model")
+    model = XTrimoGene.from_pretrained(tmp_path / "model")
+    before = model.mask_row.detach().clone()
+    weights = tmp_path / "model" / "model.safetensors"
+    with open(weights, "r+b") as file:
+        file.seek(weights.stat().st_size // 2)
+        file.write(b"\xff" * (weights.stat().st_size - weights.stat().st_size // 2))
+    assert torch.equal(model.mask_row, before)
+    assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_layers", 10**9), ("decoder_layers", 10**9), ("dim", 2**40), ("favor_features", 10**12)]
+)
+def test_a_config_with_absurd_sizes_is_refused_before_anything_is_made(tmp_path: Path, key: str, value: int) -> None:
+    _saved(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    named = "num_features" if key == "favor_features" else key
+    with pytest.raises(ValueError, match=rf"the tensors do not fit config\.json: {named} is {value:,} there"):
+        XTrimoGene.from_pretrained(tmp_path / "model")
+
+
+def test_files_of_a_checkpoint_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
+    _saved(tmp_path / "model")
+    assert len({stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}) == 1
+
+
+def test_a_model_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
+    model = XTrimoGene.from_preset("tiny", Vocabulary(["A", "B"]), seed=0)
+    model.save_pretrained(tmp_path / "model", card={"Data": "Seven cells of a leaf."})
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "## Data\n\nSeven cells of a leaf.\n" in card
+    assert "## Limits\n\nNot stated" in card
+
+
+def test_a_model_that_is_pushed_is_the_whole_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = {}
+
+    class Hub:
+        def __init__(self, **_: object) -> None: ...
+
+        def create_repo(self, repo_id: str, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(repo_id=f"owner/{repo_id}")
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, **_: object) -> str:
+            pushed[repo_id] = {file.name for file in folder_path.iterdir()}
+            return "address"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    model = XTrimoGene.from_preset("tiny", Vocabulary(["A", "B"]), seed=0)
+    assert model.save_pretrained(tmp_path / "leaf", push_to_hub=True) == "address"
+    assert pushed == {"owner/leaf": FILES}
+    assert {file.name for file in (tmp_path / "leaf").iterdir()} == FILES

@@ -63,7 +63,7 @@ def test_the_newest_are_kept(checkpoints: Checkpoints) -> None:
     assert newest[1] == 100
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "incomplete", "empty", "list"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "incomplete", "empty", "list", "progress"])
 def test_a_broken_checkpoint_is_passed_over(checkpoints: Checkpoints, damage: str) -> None:
     model, optimizer = network(0)
     train(model, optimizer, 1)
@@ -77,6 +77,10 @@ def test_a_broken_checkpoint_is_passed_over(checkpoints: Checkpoints, damage: st
         data.write_bytes(content[:-10] + bytes(byte ^ 1 for byte in content[-10:]))
     elif damage == "missing":
         data.unlink()
+    elif damage == "progress":
+        complete = path / "complete.json"
+        assert '"step": 2' in complete.read_text()
+        complete.write_text(complete.read_text().replace('"step": 2', '"step": 3'))
     elif damage == "incomplete":
         (path / "complete.json").unlink()
     else:
@@ -110,3 +114,18 @@ def test_a_half_written_one_has_no_name(checkpoints: Checkpoints, monkeypatch: p
     assert newest[1] == 1
     checkpoints.remove_leftovers()
     assert names(checkpoints) == ["step-000000001"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_an_error_of_the_disk(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.distributed.checkpoint raises a BaseException with a traceback for its message."""
+    model, optimizer = network(0)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"step-000000001: the checkpoint cannot be written: .*No space left on device$"):
+        checkpoints.save(1, model, optimizer, {})
+    assert checkpoints.newest() is None

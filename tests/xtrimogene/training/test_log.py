@@ -41,9 +41,25 @@ def test_going_on_cuts_what_came_later(tmp_path: Path) -> None:
     assert list(read_log(tmp_path / "log.jsonl")) == []
 
 
-def test_nothing_is_read_past_a_broken_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("old", "new"), [('"loss": 0.5', '"loss": 0.6'), ('"event"', '"evenu"'), ("{", "x{"), ('{"event', '[{"event')]
+)
+def test_damaged_lines_are_left_out_with_a_warning(old: str, new: str, tmp_path: Path) -> None:
+    with TrainingLog(tmp_path, tensorboard=False) as log:
+        for step, loss in ((1, 1.5), (2, 0.5), (3, 1.5)):
+            log.write("train", step, loss=loss)
+    path = tmp_path / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[1].replace(old, new, 1) + lines[2])
+    assert path.read_text() != "".join(lines)
+    with pytest.warns(UserWarning, match=r"log\.jsonl: line 2 is damaged and left out"):
+        assert [entry["step"] for entry in read_log(path)] == [1, 3]
+
+
+def test_lines_of_earlier_versions_have_no_checksum(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"event": "train", "step": 1}\n\0\0\0\n{"event": "train", "step": 2}\n')
-    assert [entry["step"] for entry in read_log(tmp_path / "log.jsonl")] == [1]
+    with pytest.warns(UserWarning, match="line 2 is damaged"):
+        assert [entry["step"] for entry in read_log(tmp_path / "log.jsonl")] == [1, 2]
     assert list(read_log(tmp_path / "none.jsonl")) == []
 
 

@@ -1,0 +1,1 @@
+"""The day a GPU is there: python -m benchmarks.gpu --help"""

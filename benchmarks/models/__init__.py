@@ -1,0 +1,1 @@
+"""Benchmarks of whole models and what feeds them: packing, loading, `embed`, pre-training."""

@@ -1,0 +1,1 @@
+"""Benchmarks of single ops against plain PyTorch, and pictures of their results."""

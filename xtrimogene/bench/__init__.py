@@ -1,0 +1,1 @@
+"""`xtrimogene bench`: FLOPs, time and memory against dense and padded Transformers. See bench.py."""
