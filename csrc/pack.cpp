@@ -115,11 +115,11 @@ py::dict pack(const Arguments& arguments, const py::array& indices_in, const py:
   }
   if (plan.error.fault != xtg::CsrPackFault::none) refuse(plan.error, arguments.first_row, in.num_columns);
   std::vector<Value> whole;
-  int64_t num_rounded = 0;
+  bool rounded = false;
   if (plan.noisy) {
     py::gil_scoped_release release;
     whole.assign(in.data, in.data + data.size());
-    num_rounded = xtg::csr_pack_round(whole.data(), static_cast<int64_t>(whole.size()));
+    rounded = xtg::csr_pack_round(in, whole.data());
     in.data = whole.data();
     plan = xtg::csr_pack_scan(in, options);
   }
@@ -187,7 +187,7 @@ py::dict pack(const Arguments& arguments, const py::array& indices_in, const py:
   packed["cu_seqlens"] = cu_seqlens;
   packed["distinct_index"] = distinct_index;
   packed["totals"] = totals;
-  packed["rounded"] = num_rounded;
+  packed["rounded"] = rounded;
   return packed;
 }
 

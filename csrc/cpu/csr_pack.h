@@ -171,7 +171,7 @@ CsrPackError first_fault(const CsrRows<Index, Value>& in, int64_t row, const Csr
       continue;
     else if (!std::isfinite(v))
       fault = CsrPackFault::not_finite;
-    else if (v < 0 && !(options.whole && near_whole(v)))
+    else if (v < 0 && !(options.whole && near_whole(v) && std::nearbyint(v) == 0))
       fault = CsrPackFault::negative;
     else if (!options.normalize && v > std::numeric_limits<float>::max())
       fault = CsrPackFault::too_large;
@@ -447,16 +447,20 @@ CsrPackPlan csr_pack_scan(const CsrRows<Index, Value>& in, const CsrPackOptions&
   return plan;
 }
 
-// The numbers that are whole but for rounding, rounded: what a noisy plan asks for before it is made again.
-template <typename Value>
-int64_t csr_pack_round(Value* data, int64_t n) {
-  int64_t rounded = 0;
+// The numbers of the rows that are whole but for rounding, rounded in `data`, a copy of in.data: what a noisy plan asks
+// for before it is made again. Whether there were any.
+template <typename Index, typename Value>
+bool csr_pack_round(const CsrRows<Index, Value>& in, Value* data) {
+  bool rounded = false;
   if constexpr (std::is_floating_point<Value>::value) {
-    for (int64_t t = 0; t < n; ++t) {
-      const Value whole = std::nearbyint(data[t]);
-      if (data[t] != whole && csr_pack_detail::near_whole(static_cast<double>(data[t]))) {
+    for (int64_t i = 0; i < in.num_rows; ++i) {
+      for (int64_t t = in.indptr[in.row(i)]; t < in.indptr[in.row(i) + 1]; ++t) {
+        const Value whole = std::nearbyint(in.data[t]);
+        if (in.data[t] == whole || in.column_gene_ids[in.indices[t]] == kLeftOutColumn ||
+            !csr_pack_detail::near_whole(static_cast<double>(in.data[t])))
+          continue;
         data[t] = whole;
-        ++rounded;
+        rounded = true;
       }
     }
   }

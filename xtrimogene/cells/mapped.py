@@ -112,7 +112,7 @@ class MappedCells:
             check_totals(self.source, self.total_counts, given, sums.numpy(), row_numbers)
         return batch, torch.from_numpy(given)
 
-    def _tell_rounded(self, numbers: int) -> None:
+    def _tell_rounded(self) -> None:
         if not self.rounded:
             self.rounded = True
             warnings.warn(

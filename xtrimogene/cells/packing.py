@@ -86,13 +86,12 @@ def pack_rows_and_totals(
     first_row: int = 0,
     whole: bool = False,
     cell_totals: npt.NDArray[np.float64] | None = None,
-    on_rounded: Callable[[int], None] | None = None,
+    on_rounded: Callable[[], None] | None = None,
 ) -> tuple[RaggedBatch, Tensor]:
     """What pack_rows gives, and the cells' totals: (batch,) float64, the sum of a cell's stored numbers over the genes
     of the vocabulary. add_depth_tokens takes them.
 
-    ``distinct=False`` leaves ``distinct_index`` out; ``on_rounded`` is told how many numbers ``whole`` rounded, where
-    there were any.
+    ``distinct=False`` leaves ``distinct_index`` out; ``on_rounded`` is called where ``whole`` has rounded numbers.
     """
     arguments: dict[str, Any] = {
         "rows": rows,
@@ -109,9 +108,8 @@ def pack_rows_and_totals(
     else:
         threads = torch.get_num_threads() if num_threads is None else num_threads
         packed = extension.pack_csr(*rows_csr, column_gene_ids, **arguments, num_threads=threads)
-    rounded = packed.pop("rounded")
-    if rounded and on_rounded is not None:
-        on_rounded(rounded)
+    if packed.pop("rounded") and on_rounded is not None:
+        on_rounded()
     lengths = np.diff(packed["cu_seqlens"])
     # The packer hands out views of its input where nothing has to change, and torch takes writable arrays only.
     tensors = {
@@ -180,13 +178,12 @@ def pack_csr_numpy(
     genes = np.full(len(columns), -1, np.int64)
     genes[~outside] = column_gene_ids[columns[~outside]]
     seen = genes != LEFT_OUT
-    num_rounded = 0
+    rounded = np.zeros(len(numbers), bool)
     if whole:
         with np.errstate(invalid="ignore"):
             nearest = np.rint(numbers)
             rounded = seen & (numbers != nearest) & (np.abs(numbers - nearest) <= 1e-6 * np.maximum(1, numbers))
         numbers[rounded] = nearest[rounded]
-        num_rounded = int(np.count_nonzero(rounded))
     _raise_first_fault(
         rows[row_of] + first_row, columns, numbers, outside, seen, len(column_gene_ids), not normalize, whole
     )
@@ -219,7 +216,7 @@ def pack_csr_numpy(
         "cu_seqlens": np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=len(rows)))]).astype(np.int32),
         "distinct_index": first_of_equal_values(row_of, values) if distinct else None,
         "totals": totals,
-        "rounded": num_rounded,
+        "rounded": bool(rounded.any()),
     }
 
 
@@ -240,7 +237,7 @@ def _raise_first_fault(
     fits_float32: bool,
     whole: bool,
 ) -> None:
-    limit = np.finfo(np.float32).max if fits_float32 else np.inf
+    limit = float(np.finfo(np.float32).max) if fits_float32 else np.inf
     wrong = outside | seen & (~np.isfinite(numbers) | (numbers < 0) | (numbers > limit))
     if whole:
         wrong |= seen & (numbers != np.rint(numbers))

@@ -85,8 +85,8 @@ def embed(
             by their sum over the cell. Numbers that are not what they are said to be are refused or warned of.
         fractional_counts: counts need not be whole: those of EM quantifiers, or corrected for ambient RNA.
         total_counts: column of ``obs`` with the total of each whole cell, for a matrix that is cut to some genes:
-            counts are divided by it, and token S of a model with depth tokens is its log10. None: the sum over the genes
-            of the vocabulary. A model with depth tokens needs it for values "log1p".
+            counts are divided by it, and token S of a model with depth tokens is its log10. None: the sum over the
+            genes of the vocabulary. A model with depth tokens needs it for values "log1p".
         target_depth: for a model with depth tokens, the log10 total that token T aims at: a number above 0, or "fold:2"
             (twice the cell's total), or "offset:0.5" (added to its log10 total). None: 4.0, and for values "tpm", as
             the published code has bulk samples, "fold:1".

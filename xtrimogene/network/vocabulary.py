@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 # Stable Ensembl gene id of any species, with what Ensembl and GENCODE append: the version (ENSG00000141510.18), a
-# second one of genes that were lifted to an older genome (.18_6), and _PAR_Y of copies on Y of genes that X and Y share.
+# second one of genes lifted to an older genome (.18_6), and _PAR_Y of the copies on Y of genes that X and Y share.
 # Before version 25 GENCODE wrote these copies with an R in place of a 0: ENSGR0000182378.10
 _ENSEMBL_ID = re.compile(r"(ENS[A-Z]*G)(R\d{10}|\d{11})(\.\d+(_\d+)?)?(_PAR_Y)?")
 

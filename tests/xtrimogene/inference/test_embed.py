@@ -973,7 +973,7 @@ def test_bad_values(
 def test_bad_values_outside_the_sample_leave_nothing(
     model: XTrimoGene, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xtrimogene.inference.model_cells.check_counts", lambda source, normalized: None)
+    monkeypatch.setattr("xtrimogene.cells.mapped.check_numbers", lambda source, kind, **_: None)
     matrix = counts()
     matrix.data[matrix.indptr[40]] = -2
     cells(matrix).write_h5ad(path)
