@@ -131,10 +131,13 @@ constexpr Value largest_value() {
   return std::numeric_limits<Value>::max();
 }
 
-// Whether a row goes into the batch entry by entry: nothing to refuse, drop, sort or add up. Most rows do, and loops without
-// conditions tell so fast. Sums the row's total on the way.
+// What the scan finds in a row. plain: it goes into the batch entry by entry, nothing to refuse, drop, sort or add up.
+// sound: nothing to refuse. unsound: to be looked at entry by entry.
+enum class RowKind { plain, sound, unsound };
+
+// Most rows are plain, and loops without conditions tell so fast. Sums a plain row's total on the way.
 template <bool normalize, typename Index, typename Value>
-bool is_plain_row(const CsrRows<Index, Value>& in, int64_t first, int64_t last, bool whole, double& total) {
+RowKind kind_of_row(const CsrRows<Index, Value>& in, int64_t first, int64_t last, bool whole, double& total) {
   using Unsigned = std::make_unsigned_t<Index>;
   const Index* indices = in.indices;
   const Value* data = in.data;
@@ -143,20 +146,24 @@ bool is_plain_row(const CsrRows<Index, Value>& in, int64_t first, int64_t last, 
   Unsigned signs = 0;
   for (int64_t t = first; t < last; ++t)
     signs |= static_cast<Unsigned>(indices[t]) | (last_column - static_cast<Unsigned>(indices[t]));
-  int32_t fine = 1;
-  for (int64_t t = first; t < last; ++t) fine &= (data[t] > 0) & (data[t] <= largest_value<normalize, Value>());
+  int32_t fine = 1, positive = 1;
+  for (int64_t t = first; t < last; ++t) {
+    fine &= (data[t] >= 0) & (data[t] <= largest_value<normalize, Value>());
+    positive &= data[t] > 0;
+  }
   if (std::is_floating_point<Value>::value && whole)
     for (int64_t t = first; t < last; ++t) fine &= is_whole(data[t]);
-  if (!fine || static_cast<Index>(signs) < 0) return false;
+  if (!fine || static_cast<Index>(signs) < 0) return RowKind::unsound;
+  if (!positive) return RowKind::sound;
   bool wrong = false;
   int32_t previous = -1;
   for (int64_t t = first; t < last; ++t) {
     const int32_t gene = in.column_gene_ids[indices[t]];
-    wrong |= gene <= previous;  // an absent column, -1, is below all
+    wrong |= gene <= previous;  // an absent column, -1 or -2, is below all
     previous = gene;
     total += as_count<normalize>(data[t]);
   }
-  return !wrong && std::isfinite(total);
+  return wrong || !std::isfinite(total) ? RowKind::sound : RowKind::plain;
 }
 
 // The first entry of a row, in stored order, that is refused.
@@ -185,33 +192,30 @@ CsrPackError first_fault(const CsrRows<Index, Value>& in, int64_t row, const Csr
 template <bool normalize, typename Index, typename Value>
 CsrPackError scan_rows(const CsrRows<Index, Value>& in, int64_t begin, int64_t end, const CsrPackOptions& options,
                        CsrPackPlan& plan, bool& any_needs_sorting, bool& any_dropped, bool& any_noisy) {
-  const uint64_t num_columns = static_cast<uint64_t>(in.num_columns);
   bool sorting = false, dropped = false, noisy = false;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = in.row(i);
     const int64_t first = in.indptr[row], last = in.indptr[row + 1];
     int64_t length = 0;
     double total = 0.0;
-    if (is_plain_row<normalize>(in, first, last, options.whole, total)) {
+    const RowKind kind = kind_of_row<normalize>(in, first, last, options.whole, total);
+    if (kind == RowKind::plain) {
       plan.row_lengths[i] = last - first;
       plan.totals[i] = total;
       plan.needs_sorting[i] = false;
       continue;
     }
+    if (kind == RowKind::unsound) {
+      const CsrPackError error = first_fault(in, row, options);
+      if (error.fault != CsrPackFault::none) return error;
+      noisy |= options.whole;
+    }
     total = 0.0;
     int32_t previous = -1;
-    bool unsorted = false, suspect = false, fractional = false;
+    bool unsorted = false;
     for (int64_t t = first; t < last; ++t) {
-      const Value v = in.data[t];
-      const uint64_t column = static_cast<uint64_t>(in.indices[t]);
-      const bool inside = column < num_columns;
-      const int32_t gene = inside ? in.column_gene_ids[column] : -1;
-      const bool seen = gene != kLeftOutColumn;
-      const bool fits = (v >= 0) & (v <= largest_value<normalize, Value>());
-      suspect |= !inside;
-      suspect |= seen & !fits;
-      fractional |= seen & !is_whole(v);
-      const double count = as_count<normalize>(v);
+      const int32_t gene = in.column_gene_ids[in.indices[t]];
+      const double count = as_count<normalize>(in.data[t]);
       // Conditional moves, not branches: which entries a row keeps cannot be predicted.
       const bool keep = (gene >= 0) & (count != 0.0);
       length += keep;
@@ -219,11 +223,6 @@ CsrPackError scan_rows(const CsrRows<Index, Value>& in, int64_t begin, int64_t e
       const int32_t kept_gene = keep ? gene : -1;
       unsorted |= keep & (kept_gene <= previous);
       previous = std::max(previous, kept_gene);
-    }
-    if (suspect | (fractional & options.whole)) {
-      const CsrPackError error = first_fault(in, row, options);
-      if (error.fault != CsrPackFault::none) return error;
-      noisy = true;
     }
     if (!std::isfinite(total)) return {CsrPackFault::total_not_finite, row, 0, total};
     plan.row_lengths[i] = length;
