@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 
 import numpy as np
@@ -17,6 +18,7 @@ from xtrimogene.network.vocabulary import ColumnMap, Vocabulary, column_names
 # The genes found as a share of the vocabulary or of the data's genes, whichever is larger: a panel of 300 genes is as
 # right as a small vocabulary. Names of another species agree in a few genes in a thousand (F2, C3, AR ...).
 _FEW, _TOO_FEW = 0.3, 0.002
+_MADE_UNIQUE = re.compile(r"(.+)-\d+")
 # What var["feature_types"] of 10x files (and of others that have the column) says of genes.
 _GENE_TYPES = ("gene expression", "gene", "gex", "rna")
 
@@ -36,7 +38,7 @@ def map_genes(
             names: of ``var_names`` always, of ``gene_symbols`` when the values are normalised.
     """
     left_out = columns_left_out(source.var)
-    names = ["" if left else name for name, left in zip(source.var_names, left_out, strict=True)]
+    names = _gene_names(source, left_out)
     column_map = vocabulary.map_columns(names, merge_duplicates=True)
     unknown = [name for name, gene_id in zip(names, column_map.gene_ids, strict=True) if name and gene_id < 0]
     measured = set(column_map.gene_ids[column_map.gene_ids >= 0].tolist())
@@ -66,6 +68,17 @@ def map_genes(
             f"{_where_else(source, vocabulary, column_map)}"
         )
     return column_map
+
+
+def _gene_names(source: CellSource, left_out: npt.NDArray[np.bool_]) -> list[str]:
+    """The columns' names, "" for those left out. Where var_names_make_unique() met an antibody before the gene of its
+    name, it called the gene CD4-1; it is CD4."""
+    taken = {name for name, left in zip(source.var_names, left_out, strict=True) if left}
+    names = []
+    for name, left in zip(source.var_names, left_out, strict=True):
+        made_unique = _MADE_UNIQUE.fullmatch(name) if taken else None
+        names.append("" if left else made_unique[1] if made_unique and made_unique[1] in taken else name)
+    return names
 
 
 def warn_of_genes(source: CellSource, vocabulary: Vocabulary, column_map: ColumnMap) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from xtrimogene.cells.aliases import Aliases
 from xtrimogene.cells.genes import map_genes, warn_of_genes
 from xtrimogene.cells.kinds import ValueKind
 from xtrimogene.cells.matrix import CsrArrays
-from xtrimogene.cells.numbers import LogScale, check_logged, check_numbers, check_totals, read_totals, refused
-from xtrimogene.cells.packing import pack_rows_and_totals
+from xtrimogene.cells.numbers import LogScale, check_logged, check_numbers, check_totals, read_totals, refused, without
+from xtrimogene.cells.packing import LEFT_OUT, pack_rows_and_totals
 from xtrimogene.cells.sources import CellSource
 from xtrimogene.network.vocabulary import ColumnMap, Vocabulary
 
@@ -65,6 +66,15 @@ class MappedCells:
         warn_of_genes(source, vocabulary, column_map)
         return cls(source, column_map, kind, target_sum, total_counts, totals, scale)
 
+    def digest(self) -> str | None:
+        """Of what the cells are made of beside their rows and options: totals of obs, genes renamed. None: neither."""
+        if self.totals is None and not self.column_map.renamed:
+            return None
+        digest = hashlib.sha256(repr(self.column_map.renamed).encode())
+        if self.totals is not None:
+            digest.update(self.totals.tobytes())
+        return digest.hexdigest()[:16]
+
     def pack(
         self,
         rows_csr: CsrArrays,
@@ -101,10 +111,12 @@ class MappedCells:
             )
         except ValueError as error:
             raise refused(self.source, error, self.kind, rows_csr, first_row) from error
-        if self.scale is not None:
-            self.scale.check(rows_csr, first_row)
-        elif self.kind.fractional:
-            check_logged(self.source, rows_csr, first_row, self.target_sum)
+        if not self.kind.whole:
+            seen = without(self.column_map.gene_ids == LEFT_OUT, rows_csr)
+            if self.scale is None:
+                check_logged(self.source, seen, first_row, self.target_sum)
+            else:
+                self.scale.check(seen, first_row)
         if given is None:
             return batch, sums
         assert self.total_counts is not None

@@ -22,6 +22,8 @@ _TOLERANCE = 0.01
 _MANY_COLUMNS = 10_000
 # How far a number may be from the whole one that it stands for, as in the packer.
 _NOISE = 1e-6
+# log1p of a total of a hundred million counts.
+_LARGEST_LOGARITHM = 18.5
 # Where tools write a cell's total: scanpy, Seurat, and older ones.
 _TOTALS = ("n_counts", "total_counts", "nCount_RNA", "total_umis", "n_umi", "nUMI", "n_UMIs", "raw_sum")
 
@@ -79,15 +81,22 @@ def check_numbers(
         warnings.warn(
             f"{source.name}: normalized=True, but the matrix holds whole numbers only, as raw counts do", stacklevel=4
         )
-    elif (kind.logged and look.values != "log1p") or (kind.fractional and look.values in ("log1p", "logged")):
+    elif not kind.logged and look.values == "log1p":
+        raise ValueError(
+            f"{source.name}: expected {wanted}, got numbers that look like {look.text}; pass values='log1p' "
+            "(--values log1p), or give the counts"
+        )
+    elif (kind.logged and look.values != "log1p") or (kind.fractional and look.values == "logged"):
         warnings.warn(
             f"{source.name}: expected {wanted}, got numbers that look like {look.text}; give values of that scale, or "
             "the raw counts",
             stacklevel=4,
         )
-    elif kind.values == "tpm" and look.values in ("log1p", "logged"):
-        hint = "pass values='log1p' (--values log1p)" if look.values == "log1p" else "undo the logarithm"
-        warnings.warn(f"{source.name}: expected {wanted}, got numbers that look like {look.text}; {hint}", stacklevel=4)
+    elif kind.values == "tpm" and look.values == "logged":
+        warnings.warn(
+            f"{source.name}: expected {wanted}, got numbers that look like {look.text}; undo the logarithm",
+            stacklevel=4,
+        )
     elif kind.fractional and depth_tokens and look.values == "scaled" and total_counts is None:
         warnings.warn(
             f"{source.name}: the numbers look like {look.text}, and this model reads each cell's total (config "
@@ -99,9 +108,8 @@ def check_numbers(
     return scale
 
 
-def without_left_out(source: CellSource, rows_csr: CsrArrays) -> CsrArrays:
-    """CSR rows without the columns that are no genes."""
-    left_out = columns_left_out(source.var)
+def without(left_out: npt.NDArray[np.bool_], rows_csr: CsrArrays) -> CsrArrays:
+    """CSR rows without some columns."""
     if not left_out.any():
         return rows_csr
     indptr, indices, data = rows_csr
@@ -122,7 +130,8 @@ def refused(source: CellSource, error: ValueError, kind: ValueKind, rows_csr: Cs
     if getattr(error, "fault", None) == "not_whole":
         indptr, indices, data = rows_csr
         own = slice(int(indptr[row - first_row]), int(indptr[row - first_row + 1]))
-        cell = without_left_out(source, (np.array([0, own.stop - own.start]), indices[own], data[own]))
+        left_out = columns_left_out(source.var)
+        cell = without(left_out, (np.array([0, own.stop - own.start]), indices[own], data[own]))
         look = _looks([cell], 1e4)
         if look is None or look.values == "unknown":
             text += (
@@ -150,10 +159,10 @@ class LogScale:
         self.silent = bool(np.any(sums > target_sum * (1 + _TOLERANCE)))
 
     def check(self, rows_csr: CsrArrays, first_row: int) -> None:
-        """Warns, once for a data set, of a cell of another scale."""
+        """Warns, once for a data set, of a cell of another scale; rows without columns that are no genes."""
         if self.silent:
             return
-        indptr, _, data = without_left_out(self.source, rows_csr)
+        indptr, _, data = rows_csr
         sums = log_sums(indptr, data)
         off = sums > self.target_sum * (1 + _TOLERANCE)
         if self.complete:
@@ -173,19 +182,20 @@ class LogScale:
 
 
 def check_logged(source: CellSource, rows_csr: CsrArrays, first_row: int, target_sum: float) -> None:
-    """Refuse, among counts that need not be whole, cells that are log1p(count / total * target_sum).
+    """Refuse, among numbers that need not be whole, cells that are log1p(count / total * target_sum); rows without
+    columns that are no genes.
 
     Raises BadNumbers that names the cell.
     """
-    indptr, _, data = without_left_out(source, rows_csr)
+    indptr, _, data = rows_csr
     if data.dtype.kind != "f":
         return
     for row in np.flatnonzero(_near(log_sums(indptr, data), target_sum)).tolist():
         own = data[indptr[row] : indptr[row + 1]]
         if not _all_whole(own):
             raise BadNumbers(
-                f"{source.name}: row {first_row + row} ({source.cell_name(first_row + row)}): expected counts, got "
-                f"values that look like {_log1p(target_sum)}; give all cells as counts"
+                f"{source.name}: row {first_row + row} ({source.cell_name(first_row + row)}): expected values that are "
+                f"not logged, got values that look like {_log1p(target_sum)}; give all cells on one scale"
             )
 
 
@@ -217,6 +227,12 @@ def read_totals(source: CellSource, column: str) -> npt.NDArray[np.float64]:
         raise ValueError(
             f"{source.name}: total_counts: expected finite numbers of at least 0 in obs[{column!r}], got {totals[row]} "
             f"in row {row} ({source.cell_name(row)})"
+        )
+    if 0 < totals.max(initial=0) < _LARGEST_LOGARITHM:
+        warnings.warn(
+            f"{source.name}: total_counts: no total in obs[{column!r}] is above {totals.max():.3g}, as if they were "
+            "logarithms of totals; give the totals themselves",
+            stacklevel=5,
         )
     return totals
 
@@ -256,9 +272,10 @@ def _sample(source: CellSource) -> Iterator[tuple[int, CsrArrays]]:
     Raises ValueError that names cell, gene and value for a negative, NaN or infinite number.
     """
     windows, rows = 8, 32
+    left_out = columns_left_out(source.var)
     starts = np.unique(np.linspace(0, max(0, source.n_obs - rows), windows).astype(int))
     for start in starts.tolist():
-        rows_csr = without_left_out(source, source.read_rows(start, min(start + rows, source.n_obs)))
+        rows_csr = without(left_out, source.read_rows(start, min(start + rows, source.n_obs)))
         indptr, indices, data = rows_csr
         wrong = ~np.isfinite(data) | (data < (-_NOISE if data.dtype.kind == "f" else 0))
         if wrong.any():
@@ -301,10 +318,10 @@ def _looks(rows: list[CsrArrays], target_sum: float) -> Look | None:
     if not used.any():
         return None
     plain, natural, binary = plain[used], natural[used], binary[used]
-    if np.mean(_near(natural, target_sum)) >= 0.9:
-        return Look(_log1p(target_sum), "log1p")
     if all(_all_whole(data) for _, _, data in rows):
         return Look("raw counts", "counts")
+    if np.mean(_near(natural, target_sum)) >= 0.9:
+        return Look(_log1p(target_sum), "log1p")
     if _one_scale(natural):
         return Look(f"log1p of counts scaled to a total of {_scale(natural)}", "logged")
     if _one_scale(binary):

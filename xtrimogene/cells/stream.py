@@ -266,13 +266,15 @@ class TrainingCells:
         """Equal for objects that give the same batches: of the cells, the vocabulary and the options, not of paths."""
         digest = hashlib.sha256()
         options = (
-            [source.n_obs for source in self.sources], self.kind, self.depth_tokens, self.target_sum,
+            [source.n_obs for source in self.sources], self.kind.logged, self.depth_tokens, self.target_sum,
             self.masking, self.seed, self.batch_tokens, self.batch_cells, self.cost, self.block_size,
             self.window_blocks, self.vocabulary.genes,
         )  # fmt: skip
         digest.update(repr(options).encode())
         for array in (self.genes_per_cell, self.training, self.validation_cells):
             digest.update(np.ascontiguousarray(array).tobytes())
+        for mapped in self._mapped:
+            digest.update((mapped.digest() or "").encode())
         return digest.hexdigest()
 
     def num_steps(self, epoch: int, *, world_size: int = 1, accumulate: int = 1) -> int:

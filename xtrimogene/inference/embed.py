@@ -165,7 +165,7 @@ def embed(
                     "gene_symbols": gene_symbols,
                     "values": dataclasses.asdict(cells.mapped.kind),
                     "total counts": total_counts,
-                    "genes renamed": cells.column_map.renamed,
+                    "content of total counts and aliases": cells.mapped.digest(),
                     "dtype": report.dtype,
                     "obsm key": key_added,
                 }
