@@ -282,6 +282,23 @@ def test_running_out_of_memory_says_what_helps(
     assert "smaller --max-tokens" in error_line(capsys)
 
 
+def test_memory_that_is_exhausted_in_training_has_the_status_of_a_failed_training(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhaust(*_: object, **__: object) -> torch.Tensor:
+        raise MemoryError
+
+    command = ["pretrain", "--data", str(path), "--no-progress", "min_genes=0", "model.preset=tiny", "tensorboard=no"]
+    with monkeypatch.context() as patch:
+        patch.setattr(XTrimoGeneNetwork, "loss", exhaust)
+        capsys.readouterr()
+        assert main([*command, "--output", str(tmp_path / "run")]) == 1
+    assert "try a smaller batch_cells" in error_line(capsys)
+    monkeypatch.setattr(XTrimoGeneNetwork, "__init__", exhaust)
+    assert main([*command, "--output", str(tmp_path / "other")]) == 2
+    assert "try a smaller batch_cells" in error_line(capsys)
+
+
 def test_as_a_module(path: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "xtrimogene"]
     shown = subprocess.run([*command, "embed", "--help"], check=True, capture_output=True, text=True).stdout

@@ -6,6 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
+from xtrimogene.cli.failures import out_of_memory, status_of
 from xtrimogene.cli.messages import show_error, tell
 from xtrimogene.cli.options import Commands, fields_of, set_threads
 
@@ -56,6 +57,7 @@ def _kept(arguments: argparse.Namespace) -> bool:
 
 def _run(arguments: argparse.Namespace) -> int:
     from xtrimogene.training.config import PretrainConfig
+    from xtrimogene.training.log import LOG_FILE
     from xtrimogene.training.pretrain import pretrain
     from xtrimogene.training.ranks import FirstRankFailed
     from xtrimogene.training.run import TrainingFailed
@@ -75,6 +77,11 @@ def _run(arguments: argparse.Namespace) -> int:
     except TrainingFailed as error:
         show_error(error)
         return 1
+    except Exception as error:
+        if out_of_memory(error) and (Path(arguments.output) / LOG_FILE).exists():
+            status_of(error, arguments)
+            return 1
+        raise
     if report.rank == 0:
         if report.model is None:
             with_what = f"with a checkpoint of step {report.steps:,}" if report.steps else "before the first step"

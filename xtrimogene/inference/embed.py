@@ -94,7 +94,8 @@ def embed(
         aliases: table of old and new gene names, for names that the vocabulary lacks: two tab-separated columns, or
             HGNC's complete set.
         num_threads: threads of the packer, None for torch.get_num_threads().
-        resume: go on with a run that was interrupted; without such a run, start one.
+        resume: go on with a run that was interrupted; without such a run, start one; one that is over is left as it
+            is.
         overwrite: replace ``output`` if it exists.
         progress: show a progress bar.
 
@@ -111,7 +112,7 @@ def embed(
                 "output: expected None with an AnnData, whose obsm is written; to write a file, call adata.write_h5ad "
                 "afterwards, or pass the path of a file in place of the AnnData"
             )
-        destination = Destination.checked(Path(adata_or_path), Path(output), resume, overwrite)
+        destination = Destination.checked(Path(adata_or_path), Path(output), key_added, resume, overwrite)
     elif resume or overwrite:
         raise ValueError("resume, overwrite: expected output to be given too")
 
@@ -167,11 +168,10 @@ def embed(
                     "total counts": total_counts,
                     "content of total counts and aliases": cells.mapped.digest(),
                     "dtype": report.dtype,
-                    "obsm key": key_added,
                 }
                 if network.config.depth_tokens:
                     options["target depth"] = dataclasses.asdict(cells.target_depth)
-                destination.write(run, key_added, options)
+                destination.write(run, options)
     if isinstance(adata_or_path, AnnData):
         if adata_or_path.is_view and adata_or_path.isbacked:
             warnings.warn(

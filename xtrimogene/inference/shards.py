@@ -39,6 +39,8 @@ _DIGEST_BYTES = 32
 _ZARR_METADATA = {".zgroup", ".zarray", ".zattrs", ".zmetadata", "zarr.json"}
 _ZARR_CHUNK = re.compile(r"c|(c\.)?\d+(\.\d+)*")
 _LONGEST_KEY = 255  # a zarr store has a folder of that name
+# Attribute of the array in obsm: a digest of the run that made it.
+_RUN = "xtrimogene-run"
 
 
 @dataclass
@@ -48,11 +50,13 @@ class Destination:
     The folder holds manifest.json (what the shards were made from), one shard-<first row>.npy per window, and lock.
     Every file is written under another name, flushed to disk and renamed: what bears its name is whole. A shard also
     tells the run and the rows that it was made from, with a checksum: no other one is ever taken for it. When the
-    result is in place, the folder gets a name that tells so, and is removed.
+    result is in place, the folder gets a name that tells so, and is removed. The array in the result tells its run
+    too: to go on with a run that is over is no error.
     """
 
     input: Path
     output: Path
+    key: str
     resume: bool
     overwrite: bool
 
@@ -65,7 +69,7 @@ class Destination:
         return self.folder / "manifest.json"
 
     @classmethod
-    def checked(cls, input: Path, output: Path, resume: bool, overwrite: bool) -> Destination:
+    def checked(cls, input: Path, output: Path, key: str, resume: bool, overwrite: bool) -> Destination:
         """Refuses, before any work, an output that could not be written at the end."""
         if not input.exists():
             raise FileNotFoundError(f"{input}: no such file")
@@ -74,7 +78,7 @@ class Destination:
             raise ValueError(f"output: expected a name that ends in {kind}, as the input is one, got {output}")
         if output.is_symlink():
             output = Path(os.path.realpath(output))  # what the link points at is replaced, and the link stays
-        self = cls(input, output, resume, overwrite)
+        self = cls(input, output, key, resume, overwrite)
         if not output.parent.is_dir():
             raise FileNotFoundError(f"output: expected an existing folder, got {output.parent}; make it first")
         self._refuse_input()
@@ -98,8 +102,8 @@ class Destination:
         if output.is_dir() != (kind == ".zarr") or not (output.is_dir() or output.is_file()):
             wanted = f"a file name, got the folder {output}" if output.is_dir() else f"a folder, got the file {output}"
             raise FileExistsError(f"output: expected {wanted}")
-        if self.published():
-            return
+        if self.resume and self._run_of_output() is not None:
+            return  # of this run or of another one: that is known when the model is
         if not self.overwrite:
             raise FileExistsError(f"output: {output} exists; name another file, or pass overwrite=True (--overwrite)")
         if output.is_dir():
@@ -143,17 +147,15 @@ class Destination:
         """What the folder is called once the result, which the name tells, is in place."""
         return self.folder.with_name(f"{self.folder.name}.{self.output.stat().st_ino}")
 
-    def published(self) -> bool:
-        """Whether the earlier run had put the result in place already and was killed while it tidied up."""
-        if not self.resume or not self.output.exists():
-            return False
-        if self._finished.is_dir():
-            return True
-        with contextlib.suppress(OSError, ValueError):
-            return bool(unsealed(self.manifest.read_bytes()).get("result") == _file_identity(self.output))
-        return False
+    def _run_of_output(self) -> str | None:
+        """The digest of the run that made the output; None where it is of none, or its array was written anew."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            root, closing = open_store(self.output)
+            with closing:
+                return str(root["obsm"][self.key].attrs[_RUN])
+        return None
 
-    def write(self, run: Encoding, key: str, options: dict[str, Any]) -> None:
+    def write(self, run: Encoding, options: dict[str, Any]) -> None:
         """Embeds the windows that are not there yet, then puts the result in place."""
         report = run.report
         described = {
@@ -162,18 +164,23 @@ class Destination:
             "genes": hashlib.sha256(run.cells.column_map.gene_ids.tobytes()).hexdigest(),
             "cells per shard": run.window,
             "checkpoint": _model_fingerprint(run.network),
+            "obsm key": self.key,
             **options,
         }
         wanted = json.loads(json.dumps(described))  # as the manifest gives it back
-        if self.published():
-            for folder in (self.folder, self._finished):
-                earlier = _manifest_of(folder)
-                if earlier is not None:
-                    self._check_same_run(earlier, wanted)
-                self._remove(folder)
-            report.resumed_cells = report.cells
-            report.empty_cells = self._count_empty_cells(key)
-            return
+        if self.resume and self.output.exists():
+            made_by = self._run_of_output()
+            if made_by == _run_digest(wanted, _fingerprint(self.input)).hex():
+                for folder in (self.folder, self._finished):
+                    self._remove(folder)
+                report.resumed_cells = report.cells
+                report.empty_cells = self._count_empty_cells()
+                return
+            if not self.overwrite:
+                raise FileExistsError(
+                    f"output: {self.output} exists, of another input, checkpoint or options; name another file, or "
+                    "pass overwrite=True (--overwrite)"
+                )
         try:
             self.folder.mkdir(exist_ok=self.resume)
         except FileExistsError:
@@ -186,7 +193,7 @@ class Destination:
         try:
             with locked(self.folder / "lock", self._busy):
                 try:
-                    self._embed(run, key, wanted)
+                    self._embed(run, wanted)
                     over = self._finished
                 except BaseException as error:
                     # Bad numbers stay so, and mending them makes another input: its shards are void.
@@ -204,14 +211,14 @@ class Destination:
             if over is not None:
                 self._remove(over)  # not before the lock is closed: NFS keeps open files
 
-    def _embed(self, run: Encoding, key: str, wanted: dict[str, Any]) -> None:
+    def _embed(self, run: Encoding, wanted: dict[str, Any]) -> None:
         report, windows = run.report, run.windows()
         earlier = _manifest_of(self.folder)
         if earlier is not None:
             self._check_same_run(earlier, wanted)
         elif self.manifest.exists():
             warnings.warn(f"{self.manifest}: damaged; each shard is compared with its cells instead", stacklevel=4)
-        run_digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).digest()
+        run_digest = _run_digest(wanted)
         seen = _fingerprint(self.input)
         made_from: dict[int, bytes] = {}
         for start, stop in windows:
@@ -239,7 +246,7 @@ class Destination:
         before = _fingerprint(self.input)
         if before != seen and _first_other_window(run, made_from) is not None:
             raise _OtherCells(f"{self.input}: changed while it was read; run again")
-        self._publish(run, key, {**wanted, "input": before}, run_digest)
+        self._publish(run, wanted, before)
 
     def _check_same_run(self, earlier: dict[str, Any], wanted: dict[str, Any]) -> None:
         changed = [
@@ -271,10 +278,10 @@ class Destination:
     def _any_shard(self) -> bool:
         return any(self.folder.glob("shard-*.npy"))
 
-    def _count_empty_cells(self, key: str) -> int:
+    def _count_empty_cells(self) -> int:
         root, closing = open_store(self.output)
         with closing:
-            return int(np.isnan(root["obsm"][key][:, 0]).sum())
+            return int(np.isnan(root["obsm"][self.key][:, 0]).sum())
 
     def _write_shard(self, start: int, shard: bytes) -> None:
         write_whole(self._shard(start), shard)
@@ -292,9 +299,10 @@ class Destination:
         embeddings = np.load(io.BytesIO(signed[:-_DIGEST_BYTES]), allow_pickle=False)
         return (embeddings, signed[-_DIGEST_BYTES:]) if embeddings.shape == (stop - start, width) else None
 
-    def _publish(self, run: Encoding, key: str, manifest: dict[str, Any], run_digest: bytes) -> None:
+    def _publish(self, run: Encoding, wanted: dict[str, Any], seen: list[int]) -> None:
         result = self.folder / f"result{self.output.suffix}"
         report, shape = run.report, (run.report.cells, run.width)
+        run_digest, mark = _run_digest(wanted), _run_digest(wanted, seen).hex()
         report.empty_cells = 0
 
         def shards() -> Iterator[tuple[int, Embeddings]]:
@@ -307,14 +315,13 @@ class Destination:
 
         if self.input.is_dir():
             _copy_store(self.input, result)
-            _add_to_zarr(result, key, shards(), shape, run.window)
+            _add_to_zarr(result, self.key, mark, shards(), shape, run.window)
         else:
             shutil.copyfile(self.input, result)
-            _add_to_h5ad(result, key, shards(), shape)
-        if _fingerprint(self.input) != manifest["input"]:
+            _add_to_h5ad(result, self.key, mark, shards(), shape)
+        if _fingerprint(self.input) != seen:
             raise OSError(f"{self.input}: changed while it was copied")
         _flush_tree(result)
-        write_whole(self.manifest, sealed({**manifest, "result": _file_identity(result)}))
         if self.output.exists() and not self.overwrite:
             raise FileExistsError(f"output: {self.output} has appeared meanwhile, by another run perhaps")
         if self.output.is_dir():
@@ -410,7 +417,14 @@ def check_key(key: str) -> None:
         raise ValueError(f"key_added: expected at most {_LONGEST_KEY} bytes, got {key[:40]!r}...")
 
 
-def _add_to_h5ad(path: Path, key: str, shards: Iterator[tuple[int, Embeddings]], shape: tuple[int, int]) -> None:
+def _run_digest(wanted: dict[str, Any], input: list[int] | None = None) -> bytes:
+    """Of what is embedded and how; with the fingerprint of an input, of what it was made from as well."""
+    return hashlib.sha256(json.dumps([wanted, input], sort_keys=True).encode()).digest()
+
+
+def _add_to_h5ad(
+    path: Path, key: str, mark: str, shards: Iterator[tuple[int, Embeddings]], shape: tuple[int, int]
+) -> None:
     with new_hdf5(path, "r+") as root:
         if not is_legacy_store(root):
             if "obsm" in root and not isinstance(root["obsm"], h5py.Group):
@@ -418,7 +432,7 @@ def _add_to_h5ad(path: Path, key: str, shards: Iterator[tuple[int, Embeddings]],
             obsm = _obsm_group(root)
             if key in obsm:
                 del obsm[key]
-            _fill_array(obsm.create_dataset(key, shape=shape, dtype=np.float32), shards)
+            _fill_array(obsm.create_dataset(key, shape=shape, dtype=np.float32), mark, shards)
             return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # anndata tells, item by item, how it moves old fields
@@ -427,10 +441,12 @@ def _add_to_h5ad(path: Path, key: str, shards: Iterator[tuple[int, Embeddings]],
     for start, shard in shards:
         adata.obsm[key][start : start + len(shard)] = shard
     adata.write_h5ad(path)
+    with new_hdf5(path, "r+") as root:
+        root["obsm"][key].attrs[_RUN] = mark
 
 
 def _add_to_zarr(
-    path: Path, key: str, shards: Iterator[tuple[int, Embeddings]], shape: tuple[int, int], window: int
+    path: Path, key: str, mark: str, shards: Iterator[tuple[int, Embeddings]], shape: tuple[int, int], window: int
 ) -> None:
     import zarr
 
@@ -441,7 +457,7 @@ def _add_to_zarr(
     if (path / "obsm" / key).exists():
         shutil.rmtree(path / "obsm" / key)
     chunks = (max(1, min(window, shape[0])), shape[1])
-    _fill_array(obsm.create_array(key, shape=shape, dtype=np.float32, chunks=chunks), shards)
+    _fill_array(obsm.create_array(key, shape=shape, dtype=np.float32, chunks=chunks), mark, shards)
     _consolidate(path, key)
 
 
@@ -474,8 +490,8 @@ def _obsm_group(root: Any) -> Any:
     return root["obsm"]
 
 
-def _fill_array(array: Any, shards: Iterator[tuple[int, Embeddings]]) -> None:
-    array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+def _fill_array(array: Any, mark: str, shards: Iterator[tuple[int, Embeddings]]) -> None:
+    array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0", _RUN: mark})
     for start, shard in shards:
         array[start : start + len(shard)] = shard
 
@@ -492,12 +508,6 @@ def _fingerprint(path: Path) -> list[int]:
     """Number of files, their bytes in all and the time of the last change (ns)."""
     stats = [file.stat() for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path.stat()]
     return [len(stats), sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)]
-
-
-def _file_identity(path: Path) -> list[int]:
-    """What a rename keeps and a rewrite changes."""
-    stat = path.stat()
-    return [stat.st_dev, stat.st_ino]
 
 
 def _copy_store(source: Path, target: Path) -> None:

@@ -170,5 +170,5 @@ class XTrimoGeneConfig:
         """Read a checkpoint's config.json."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error

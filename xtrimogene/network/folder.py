@@ -85,6 +85,9 @@ class Checkpoint:
             ("dim", "encoder.norm.weight"),
             ("decoder_dim", "decoder.norm.weight"),
             ("num_features", "decoder.layers.0.projection"),
+            ("ffn_dim", "encoder.layers.0.linear1.weight"),
+            ("decoder_ffn_dim", "decoder.layers.0.linear1.weight"),
+            ("num_bins", "embedding.bin_table"),
         ):
             found[key] = shapes[name][0] if shapes.get(name) else None
         wrong = [

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+_LARGEST_FLOAT = (2.0 - 2.0**-23) * 2.0**127  # of float32, in which networks compute
+
 
 def read_yaml(path: str | Path) -> Any:
     """What a YAML file holds, with 1e-5 and the like as numbers: to PyYAML, as to YAML 1.1, they are texts.
@@ -18,7 +20,7 @@ def read_yaml(path: str | Path) -> Any:
 
     try:
         return with_numbers(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: expected a YAML file of keys and values: {error}") from error
 
 
@@ -70,6 +72,8 @@ def typed(name: str, kind: str, value: Any, *, least: int | None = None) -> Any:
     if kind == "float":
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"config {name}: expected a finite number, got {value!r}")
+        if abs(value) > _LARGEST_FLOAT:
+            raise ValueError(f"config {name}: expected a number that float32 can hold, got {value!r}")
         # An integer written in YAML must compare equal to, and be saved like, the float it stands for.
         return float(value)
     if kind == "str" and not isinstance(value, str):

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from xtrimogene.training.ranks import first_rank_does
 from xtrimogene.writing import flush_to_disk, sealed, unsealed, write_whole
 
 COMPLETE_FILE = "complete.json"
@@ -48,12 +48,7 @@ class Checkpoints:
         """
         target = self.folder / f"{_PREFIX}{step:09d}"
         written = target.with_name(target.name + _TEMPORARY)
-        if _rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # A checkpoint of this step can be there only if it was found broken.
-            for path in (written, target):
-                shutil.rmtree(path, ignore_errors=True)
-        _barrier()
+        first_rank_does(self._make_room, written, target)
         model_state, optimizer_state = get_state_dict(model, optimizer)
         with _without_single_process_notice():
             try:
@@ -61,18 +56,24 @@ class Checkpoints:
             except CheckpointException as error:  # no Exception, and a traceback of each rank for a message
                 first = next(iter(error.failures.values()))[0]
                 raise OSError(f"{target}: the checkpoint cannot be written: {first}") from error
-        _barrier()
-        if _rank() == 0:
-            files = {path.name: list(_size_and_crc(path)) for path in sorted(written.iterdir())}
-            write_whole(written / COMPLETE_FILE, sealed({"step": step, "progress": progress, "files": files}))
-            written.rename(target)
-            flush_to_disk(self.folder)
-            for old in list(self._newest_first())[self.keep :]:
-                discarded = old.with_name(old.name + _TEMPORARY)
-                old.rename(discarded)
-                shutil.rmtree(discarded)
-        _barrier()
+        first_rank_does(self._complete, written, target, {"step": step, "progress": progress})
         return target
+
+    def _make_room(self, written: Path, target: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # A checkpoint of this step can be there only if it was found broken.
+        for path in (written, target):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _complete(self, written: Path, target: Path, described: dict[str, Any]) -> None:
+        files = {path.name: list(_size_and_crc(path)) for path in sorted(written.iterdir())}
+        write_whole(written / COMPLETE_FILE, sealed({**described, "files": files}))
+        written.rename(target)
+        flush_to_disk(self.folder)
+        for old in list(self._newest_first())[self.keep :]:
+            discarded = old.with_name(old.name + _TEMPORARY)
+            old.rename(discarded)
+            shutil.rmtree(discarded)
 
     def newest(self) -> tuple[Path, int, dict[str, Any]] | None:
         """The newest checkpoint that is whole, as (folder, step, progress); None if there is none.
@@ -121,12 +122,3 @@ def _size_and_crc(path: Path) -> tuple[int, int]:
         while block := file.read(_READ_BYTES):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return size, crc
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -270,7 +270,7 @@ def _apply(values: dict[str, Any], change: str) -> None:
         raise ValueError(f"{change}: expected key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise ValueError(f"{change}: expected a value that YAML can read") from None
     section, dot, key = name.partition(".")
     if not dot:

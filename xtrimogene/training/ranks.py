@@ -25,6 +25,28 @@ class FirstRankFailed(RuntimeError):
     """Another rank than the first stops because the first one, which says why, cannot go on."""
 
 
+def first_rank_does(work: Callable[..., T], *arguments: Any) -> T:
+    """The result of `work(*arguments)` on all ranks, which only the first one does while the others wait.
+
+    Where it raises, that error is raised on the first rank and FirstRankFailed on the others.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work(*arguments)
+    result: list[Any] = [None, True]
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            result[0] = work(*arguments)
+        except Exception as raised:
+            error, result[1] = raised, False
+    dist.broadcast_object_list(result, src=0)
+    if error is not None:
+        raise error
+    if not result[1]:
+        raise FirstRankFailed("the first rank says why")
+    return result[0]
+
+
 @dataclass(frozen=True)
 class Ranks:
     """One process of a run and its place among all of them.
@@ -65,25 +87,8 @@ class Ranks:
         return self.rank == 0
 
     def first(self, work: Callable[..., T], *arguments: Any) -> T:
-        """The result of `work(*arguments)`, which only the first rank does.
-
-        Where it raises, that error is raised on the first rank and FirstRankFailed on the others.
-        """
-        if self.world_size == 1:
-            return work(*arguments)
-        result: list[Any] = [None, True]
-        error = None
-        if self.is_first:
-            try:
-                result[0] = work(*arguments)
-            except Exception as raised:
-                error, result[1] = raised, False
-        dist.broadcast_object_list(result, src=0)
-        if error is not None:
-            raise error
-        if not result[1]:
-            raise FirstRankFailed("the first rank says why")
-        return result[0]
+        """The result of `work(*arguments)`, which only the first rank does; see first_rank_does."""
+        return first_rank_does(work, *arguments)
 
     def sums(self, numbers: Sequence[float | torch.Tensor]) -> list[float]:
         """Each number added up over all ranks, in float64. Waits for what the device has still to compute."""

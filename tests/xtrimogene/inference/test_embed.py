@@ -301,7 +301,9 @@ def test_a_file_is_copied_with_the_embedding(
     assert path.read_bytes() == before
     assert_close(anndata.read_h5ad(output).obsm["X_xtrimogene"], expected)
     written = content(output)
-    assert written.pop("obsm/X_xtrimogene")[0] == {"encoding-type": "array", "encoding-version": "0.2.0"}
+    attributes = dict(written.pop("obsm/X_xtrimogene")[0])
+    assert len(attributes.pop("xtrimogene-run")) == 64
+    assert attributes == {"encoding-type": "array", "encoding-version": "0.2.0"}
     assert written == content(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cells.h5ad", "checkpoint", "out.h5ad"]
 
@@ -667,6 +669,33 @@ def test_an_empty_folder_makes_no_old_output_the_result(path: Path, model: XTrim
     assert output.read_bytes() == b"old"
     embed(path, model, output=output, resume=True, overwrite=True, progress=False)
     assert "X_xtrimogene" in anndata.read_h5ad(output).obsm
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "zarr"])
+def test_going_on_with_a_run_that_is_over_changes_nothing(
+    kind: str, model: XTrimoGene, expected: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = tmp_path / f"cells.{kind}", tmp_path / f"out.{kind}"
+    getattr(cells(), f"write_{kind}")(source)
+    options: dict[str, Any] = {"output": output, "resume": True, "progress": False}
+    embed(source, model, **options)
+    inode = output.stat().st_ino
+    with monkeypatch.context() as patch:
+        patch.setattr(XTrimoGeneNetwork, "embed_batch", None)
+        report = embed(source, model, **options)
+    assert (report.cells, report.resumed_cells, report.empty_cells) == (50, 50, 2)
+    assert output.stat().st_ino == inode
+    # Another run is another run: refused, or made where that is allowed.
+    with pytest.raises(FileExistsError, match=rf"out\.{kind} exists, of another input, checkpoint or options"):
+        embed(source, model, pooling="max", **options)
+    assert embed(source, model, pooling="max", overwrite=True, **options).resumed_cells == 0
+    assert embed(source, model, overwrite=True, **options).resumed_cells == 0
+    assert_close(getattr(anndata, f"read_{kind}")(output).obsm["X_xtrimogene"], expected)
+    # So is one of an input that has changed since.
+    time.sleep(0.01)
+    getattr(cells(), f"write_{kind}")(source)
+    with pytest.raises(FileExistsError, match=rf"out\.{kind} exists, of another input"):
+        embed(source, model, **options)
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "shard folder", "link", "link inside"])

@@ -73,6 +73,7 @@ def test_yaml_may_start_from_a_preset(tmp_path: Path) -> None:
         ({"dropout": 1.0}, r"dropout: expected 0 <= dropout < 1, got 1.0"),
         ({"dropout": "high"}, r"dropout: expected a finite number, got 'high'"),
         ({"alpha": float("nan")}, r"alpha: expected a finite number, got nan"),
+        ({"alpha": 1e39}, r"alpha: expected a number that float32 can hold, got 1e\+39"),
         ({"layer_norm_eps": 0}, r"layer_norm_eps: expected a number > 0, got 0.0"),
         ({"target_sum": -1}, r"target_sum: expected a number > 0, got -1.0"),
     ],
@@ -101,6 +102,15 @@ def test_a_file_that_holds_no_keys_is_refused_by_name(tmp_path: Path, text: str)
     path.write_text(text)
     with pytest.raises(ValueError, match=r"broken.yaml: .*expected"):
         XTrimoGeneConfig.from_yaml(path)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "config.json"])
+def test_keys_that_lie_too_deep_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("[" * 100_000)
+    read = XTrimoGeneConfig.from_yaml if name.endswith("yaml") else XTrimoGeneConfig.from_json
+    with pytest.raises(ValueError, match=f"{name}: .*recursion"):
+        read(path)
 
 
 def test_a_preset_file_without_genes_says_which_key(tmp_path: Path) -> None:

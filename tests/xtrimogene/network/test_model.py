@@ -391,14 +391,23 @@ def test_a_loaded_model_does_not_change_with_its_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("num_layers", 10**9), ("decoder_layers", 10**9), ("dim", 2**40), ("favor_features", 10**12)]
+    ("key", "value", "name", "size"),
+    [
+        ("num_layers", 10**9, "num_layers", 10**9),
+        ("decoder_layers", 10**9, "decoder_layers", 10**9),
+        ("dim", 2**40, "dim", 2**40),
+        ("favor_features", 10**12, "num_features", 10**12),
+        ("num_bins", 10**12, "num_bins", 10**12),
+        ("ffn_mult", 10**30, "ffn_dim", 64 * 10**30),
+    ],
 )
-def test_a_config_with_absurd_sizes_is_refused_before_anything_is_made(tmp_path: Path, key: str, value: int) -> None:
+def test_a_config_with_absurd_sizes_is_refused_before_anything_is_made(
+    tmp_path: Path, key: str, value: int, name: str, size: int
+) -> None:
     _saved(tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    named = "num_features" if key == "favor_features" else key
-    with pytest.raises(ValueError, match=rf"the tensors do not fit config\.json: {named} is {value:,} there"):
+    with pytest.raises(ValueError, match=rf"the tensors do not fit config\.json: {name} is {size:,} there"):
         XTrimoGene.from_pretrained(tmp_path / "model")
 
 

@@ -72,6 +72,20 @@ def test_fsdp_saves_loads_and_goes_on(path: Path, tmp_path: Path) -> None:
     assert losses(output) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
+def test_a_checkpoint_that_the_first_rank_cannot_write_stops_all_ranks(path: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = torchrun(*arguments(path, output, "max_steps=100000", "checkpoint_every=20", "batch_cells=4"))
+    while not (output / "log.jsonl").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    (output / "checkpoints").write_bytes(b"")
+    _, err = process.communicate()
+    assert process.returncode == 1
+    assert err.count("File exists") == 1
+    assert err.count("xtrimogene: error:") == 1, err
+    assert "go on with --resume" in err
+
+
 def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(path: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = torchrun(*arguments(path, output, "max_steps=100000", "checkpoint_every=100000", "batch_cells=4"))
