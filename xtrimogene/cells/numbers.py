@@ -353,13 +353,15 @@ def _row_sums(indptr: Array, numbers: Array) -> npt.NDArray[np.float64]:
 
 
 def _one_scale(sums: Array) -> bool:
-    """Whether all cells have one sum; of a single cell, whether it is one that people scale to."""
+    """Whether all cells have one sum: about one that people scale to, or any other to four digits, as the sums of cells
+    that have lost some of their genes are not."""
     middle = float(np.median(sums))
     if not np.isfinite(middle):
         return False
-    if len(sums) == 1:
-        return bool(_near(np.array([1e4, 1e5, 1e6]), middle).any())
-    return float(np.mean(_near(sums, middle))) >= 0.9
+    usual = bool(_near(np.array([1e4, 1e5, 1e6]), middle).any())
+    tolerance = _TOLERANCE if usual else 1e-4
+    near = np.abs(np.where(np.isfinite(sums), sums, 0) - middle) <= tolerance * middle
+    return (usual or len(sums) > 1) and float(np.mean(near)) >= 0.9
 
 
 def _scale(sums: Array) -> str:
