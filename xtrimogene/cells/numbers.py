@@ -328,7 +328,7 @@ def _looks(rows: list[CsrArrays], target_sum: float) -> Look | None:
         return Look(f"log2(1 + x) of counts scaled to a total of {_scale(binary)}", "logged")
     if _one_scale(plain):
         return Look(f"counts scaled to a total of {_scale(plain)}, not logged", "scaled")
-    if all(_all_whole(_expm1(data.astype(np.float64))) for _, _, data in rows):
+    if np.isfinite(natural).all() and all(_all_whole(_expm1(data.astype(np.float64))) for _, _, data in rows):
         return Look("log1p of counts that were not divided by the cell's total", "logged")
     middle = float(np.median(natural))
     if middle > target_sum * (1 + _TOLERANCE):
