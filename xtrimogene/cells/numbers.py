@@ -347,9 +347,13 @@ def _exp2m1(numbers: Array) -> Array:
 
 
 def _row_sums(indptr: Array, numbers: Array) -> npt.NDArray[np.float64]:
-    row_of = np.repeat(np.arange(len(indptr) - 1), np.diff(indptr))
-    sums = np.bincount(row_of, weights=numbers[indptr[0] : indptr[-1]], minlength=len(indptr) - 1)
-    return sums.astype(np.float64, copy=False)
+    sums = np.zeros(len(indptr) - 1)
+    used = np.flatnonzero(np.diff(indptr))
+    if len(used):
+        dtype = np.float32 if numbers.dtype == np.float32 else np.float64
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums[used] = np.add.reduceat(numbers[: indptr[-1]], indptr[used], dtype=dtype)
+    return sums
 
 
 def _one_scale(sums: Array) -> bool:
