@@ -30,6 +30,7 @@ class MappedCells:
     total_counts  column of obs with the cells' totals, None for the sums of their counts
     totals        (n_obs,) what it holds
     scale         what looks at every cell whose values are log-normalised already
+    thinned       whether the counts are thinned in training
     rounded       whether numbers that were whole but for rounding have been met, and told
     """
 
@@ -40,6 +41,7 @@ class MappedCells:
     total_counts: str | None
     totals: npt.NDArray[np.float64] | None
     scale: LogScale | None
+    thinned: bool = False
     rounded: bool = False
 
     @classmethod
@@ -53,6 +55,7 @@ class MappedCells:
         aliases: Aliases | str | os.PathLike[str] | None = None,
         target_sum: float = 1e4,
         depth_tokens: bool = False,
+        thinned: bool = False,
     ) -> MappedCells:
         """Maps the genes and looks at a sample of the numbers, before any work.
 
@@ -62,9 +65,11 @@ class MappedCells:
             aliases = Aliases.from_tsv(aliases)
         column_map = map_genes(source, vocabulary, normalized=kind.logged, aliases=aliases)
         totals = None if total_counts is None else read_totals(source, total_counts)
-        scale = check_numbers(source, kind, target_sum=target_sum, depth_tokens=depth_tokens, total_counts=total_counts)
+        scale = check_numbers(
+            source, kind, target_sum=target_sum, depth_tokens=depth_tokens, thinned=thinned, total_counts=total_counts
+        )
         warn_of_genes(source, vocabulary, column_map)
-        return cls(source, column_map, kind, target_sum, total_counts, totals, scale)
+        return cls(source, column_map, kind, target_sum, total_counts, totals, scale, thinned)
 
     def digest(self) -> str | None:
         """Of what the cells are made of beside their rows and options: totals of obs, genes renamed. None: neither."""
@@ -110,7 +115,7 @@ class MappedCells:
                 on_rounded=self._tell_rounded,
             )
         except ValueError as error:
-            raise refused(self.source, error, self.kind, rows_csr, first_row) from error
+            raise refused(self.source, error, self.thinned, rows_csr, first_row) from error
         if not self.kind.whole:
             seen = without(self.column_map.gene_ids == LEFT_OUT, rows_csr)
             if self.scale is None:

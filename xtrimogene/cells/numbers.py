@@ -28,6 +28,9 @@ _LARGEST_LOGARITHM = 18.5
 _TOTALS = ("n_counts", "total_counts", "nCount_RNA", "total_umis", "n_umi", "nUMI", "n_UMIs", "raw_sum")
 
 
+_THINS = "thins counts: round those that are estimated or corrected, or train without depth tokens"
+
+
 class BadNumbers(ValueError):
     """A cell holds numbers that are not what they are said to be: it stays so until the input or an option changes."""
 
@@ -57,10 +60,13 @@ def check_numbers(
     *,
     target_sum: float = 1e4,
     depth_tokens: bool = False,
+    thinned: bool = False,
     total_counts: str | None = None,
 ) -> LogScale | None:
     """Look at a sample of cells: refuse counts that are not whole and say which other matrix of the data set holds
     counts; warn of numbers of another kind or scale than they are said to be, and of counts cut to some genes.
+
+    ``depth_tokens``: the model reads each cell's total; ``thinned``: and is trained so, which takes whole counts only.
 
     Returns, for values that are log-normalised already, what goes on to look at every cell.
 
@@ -72,40 +78,47 @@ def check_numbers(
     whole = all(_all_whole(data) for _, _, data in rows)
     look = _looks(rows, target_sum)
     if kind.whole and not whole:
-        _refuse_fractions(source, look, depth_tokens)
-    scale = LogScale(source, target_sum, rows) if kind.logged else None
-    wanted = _log1p(target_sum) if kind.logged else "counts" if kind.fractional else "values that are not logged"
-    if look is None:
-        pass
-    elif kind.logged and look.values == "counts":
-        warnings.warn(
-            f"{source.name}: normalized=True, but the matrix holds whole numbers only, as raw counts do", stacklevel=4
-        )
-    elif not kind.logged and look.values == "log1p":
+        _refuse_fractions(source, look, depth_tokens, thinned)
+    if not kind.logged and look is not None and look.values == "log1p":
+        wanted = "counts" if kind.fractional else "values that are not logged"
         raise ValueError(
             f"{source.name}: expected {wanted}, got numbers that look like {look.text}; pass values='log1p' "
             "(--values log1p), or give the counts"
         )
-    elif (kind.logged and look.values != "log1p") or (kind.fractional and look.values == "logged"):
-        warnings.warn(
-            f"{source.name}: expected {wanted}, got numbers that look like {look.text}; give values of that scale, or "
-            "the raw counts",
-            stacklevel=4,
-        )
-    elif kind.values == "tpm" and look.values == "logged":
-        warnings.warn(
-            f"{source.name}: expected {wanted}, got numbers that look like {look.text}; undo the logarithm",
-            stacklevel=4,
-        )
-    elif kind.fractional and depth_tokens and look.values == "scaled" and total_counts is None:
-        warnings.warn(
-            f"{source.name}: the numbers look like {look.text}, and this model reads each cell's total (config "
-            "depth_tokens): name the obs column of the totals with total_counts (--total-counts)",
-            stacklevel=4,
-        )
+    doubt = _doubt(kind, look, rows, target_sum, depth_tokens and total_counts is None)
+    if doubt is not None:
+        warnings.warn(f"{source.name}: {doubt}", stacklevel=4)
     if kind.values == "counts" and total_counts is None:
         _warn_of_cut_cells(source, sample)
-    return scale
+    return LogScale(source, target_sum, rows, told=doubt is not None) if kind.logged else None
+
+
+def _doubt(
+    kind: ValueKind, look: Look | None, rows: list[CsrArrays], target_sum: float, without_totals: bool
+) -> str | None:
+    """What is to be told of numbers that look like others than they are said to be, None for nothing."""
+    values = None if look is None else look.values
+    if kind.logged and values in (None, "log1p", "unknown"):
+        text = _two_scales(rows, target_sum)
+        if text is not None:
+            return f"expected {_log1p(target_sum)}, got {text}; give all cells on one scale"
+    if look is None or kind.whole:
+        return None
+    if kind.logged and values == "counts":
+        return "normalized=True, but the matrix holds whole numbers only, as raw counts do"
+    seen = f"got numbers that look like {look.text}"
+    if kind.logged and values != "log1p":
+        return f"expected {_log1p(target_sum)}, {seen}; give values of that scale, or the raw counts"
+    if kind.fractional and values == "logged":
+        return f"expected counts, {seen}; give the raw counts"
+    if kind.values == "tpm" and values == "logged":
+        return f"expected values that are not logged, {seen}; undo the logarithm"
+    if kind.fractional and values == "scaled" and without_totals:
+        return (
+            f"{seen}, and this model reads each cell's total (config depth_tokens): name the obs column of the totals "
+            "with total_counts (--total-counts)"
+        )
+    return None
 
 
 def without(left_out: npt.NDArray[np.bool_], rows_csr: CsrArrays) -> CsrArrays:
@@ -113,12 +126,12 @@ def without(left_out: npt.NDArray[np.bool_], rows_csr: CsrArrays) -> CsrArrays:
     if not left_out.any():
         return rows_csr
     indptr, indices, data = rows_csr
-    kept = ~left_out[indices]
+    kept = ~np.take(left_out, indices, mode="clip")  # the packer refuses columns outside the matrix
     before = np.concatenate([[0], np.cumsum(kept)])
     return before[indptr], indices[kept], data[kept]
 
 
-def refused(source: CellSource, error: ValueError, kind: ValueKind, rows_csr: CsrArrays, first_row: int) -> BadNumbers:
+def refused(source: CellSource, error: ValueError, thinned: bool, rows_csr: CsrArrays, first_row: int) -> BadNumbers:
     """The packer's refusal with the names of data set, cell and column, and what the cell looks like."""
     row, column = getattr(error, "row", None), getattr(error, "column", None)
     if row is None:
@@ -133,13 +146,15 @@ def refused(source: CellSource, error: ValueError, kind: ValueKind, rows_csr: Cs
         left_out = columns_left_out(source.var)
         cell = without(left_out, (np.array([0, own.stop - own.start]), indices[own], data[own]))
         look = _looks([cell], 1e4)
-        if look is None or look.values == "unknown":
+        if look is not None and look.values != "unknown":
+            text += f"; the cell looks like {look.text} in a matrix of counts: give all cells as counts"
+        elif thinned:
+            text += f"; depth_tokens=True {_THINS}"
+        else:
             text += (
                 "; counts that are estimated or corrected need not be whole: pass fractional_counts=True "
                 "(--fractional-counts)"
             )
-        else:
-            text += f"; the cell looks like {look.text} in a matrix of counts: give all cells as counts"
     return BadNumbers(text)
 
 
@@ -150,13 +165,11 @@ class LogScale:
     of the two holds is seen in a sample of the cells.
     """
 
-    def __init__(self, source: CellSource, target_sum: float, sample: list[CsrArrays]) -> None:
-        self.source, self.target_sum = source, target_sum
+    def __init__(self, source: CellSource, target_sum: float, sample: list[CsrArrays], *, told: bool) -> None:
+        self.source, self.target_sum, self.silent = source, target_sum, told
         sums = np.concatenate([np.zeros(0), *(log_sums(indptr, data) for indptr, _, data in sample)])
         sums = sums[sums > 0]
         self.complete = bool(len(sums)) and float(np.mean(_near(sums, target_sum))) >= 0.9
-        # Where the sample is off already, it has been warned of.
-        self.silent = bool(np.any(sums > target_sum * (1 + _TOLERANCE)))
 
     def check(self, rows_csr: CsrArrays, first_row: int) -> None:
         """Warns, once for a data set, of a cell of another scale; rows without columns that are no genes."""
@@ -201,7 +214,7 @@ def check_logged(source: CellSource, rows_csr: CsrArrays, first_row: int, target
 
 def log_sums(indptr: Array, data: Array) -> npt.NDArray[np.float64]:
     """(rows,) sum over each row of expm1: the total that log1p was taken of."""
-    return _row_sums(indptr, _expm1(data.astype(np.float32, copy=False)))
+    return _row_sums(indptr, _expm1(data if data.dtype == np.float64 else data.astype(np.float32, copy=False)))
 
 
 def read_totals(source: CellSource, column: str) -> npt.NDArray[np.float64]:
@@ -322,12 +335,12 @@ def _looks(rows: list[CsrArrays], target_sum: float) -> Look | None:
         return Look("raw counts", "counts")
     if np.mean(_near(natural, target_sum)) >= 0.9:
         return Look(_log1p(target_sum), "log1p")
+    if _one_scale(plain):
+        return Look(f"counts scaled to a total of {_scale(plain)}, not logged", "scaled")
     if _one_scale(natural):
         return Look(f"log1p of counts scaled to a total of {_scale(natural)}", "logged")
     if _one_scale(binary):
         return Look(f"log2(1 + x) of counts scaled to a total of {_scale(binary)}", "logged")
-    if _one_scale(plain):
-        return Look(f"counts scaled to a total of {_scale(plain)}, not logged", "scaled")
     if np.isfinite(natural).all() and all(_all_whole(_expm1(data.astype(np.float64))) for _, _, data in rows):
         return Look("log1p of counts that were not divided by the cell's total", "logged")
     middle = float(np.median(natural))
@@ -377,7 +390,7 @@ def _scale(sums: Array) -> str:
     return f"{middle:,.0f} (the default of scanpy's normalize_total is the median total)"
 
 
-def _refuse_fractions(source: CellSource, look: Look | None, depth_tokens: bool) -> None:
+def _refuse_fractions(source: CellSource, look: Look | None, depth_tokens: bool, thinned: bool) -> None:
     fitting = []
     for other in source.other_layers:
         with contextlib.suppress(ValueError), source.open_layer(other) as matrix:
@@ -385,6 +398,12 @@ def _refuse_fractions(source: CellSource, look: Look | None, depth_tokens: bool)
                 fitting.append("X (no layer)" if other is None else f"layer={other!r} (--layer {other})")
     wanted = "X" if source.layer is None else f"layer {source.layer!r}"
     hint = f"these matrices hold whole numbers: {', '.join(fitting)}; " if fitting else ""
+    seen = f"; they look like {look.text}" if look is not None and look.values != "unknown" else ""
+    if thinned:
+        raise ValueError(
+            f"{source.name}: expected raw counts in {wanted}, got numbers that are not whole; {hint}depth_tokens=True "
+            f"{_THINS}{seen}"
+        )
     if depth_tokens:
         option = (
             "values='log1p' (--values log1p) with the obs column of the cells' totals, total_counts (--total-counts)"
@@ -394,12 +413,22 @@ def _refuse_fractions(source: CellSource, look: Look | None, depth_tokens: bool)
     scaled = ""
     if look is not None and look.values == "scaled":
         scaled = "; if they are TPM or the like, pass values='tpm' (--values tpm)"
-    seen = f"; they look like {look.text}" if look is not None and look.values != "unknown" else ""
     raise ValueError(
         f"{source.name}: expected raw counts in {wanted}, got numbers that are not whole; {hint}if they are "
         f"log1p(count / total * 10,000) already, pass {option}; if they are counts that are estimated or corrected, "
         f"pass fractional_counts=True (--fractional-counts){scaled}{seen}"
     )
+
+
+def _two_scales(rows: list[CsrArrays], target_sum: float) -> str | None:
+    """What the cells look like that are none of target_sum, where these are all of one other total: those of another
+    data set, say."""
+    sums = np.concatenate([log_sums(indptr, data.astype(np.float64)) for indptr, _, data in rows])
+    others = sums[(sums > 0) & ~_near(sums, target_sum)]
+    if len(others) < 8 or len(others) == len(sums) or not _one_scale(others):
+        return None
+    share = f"{len(others)} of {len(sums)} sampled cells"
+    return f"{share} that look like log1p of counts scaled to a total of {_scale(others)}"
 
 
 def _warn_of_cut_cells(source: CellSource, sample: list[tuple[int, CsrArrays]]) -> None:

@@ -197,7 +197,7 @@ class TrainingCells:
                 total_counts=total_counts,
                 aliases=table,
                 target_sum=self.target_sum,
-                depth_tokens=self.depth_tokens,
+                thinned=self.depth_tokens,
             )
             self._mapped.append(mapped)
 

@@ -285,5 +285,6 @@ def test_names_of_real_data(shared_data: Path) -> None:
         # Each of them is a new gene, which no column has by its own name.
         found = {vocabulary.genes[i] for i in column_map.gene_ids if i >= 0}
         assert not found & {new for _, new in column_map.old_names}
+        assert {new for _, new in column_map.old_names} <= set(vocabulary.genes)
     with pytest.raises(ValueError, match=r"but 12,\d\d\d in var\['symbol'\]: pass gene_symbols='symbol'"):
         mapped(adata, vocabulary)

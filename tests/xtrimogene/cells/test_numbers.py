@@ -225,6 +225,22 @@ def test_whole_numbers_that_are_said_to_be_log_normalised_are_told() -> None:
     assert "holds whole numbers only" in told(adata_of(counts()), kind=ValueKind("log1p"))[0]
 
 
+@pytest.mark.parametrize("total", [2213.0, 1e5])
+def test_cells_of_another_data_set_of_another_scale_are_told(total: float) -> None:
+    """Half of the cells each: no sum is that of most cells."""
+    matrix = scaled(counts(300))
+    mixed = sp.vstack([matrix, scaled(counts(300, 1), total)]).tocsr()
+    (text,) = told(adata_of(mixed), kind=ValueKind("log1p"))
+    assert "of 256 sampled cells that look like log1p of counts scaled to a total of" in text
+    assert f"{total:,.0f}" in text
+
+
+def test_shares_of_a_total_are_not_taken_for_logarithms() -> None:
+    matrix = scaled(counts(), 1.0, as_it_is)
+    assert not told(adata_of(matrix), kind=ValueKind("tpm"))
+    assert "counts scaled to a total of 1 (" in told(adata_of(matrix), kind=ValueKind("log1p"))[0]
+
+
 @pytest.mark.parametrize("total", [1.02e4, 0.98e4, 1e6])
 def test_one_log_normalised_cell_of_another_total_is_told_once(total: float) -> None:
     adata = with_row(scaled(counts()), scaled(counts(), total))
@@ -233,6 +249,9 @@ def test_one_log_normalised_cell_of_another_total_is_told_once(total: float) -> 
     assert "row 300 (cell300): expected log1p(count / total * 10,000), got values whose expm1 sums to" in text
     assert f"sums to {total:,.0f}"[:-2] in text
     assert not told(with_row(scaled(counts()), scaled(counts(), 1.005e4)), kind=ValueKind("log1p"))
+    # In the sample or not: row 0 is.
+    (text,) = told(with_row(scaled(counts()), scaled(counts(), total), row=0), kind=ValueKind("log1p"))
+    assert "row 0 (cell0): expected log1p" in text
 
 
 def test_log_normalised_cells_that_are_cut_to_some_genes_are_no_alarm() -> None:
@@ -433,6 +452,17 @@ def test_a_depth_below_zero_is_refused_by_cell(depth_model: XTrimoGene) -> None:
         depth_tokens(depth_model, adata_of(matrix), fractional_counts=True)
     with pytest.raises(BadNumbers, match=r"row 0 \(cell0\): the token T, the log10 total that is aimed at, would be -"):
         depth_tokens(depth_model, adata_of(counts(40)), target_depth="offset:-5")
+
+
+def test_training_with_depth_tokens_is_not_sent_to_options_that_it_refuses() -> None:
+    advice = (
+        "depth_tokens=True thins counts: round those that are estimated or corrected, or train without depth tokens"
+    )
+    for adata in (adata_of(counts() * 0.93), with_row(counts(), counts() * 0.93)):
+        with pytest.raises(ValueError, match=advice) as refused:
+            TrainingCells(adata, VOCABULARY, depth_tokens=True, min_genes=0, progress=False)
+        assert "fractional_counts" not in str(refused.value)
+        assert "log1p" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
