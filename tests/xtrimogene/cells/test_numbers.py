@@ -346,6 +346,21 @@ def test_counts_are_divided_by_the_totals_of_obs(depth_model: XTrimoGene) -> Non
     np.testing.assert_allclose(batch.values.numpy()[: int(batch.lengths[0])], scaled(matrix)[7, :40].data, rtol=1e-6)
 
 
+def test_batches_are_told_apart_by_the_totals_they_are_divided_by() -> None:
+    matrix = counts()
+    total = np.asarray(matrix.sum(axis=1)).ravel() + 5
+    other = total.copy()
+    other[300] += 1
+
+    def fingerprint(totals: Rows, **options: Any) -> str:
+        with TrainingCells(adata_of(matrix, n=totals), VOCABULARY, min_genes=0, progress=False, **options) as cells:
+            return cells.fingerprint
+
+    assert fingerprint(total, total_counts="n") == fingerprint(total.astype(np.int64), total_counts="n")
+    assert fingerprint(total, total_counts="n") != fingerprint(other, total_counts="n")
+    assert fingerprint(total) == fingerprint(other) == fingerprint(total, fractional_counts=True)
+
+
 @pytest.mark.parametrize(
     ("column", "message"),
     [
