@@ -23,6 +23,7 @@ namespace {
 constexpr int contiguous = py::array::c_style | py::array::forcecast;
 using Int64Array = py::array_t<int64_t, contiguous>;
 using Int32Array = py::array_t<int32_t, contiguous>;
+using DoubleArray = py::array_t<double, contiguous>;
 
 void require_integers(const py::array& array, const char* name) {
   const char kind = array.dtype().kind();
@@ -31,6 +32,23 @@ void require_integers(const py::array& array, const char* name) {
                          py::str(array.dtype()).cast<std::string>());
   if (array.ndim() != 1)
     throw py::value_error(std::string(name) + ": expected 1 dimension, got " + std::to_string(array.ndim()));
+}
+
+const char* fault_name(xtg::CsrPackFault fault) {
+  switch (fault) {
+    case xtg::CsrPackFault::column_out_of_range:
+      return "column_out_of_range";
+    case xtg::CsrPackFault::negative:
+      return "negative";
+    case xtg::CsrPackFault::not_finite:
+      return "not_finite";
+    case xtg::CsrPackFault::too_large:
+      return "too_large";
+    case xtg::CsrPackFault::not_whole:
+      return "not_whole";
+    default:
+      return "total_not_finite";
+  }
 }
 
 std::string describe(const xtg::CsrPackError& error, int64_t first_row, int64_t num_columns) {
@@ -46,15 +64,28 @@ std::string describe(const xtg::CsrPackError& error, int64_t first_row, int64_t 
       return where + ": value " + value + " is not finite; expected raw counts";
     case xtg::CsrPackFault::too_large:
       return where + ": value " + value + " does not fit float32";
+    case xtg::CsrPackFault::not_whole:
+      return where + ": value " + value + " is not whole; expected raw counts";
     default:
       return "row " + std::to_string(first_row + error.row) + ": the sum of its values is not finite";
   }
+}
+
+// A ValueError that also has the fault, row and column as attributes, for who knows the names of cells and genes.
+[[noreturn]] void refuse(const xtg::CsrPackError& error, int64_t first_row, int64_t num_columns) {
+  const py::object refused = py::reinterpret_borrow<py::object>(PyExc_ValueError)(describe(error, first_row, num_columns));
+  refused.attr("fault") = fault_name(error.fault);
+  refused.attr("row") = first_row + error.row;
+  refused.attr("column") = error.column;
+  PyErr_SetObject(PyExc_ValueError, refused.ptr());
+  throw py::error_already_set();
 }
 
 struct Arguments {
   Int64Array indptr;
   Int32Array column_gene_ids;
   std::optional<Int64Array> rows;
+  std::optional<DoubleArray> cell_totals;
   xtg::CsrPackOptions options;
   int64_t first_row;
   int64_t num_genes;
@@ -68,13 +99,13 @@ py::dict pack(const Arguments& arguments, const py::array& indices_in, const py:
   if (!indices || !data) throw py::error_already_set();
   const int64_t num_rows =
       arguments.rows ? arguments.rows->size() : static_cast<int64_t>(arguments.indptr.size()) - 1;
-  const xtg::CsrRows<Index, Value> in{arguments.indptr.data(),
-                                      indices.data(),
-                                      data.data(),
-                                      arguments.rows ? arguments.rows->data() : nullptr,
-                                      num_rows,
-                                      arguments.column_gene_ids.data(),
-                                      static_cast<int64_t>(arguments.column_gene_ids.size())};
+  xtg::CsrRows<Index, Value> in{arguments.indptr.data(),
+                                indices.data(),
+                                data.data(),
+                                arguments.rows ? arguments.rows->data() : nullptr,
+                                num_rows,
+                                arguments.column_gene_ids.data(),
+                                static_cast<int64_t>(arguments.column_gene_ids.size())};
   const xtg::CsrPackOptions& options = arguments.options;
 
   xtg::CsrPackPlan plan;
@@ -82,8 +113,16 @@ py::dict pack(const Arguments& arguments, const py::array& indices_in, const py:
     py::gil_scoped_release release;
     plan = xtg::csr_pack_scan(in, options);
   }
-  if (plan.error.fault != xtg::CsrPackFault::none)
-    throw py::value_error(describe(plan.error, arguments.first_row, in.num_columns));
+  if (plan.error.fault != xtg::CsrPackFault::none) refuse(plan.error, arguments.first_row, in.num_columns);
+  std::vector<Value> whole;
+  bool rounded = false;
+  if (plan.noisy) {
+    py::gil_scoped_release release;
+    whole.assign(in.data, in.data + data.size());
+    rounded = xtg::csr_pack_round(in, whole.data());
+    in.data = whole.data();
+    plan = xtg::csr_pack_scan(in, options);
+  }
   int64_t capacity = 0;
   for (int64_t length : plan.row_lengths) capacity += length;
   if (capacity > std::numeric_limits<int32_t>::max())
@@ -93,6 +132,12 @@ py::dict pack(const Arguments& arguments, const py::array& indices_in, const py:
   py::array_t<int32_t> cu_seqlens(num_rows + 1);
   py::array_t<double> totals(num_rows);
   std::copy(plan.totals.begin(), plan.totals.end(), totals.mutable_data());
+  if (arguments.cell_totals) {
+    if (arguments.cell_totals->size() != num_rows)
+      throw py::value_error("cell_totals: expected one for each of " + std::to_string(num_rows) + " rows, got " +
+                            std::to_string(arguments.cell_totals->size()));
+    std::copy_n(arguments.cell_totals->data(), num_rows, plan.totals.begin());
+  }
   py::object distinct_index = py::none();
   int32_t* distinct_data = nullptr;
   if (options.distinct) {
@@ -104,7 +149,7 @@ py::dict pack(const Arguments& arguments, const py::array& indices_in, const py:
   py::object values, gene_ids;
   if constexpr (std::is_same<Index, int32_t>::value && std::is_same<Value, float>::value) {
     if (!options.normalize && arguments.identity_map && !arguments.rows && !plan.any_dropped &&
-        !plan.any_needs_sorting) {
+        !plan.any_needs_sorting && whole.empty()) {
       {
         py::gil_scoped_release release;
         xtg::csr_pack_in_place(in, options, distinct_data, cu_seqlens.mutable_data());
@@ -142,6 +187,7 @@ py::dict pack(const Arguments& arguments, const py::array& indices_in, const py:
   packed["cu_seqlens"] = cu_seqlens;
   packed["distinct_index"] = distinct_index;
   packed["totals"] = totals;
+  packed["rounded"] = rounded;
   return packed;
 }
 
@@ -165,7 +211,8 @@ py::dict pack_by_value(const Arguments& arguments, const py::array& indices, con
 
 py::dict pack_csr(const py::array& indptr, const py::array& indices, const py::array& data,
                   const py::array& column_gene_ids, const std::optional<py::array>& rows, bool normalize,
-                  double target_sum, int num_threads, bool distinct, int64_t first_row) {
+                  double target_sum, int num_threads, bool distinct, int64_t first_row, bool whole,
+                  const std::optional<py::array>& cell_totals) {
   require_integers(indptr, "indptr");
   require_integers(indices, "indices");
   require_integers(column_gene_ids, "column_gene_ids");
@@ -177,8 +224,12 @@ py::dict pack_csr(const py::array& indptr, const py::array& indices, const py::a
   if (num_threads < 1)
     throw py::value_error("num_threads: expected at least 1, got " + std::to_string(num_threads));
 
-  Arguments arguments{Int64Array::ensure(indptr), Int32Array::ensure(column_gene_ids), std::nullopt,
-                      {normalize, target_sum, distinct, num_threads}, first_row, 0, true};
+  Arguments arguments{Int64Array::ensure(indptr), Int32Array::ensure(column_gene_ids), std::nullopt, std::nullopt,
+                      {normalize, target_sum, distinct, num_threads, whole}, first_row, 0, true};
+  if (cell_totals) {
+    arguments.cell_totals = DoubleArray::ensure(*cell_totals);
+    if (!*arguments.cell_totals) throw py::error_already_set();
+  }
   const int64_t num_rows = static_cast<int64_t>(arguments.indptr.size()) - 1;
   const int64_t* starts = arguments.indptr.data();
   for (int64_t i = 0; i < num_rows; ++i)
@@ -190,8 +241,8 @@ py::dict pack_csr(const py::array& indptr, const py::array& indices, const py::a
                           std::to_string(starts[0]) + " .. " + std::to_string(starts[num_rows]));
   const int32_t* genes = arguments.column_gene_ids.data();
   for (int64_t column = 0; column < static_cast<int64_t>(arguments.column_gene_ids.size()); ++column) {
-    if (genes[column] < -1)
-      throw py::value_error("column_gene_ids: expected gene ids or -1, got " + std::to_string(genes[column]) +
+    if (genes[column] < xtg::kLeftOutColumn)
+      throw py::value_error("column_gene_ids: expected gene ids, -1 or -2, got " + std::to_string(genes[column]) +
                             " for column " + std::to_string(column));
     arguments.num_genes = std::max<int64_t>(arguments.num_genes, int64_t{genes[column]} + 1);
     arguments.identity_map &= genes[column] == column;
@@ -366,7 +417,8 @@ py::dict mask_cells(const py::array& values, const py::array& gene_ids, const py
 void bind_pack(py::module_& module) {
   module.def("pack_csr", &pack_csr, py::arg("indptr"), py::arg("indices"), py::arg("data"), py::arg("column_gene_ids"),
              py::kw_only(), py::arg("rows") = py::none(), py::arg("normalize") = true, py::arg("target_sum") = 1e4,
-             py::arg("num_threads") = 1, py::arg("distinct") = true, py::arg("first_row") = 0,
+             py::arg("num_threads") = 1, py::arg("distinct") = true, py::arg("first_row") = 0, py::arg("whole") = false,
+             py::arg("cell_totals") = py::none(),
              R"doc(Packs rows of a CSR matrix (cells x genes) into ragged arrays.
 
 Columns that are no gene of the vocabulary and stored zeros are dropped, rows come out in ascending gene order,

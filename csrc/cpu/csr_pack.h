@@ -25,9 +25,13 @@ struct CsrPackOptions {
   double target_sum = 1e4;
   bool distinct = true;       // fill distinct_index
   int num_threads = 1;
+  bool whole = false;         // refuse numbers that are not whole; those that are but for rounding make the plan noisy
 };
 
-enum class CsrPackFault { none, column_out_of_range, negative, not_finite, too_large, total_not_finite };
+enum class CsrPackFault { none, column_out_of_range, negative, not_finite, too_large, not_whole, total_not_finite };
+
+// A column whose numbers nobody looks at, such as that of an antibody. -1: a gene that the vocabulary lacks.
+constexpr int32_t kLeftOutColumn = -2;
 
 struct CsrPackError {
   CsrPackFault fault = CsrPackFault::none;
@@ -45,7 +49,7 @@ struct CsrRows {
   const Value* data;
   const int64_t* rows;
   int64_t num_rows;
-  const int32_t* column_gene_ids;  // (num_columns,), -1 where the column is no gene of the vocabulary
+  const int32_t* column_gene_ids;  // (num_columns,), negative where the column is no gene of the vocabulary
   int64_t num_columns;
 
   int64_t row(int64_t i) const { return rows ? rows[i] : i; }
@@ -58,6 +62,7 @@ struct CsrPackPlan {
   std::vector<uint8_t> needs_sorting;  // gene ids not strictly ascending: unsorted or duplicated
   bool any_needs_sorting = false;
   bool any_dropped = false;  // an absent column or a stored zero
+  bool noisy = false;        // options.whole, and some number is whole but for rounding
   CsrPackError error;
 };
 
@@ -100,20 +105,25 @@ inline double as_count(Value v) {
   return static_cast<double>(static_cast<float>(v));
 }
 
+// Whether a number is whole. Of numbers that have no room for a fraction it may say no; there near_whole knows better.
+// Two additions, because a compiler makes vectors of them on any machine.
 template <typename Value>
-inline CsrPackFault value_fault(Value v, bool normalize) {
+inline bool is_whole(Value v) {
   if constexpr (std::is_floating_point<Value>::value) {
-    if (!std::isfinite(v)) return CsrPackFault::not_finite;
-    if (v < 0) return CsrPackFault::negative;
-    if (!normalize && static_cast<double>(v) > std::numeric_limits<float>::max()) return CsrPackFault::too_large;
-  } else if constexpr (std::is_signed<Value>::value) {
-    if (v < 0) return CsrPackFault::negative;
+    constexpr Value no_fractions = std::is_same<Value, float>::value ? Value(1LL << 23) : Value(1LL << 52);
+    return (v + no_fractions) - no_fractions == v;
+  } else {
+    (void)v;
+    return true;
   }
-  (void)normalize;
-  return CsrPackFault::none;
 }
 
-// Largest number that needs no look by value_fault: one comparison covers negative, NaN and infinite.
+// Whether a number is whole but for the rounding of a logarithm that was undone, in float32 or in double.
+inline bool near_whole(double v) {
+  return std::abs(v - std::nearbyint(v)) <= 1e-6 * std::max(1.0, v);
+}
+
+// Largest number that needs no look by first_fault: one comparison covers negative, NaN and infinite.
 template <bool normalize, typename Value>
 constexpr Value largest_value() {
   if constexpr (!normalize && std::is_same<Value, double>::value)
@@ -121,10 +131,13 @@ constexpr Value largest_value() {
   return std::numeric_limits<Value>::max();
 }
 
-// Whether a row goes into the batch entry by entry: nothing to refuse, drop, sort or add up. Most rows do, and loops without
-// conditions tell so fast. Sums the row's total on the way.
+// What the scan finds in a row. plain: it goes into the batch entry by entry, nothing to refuse, drop, sort or add up.
+// sound: nothing to refuse. unsound: to be looked at entry by entry.
+enum class RowKind { plain, sound, unsound };
+
+// Most rows are plain, and loops without conditions tell so fast. Sums a plain row's total on the way.
 template <bool normalize, typename Index, typename Value>
-bool is_plain_row(const CsrRows<Index, Value>& in, int64_t first, int64_t last, double& total) {
+RowKind kind_of_row(const CsrRows<Index, Value>& in, int64_t first, int64_t last, bool whole, double& total) {
   using Unsigned = std::make_unsigned_t<Index>;
   const Index* indices = in.indices;
   const Value* data = in.data;
@@ -133,53 +146,81 @@ bool is_plain_row(const CsrRows<Index, Value>& in, int64_t first, int64_t last, 
   Unsigned signs = 0;
   for (int64_t t = first; t < last; ++t)
     signs |= static_cast<Unsigned>(indices[t]) | (last_column - static_cast<Unsigned>(indices[t]));
-  int32_t fine = 1;
-  for (int64_t t = first; t < last; ++t) fine &= (data[t] > 0) & (data[t] <= largest_value<normalize, Value>());
-  if (!fine || static_cast<Index>(signs) < 0) return false;
+  int32_t fine = 1, positive = 1;
+  for (int64_t t = first; t < last; ++t) {
+    fine &= (data[t] >= 0) & (data[t] <= largest_value<normalize, Value>());
+    positive &= data[t] > 0;
+  }
+  if (std::is_floating_point<Value>::value && whole)
+    for (int64_t t = first; t < last; ++t) fine &= is_whole(data[t]);
+  if (!fine || static_cast<Index>(signs) < 0) return RowKind::unsound;
+  if (!positive) return RowKind::sound;
   bool wrong = false;
   int32_t previous = -1;
   for (int64_t t = first; t < last; ++t) {
     const int32_t gene = in.column_gene_ids[indices[t]];
-    wrong |= gene <= previous;  // an absent column, -1, is below all
+    wrong |= gene <= previous;  // an absent column, -1 or -2, is below all
     previous = gene;
     total += as_count<normalize>(data[t]);
   }
-  return !wrong && std::isfinite(total);
+  return wrong || !std::isfinite(total) ? RowKind::sound : RowKind::plain;
+}
+
+// The first entry of a row, in stored order, that is refused.
+template <typename Index, typename Value>
+CsrPackError first_fault(const CsrRows<Index, Value>& in, int64_t row, const CsrPackOptions& options) {
+  for (int64_t t = in.indptr[row]; t < in.indptr[row + 1]; ++t) {
+    const double v = static_cast<double>(in.data[t]);
+    CsrPackFault fault = CsrPackFault::none;
+    if (static_cast<uint64_t>(in.indices[t]) >= static_cast<uint64_t>(in.num_columns))
+      fault = CsrPackFault::column_out_of_range;
+    else if (in.column_gene_ids[in.indices[t]] == kLeftOutColumn)
+      continue;
+    else if (!std::isfinite(v))
+      fault = CsrPackFault::not_finite;
+    else if (v < 0 && !(options.whole && near_whole(v) && std::nearbyint(v) == 0))
+      fault = CsrPackFault::negative;
+    else if (!options.normalize && v > std::numeric_limits<float>::max())
+      fault = CsrPackFault::too_large;
+    else if (options.whole && !near_whole(v))
+      fault = CsrPackFault::not_whole;
+    if (fault != CsrPackFault::none) return {fault, row, static_cast<int64_t>(in.indices[t]), v};
+  }
+  return {};
 }
 
 template <bool normalize, typename Index, typename Value>
-CsrPackError scan_rows(const CsrRows<Index, Value>& in, int64_t begin, int64_t end, CsrPackPlan& plan,
-                       bool& any_needs_sorting, bool& any_dropped) {
-  const uint64_t num_columns = static_cast<uint64_t>(in.num_columns);
-  bool sorting = false, dropped = false;
+CsrPackError scan_rows(const CsrRows<Index, Value>& in, int64_t begin, int64_t end, const CsrPackOptions& options,
+                       CsrPackPlan& plan, bool& any_needs_sorting, bool& any_dropped, bool& any_noisy) {
+  bool sorting = false, dropped = false, noisy = false;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = in.row(i);
     const int64_t first = in.indptr[row], last = in.indptr[row + 1];
     int64_t length = 0;
     double total = 0.0;
-    if (is_plain_row<normalize>(in, first, last, total)) {
+    const RowKind kind = kind_of_row<normalize>(in, first, last, options.whole, total);
+    if (kind == RowKind::plain) {
       plan.row_lengths[i] = last - first;
       plan.totals[i] = total;
       plan.needs_sorting[i] = false;
       continue;
     }
+    if (kind == RowKind::unsound) {
+      const CsrPackError error = first_fault(in, row, options);
+      if (error.fault != CsrPackFault::none) return error;
+      noisy |= options.whole;
+    }
     total = 0.0;
     int32_t previous = -1;
     bool unsorted = false;
     for (int64_t t = first; t < last; ++t) {
-      const Value v = in.data[t];
-      const uint64_t column = static_cast<uint64_t>(in.indices[t]);
-      if (column >= num_columns || !(v >= 0 && v <= largest_value<normalize, Value>())) {
-        CsrPackFault fault = column >= num_columns ? CsrPackFault::column_out_of_range : value_fault(v, normalize);
-        return {fault, row, static_cast<int64_t>(in.indices[t]), static_cast<double>(v)};
-      }
-      const int32_t gene = in.column_gene_ids[column];
-      const double count = as_count<normalize>(v);
+      const int32_t gene = in.column_gene_ids[in.indices[t]];
+      const double count = as_count<normalize>(in.data[t]);
+      // Conditional moves, not branches: which entries a row keeps cannot be predicted.
       const bool keep = (gene >= 0) & (count != 0.0);
-      // Arithmetic in place of conditions: which entries a row keeps cannot be predicted.
       length += keep;
-      total += count * keep;
-      const int32_t kept_gene = gene | (static_cast<int32_t>(keep) - 1);  // -1 where not kept
+      total += keep ? count : 0.0;
+      const int32_t kept_gene = keep ? gene : -1;
       unsorted |= keep & (kept_gene <= previous);
       previous = std::max(previous, kept_gene);
     }
@@ -192,6 +233,7 @@ CsrPackError scan_rows(const CsrRows<Index, Value>& in, int64_t begin, int64_t e
   }
   any_needs_sorting = sorting;
   any_dropped = dropped;
+  any_noisy = noisy;
   return {};
 }
 
@@ -386,13 +428,15 @@ CsrPackPlan csr_pack_scan(const CsrRows<Index, Value>& in, const CsrPackOptions&
   std::mutex merge;
   int64_t error_begin = in.num_rows;
   csr_pack_detail::for_row_ranges(in, options.num_threads, [&](int64_t begin, int64_t end) {
-    bool needs_sorting = false, dropped = false;
+    bool needs_sorting = false, dropped = false, noisy = false;
     const CsrPackError error =
-        options.normalize ? csr_pack_detail::scan_rows<true>(in, begin, end, plan, needs_sorting, dropped)
-                          : csr_pack_detail::scan_rows<false>(in, begin, end, plan, needs_sorting, dropped);
+        options.normalize
+            ? csr_pack_detail::scan_rows<true>(in, begin, end, options, plan, needs_sorting, dropped, noisy)
+            : csr_pack_detail::scan_rows<false>(in, begin, end, options, plan, needs_sorting, dropped, noisy);
     std::lock_guard<std::mutex> lock(merge);
     plan.any_needs_sorting |= needs_sorting;
     plan.any_dropped |= dropped;
+    plan.noisy |= noisy;
     // A range stops at its first fault, so the fault of the first faulty range is the first of all.
     if (error.fault != CsrPackFault::none && begin < error_begin) {
       plan.error = error;
@@ -400,6 +444,26 @@ CsrPackPlan csr_pack_scan(const CsrRows<Index, Value>& in, const CsrPackOptions&
     }
   });
   return plan;
+}
+
+// The numbers of the rows that are whole but for rounding, rounded in `data`, a copy of in.data: what a noisy plan asks
+// for before it is made again. Whether there were any.
+template <typename Index, typename Value>
+bool csr_pack_round(const CsrRows<Index, Value>& in, Value* data) {
+  bool rounded = false;
+  if constexpr (std::is_floating_point<Value>::value) {
+    for (int64_t i = 0; i < in.num_rows; ++i) {
+      for (int64_t t = in.indptr[in.row(i)]; t < in.indptr[in.row(i) + 1]; ++t) {
+        const Value whole = std::nearbyint(in.data[t]);
+        if (in.data[t] == whole || in.column_gene_ids[in.indices[t]] == kLeftOutColumn ||
+            !csr_pack_detail::near_whole(static_cast<double>(in.data[t])))
+          continue;
+        data[t] = whole;
+        rounded = true;
+      }
+    }
+  }
+  return rounded;
 }
 
 // Second pass. Outputs hold sum(plan.row_lengths) entries, distinct_index may be null; cu_seqlens holds num_rows + 1.

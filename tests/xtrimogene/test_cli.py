@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import anndata
 import h5py
@@ -18,7 +19,7 @@ import scipy.sparse as sp
 import torch
 from anndata import AnnData
 
-from xtrimogene import XTrimoGene, embed
+from xtrimogene import XTrimoGene, embed, predict_expression
 from xtrimogene.cli import main
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.vocabulary import Vocabulary
@@ -107,6 +108,43 @@ def test_embed(checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str])
     embed(adata, checkpoint, progress=False)
     written = anndata.read_h5ad(path.with_name("out.h5ad")).obsm["X_xtrimogene"]
     np.testing.assert_array_equal(written, adata.obsm["X_xtrimogene"])
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords"),
+    [
+        ("--values tpm", {"values": "tpm"}),
+        ("--values log1p", {"values": "log1p"}),
+        ("--layer half --fractional-counts", {"layer": "half", "fractional_counts": True}),
+        ("--total-counts n", {"total_counts": "n"}),
+        ("--aliases {folder}/aliases.tsv", {"aliases": "{folder}/aliases.tsv"}),
+    ],
+)
+@pytest.mark.parametrize("command", ["embed", "impute"])
+@pytest.mark.filterwarnings("ignore:.*whole numbers only:UserWarning")
+def test_what_the_numbers_and_names_are(
+    checkpoint: Path, path: Path, command: str, options: str, keywords: dict[str, Any]
+) -> None:
+    adata = anndata.read_h5ad(path)
+    adata.obs["n"] = np.asarray(adata.X.sum(axis=1)).ravel() * 2
+    adata.var_names = [*GENES[:-1], "old"]
+    adata.write_h5ad(path)
+    (path.parent / "aliases.tsv").write_text(f"old\t{GENES[-1]}\n")
+    keywords = {
+        name: value.format(folder=path.parent) if isinstance(value, str) else value for name, value in keywords.items()
+    }
+    more = options.format(folder=path.parent).split()
+    written = path.with_name("out.h5ad")
+    assert (
+        main([command, *arguments(checkpoint, path, *more)[1:], *(["--genes", "G3"] if command == "impute" else [])])
+        == 0
+    )
+    if command == "embed":
+        want = embed(adata, checkpoint, progress=False, **keywords).embedding
+        np.testing.assert_array_equal(anndata.read_h5ad(written).obsm["X_xtrimogene"], want)
+    else:
+        _, want = predict_expression(adata, checkpoint, ["G3"], progress=False, **keywords)
+        np.testing.assert_array_equal(anndata.read_h5ad(written).layers["imputed"], want)
 
 
 def test_all_options(checkpoint: Path, path: Path) -> None:

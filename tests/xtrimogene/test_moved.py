@@ -15,7 +15,7 @@ from xtrimogene import _moved
 NAMES = {
     "config": "XTrimoGeneConfig",
     "convert": "from_scfoundation",
-    "data": "pack_rows open_cells map_genes check_counts add_depth_tokens",
+    "data": "pack_rows open_cells map_genes add_depth_tokens",
     "gene_level": "gene_embeddings predict_expression GeneReport DEFAULT_BATCH_SIZE",
     "masking": "MaskingConfig MaskedBatch mask_cells",
     "model_cells": "ModelCells TargetDepth choose_device DEFAULT_TARGET_DEPTH",

@@ -13,6 +13,7 @@ from xtrimogene.cells.formats.refused import folder_refusal
 from xtrimogene.cells.formats.soma import is_soma
 from xtrimogene.cells.formats.tenx_mtx import mtx_files
 from xtrimogene.cells.formats.zarr_store import is_zarr
+from xtrimogene.cells.genes import columns_left_out
 from xtrimogene.cells.sources import open_cells
 from xtrimogene.network.vocabulary import Vocabulary
 
@@ -56,9 +57,13 @@ def expand_data(data: Data | Sequence[Data]) -> list[AnnData | Path]:
 def genes_of_data(
     data: Data | Sequence[Data], *, layer: str | None = None, gene_symbols: str | None = None
 ) -> Vocabulary:
-    """A vocabulary of all genes of the data sets, in the order in which they are met."""
+    """A vocabulary of all genes of the data sets, in the order in which they are met, without columns that are no genes
+    by ``var["feature_types"]``."""
     names: dict[str, None] = {}
     for each in expand_data(data):
         with open_cells(each, layer=layer, gene_symbols=gene_symbols) as source:
-            names |= dict.fromkeys(name for name in source.var_names if name)
+            left_out = columns_left_out(source.var)
+            names |= dict.fromkeys(
+                name for name, left in zip(source.var_names, left_out, strict=True) if name and not left
+            )
     return Vocabulary(names)

@@ -18,7 +18,7 @@ DEPTH_TARGETS = ("value", "fold", "offset")
 class TargetDepth:
     """What the token T tells a model with depth tokens: the log10 total that is aimed at.
 
-    mode "value": T = number; "fold": T = log10(total * number); "offset": T = log10(total) + number.
+    mode "value": T = number, above 0; "fold": T = log10(total * number); "offset": T = log10(total) + number.
     """
 
     mode: str
@@ -30,12 +30,21 @@ class TargetDepth:
         mode, _, number = str(given).rpartition(":")
         with contextlib.suppress(ValueError):
             depth = cls(mode or "value", float(number))
-            if math.isfinite(depth.number) and depth.mode in DEPTH_TARGETS and (mode != "fold" or depth.number > 0):
+            # To the published code a T of 0 or below is no token: it takes it for a gene that is not expressed.
+            if math.isfinite(depth.number) and depth.mode in DEPTH_TARGETS and (mode == "offset" or depth.number > 0):
                 return depth
         raise ValueError(
-            "target_depth: expected the log10 total to aim at, such as 4.0, or fold:2 (twice the cell's total), or "
-            f"offset:0.5 (added to its log10 total), got {given!r}"
+            "target_depth: expected the log10 total to aim at, above 0, such as 4.0, or fold:2 (twice the cell's "
+            f"total), or offset:0.5 (added to its log10 total), got {given!r}"
         )
+
+
+class DepthBelowZero(ValueError):
+    """A token T or S of a cell of the batch would be negative: its total, or what is aimed at, is below 1."""
+
+    def __init__(self, message: str, cell: int) -> None:
+        super().__init__(message)
+        self.cell = cell
 
 
 def add_depth_tokens(
@@ -44,18 +53,23 @@ def add_depth_tokens(
     """The batch with the two read-depth tokens of scFoundation (Hao et al. 2024) at the end of each cell.
 
     First T, the log10 total that is aimed at, with gene id ``num_genes``; then S = log10(total), the cell's own, with
-    gene id ``num_genes + 1``. A cell whose total is 0 has no logarithm and no gene: it gets no tokens and stays empty.
+    gene id ``num_genes + 1``. A cell without a gene gets no tokens and stays empty.
+
+    The published code drops tokens whose value is 0 or below. Here a value below 0, of a total below 1, is refused; a
+    value of 0, of a cell with a single count, is a token like any other, so that every cell that has genes has both.
 
     Args:
         batch: cells without depth tokens and without slack rows.
-        totals: (batch,) float, raw counts of each cell summed over the genes of the vocabulary, as
-            pack_rows_and_totals gives them: the published code sums after it has mapped the genes, too.
+        totals: (batch,) float, the total of each cell: its raw counts summed over the genes of the vocabulary, as
+            pack_rows_and_totals gives them (the published code sums after it has mapped the genes, too), or what is
+            known of the whole cell.
         num_genes: genes of the vocabulary, G.
         target: what T is, by ``mode``: "value" T = target; "fold" T = log10(total * target);
             "offset" T = log10(total) + target.
 
     Raises:
-        ValueError: another mode, a fold that is not positive, a target that is not finite, totals that do not fit.
+        ValueError: another mode, a fold that is not positive, a target that is not finite, totals that do not fit;
+            DepthBelowZero, one of them, for a total or an aimed total below 1.
     """
     if mode not in DEPTH_TARGETS:
         raise ValueError(f"mode: expected one of {', '.join(DEPTH_TARGETS)}, got {mode!r}")
@@ -67,12 +81,21 @@ def add_depth_tokens(
     totals = totals.to(device=batch.values.device, dtype=torch.float64)
     if not bool(torch.all(torch.isfinite(totals) & (totals >= 0))):
         raise ValueError("totals: expected finite numbers of at least 0; give the sums of raw counts")
+    has_tokens = batch.lengths.to(totals.device) > 0
     source = torch.log10(totals)
     if mode == "value":
         aimed = torch.full_like(source, target)
     else:
         aimed = source + (math.log10(target) if mode == "fold" else target)
-    has_tokens = totals > 0
+    for name, values in (("S, the log10 of its total", source), ("T, the log10 total that is aimed at", aimed)):
+        below = has_tokens & (values < 0)
+        if bool(below.any()):
+            cell = int(below.int().argmax())
+            raise DepthBelowZero(
+                f"the token {name}, would be {float(values[cell]):.3g}: expected a total of at least 1, as of counts; "
+                "leave the cell out, or name other totals (total_counts) or another target_depth",
+                cell,
+            )
 
     lengths = batch.lengths + 2 * has_tokens.int()
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])

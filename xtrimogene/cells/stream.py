@@ -11,9 +11,9 @@ import contextlib
 import hashlib
 import itertools
 import math
+import os
 import resource
 import threading
-import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,17 +23,17 @@ import numpy.typing as npt
 from anndata import AnnData
 
 from xtg_kernels import RaggedBatch
+from xtrimogene.cells.aliases import Aliases
 from xtrimogene.cells.data_sets import Data, expand_data
-from xtrimogene.cells.genes import map_genes
+from xtrimogene.cells.kinds import ValueKind
+from xtrimogene.cells.mapped import MappedCells
 from xtrimogene.cells.masking import MaskingConfig, hash_words, hashed_keys, mask_cells, mask_counts
-from xtrimogene.cells.numbers import check_counts
 from xtrimogene.cells.order import Array, Cells, Order
-from xtrimogene.cells.packing import pack_rows_and_totals
 from xtrimogene.cells.prefetch import prefetched
 from xtrimogene.cells.ragged import joined, taken
 from xtrimogene.cells.sources import CellSource, open_cells
 from xtrimogene.network.masked_batch import MaskedBatch
-from xtrimogene.network.vocabulary import ColumnMap, Vocabulary
+from xtrimogene.network.vocabulary import Vocabulary
 from xtrimogene.progress import progress_bar
 
 # What a hash is for; the words differ, so that the uses of one seed have nothing to do with one another.
@@ -56,8 +56,8 @@ class TrainingCells:
     """The cells of several data sets for pre-training: checked, counted, split, shuffled, batched and masked.
 
     Opening checks all that can be known before training starts: every file is opened, its genes are found in the
-    vocabulary, a sample of its numbers is looked at, and then every cell is read once, because the number of its genes
-    decides whether and in which batch it is. Broken files and bad numbers stop here, by name. What breaks later stops
+    vocabulary, and then every cell is read once, because the number of its genes decides whether and in which batch it
+    is, and every number is looked at. Broken files and bad numbers stop here, by name. What breaks later stops
     the iteration with the name of the file and its rows.
 
     Cells are numbered through all data sets in the order given, files of a folder by name. A cell with at most
@@ -68,9 +68,10 @@ class TrainingCells:
     Args:
         data: AnnData, files or stores of cells (see open_cells), folders of these, or several of them.
         vocabulary: its genes; what the files lack is zero.
-        layer, gene_symbols, normalized: as for embed; the same for all data sets.
+        layer, gene_symbols, aliases, normalized, values, fractional_counts, total_counts: as for embed; the same for
+            all data sets.
         masking: how genes are chosen.
-        depth_tokens: read-depth training, see masking.mask_counts; needs raw counts.
+        depth_tokens: read-depth training, see masking.mask_counts; needs raw counts, whole ones, of the whole cell.
         target_sum: counts of a cell are scaled to this total.
         min_genes: cells with at most so many expressed genes are left out; 200 in the published recipe.
         seed: of the order of the cells.
@@ -104,7 +105,11 @@ class TrainingCells:
         *,
         layer: str | None = None,
         gene_symbols: str | None = None,
+        aliases: str | os.PathLike[str] | None = None,
         normalized: bool = False,
+        values: str | None = None,
+        fractional_counts: bool = False,
+        total_counts: str | None = None,
         masking: MaskingConfig | None = None,
         depth_tokens: bool = False,
         target_sum: float = 1e4,
@@ -133,21 +138,36 @@ class TrainingCells:
             raise ValueError(f"validation_share: expected 0 <= share < 1, got {validation_share}")
         if len(cost) != 3 or not all(math.isfinite(part) and part >= 0 for part in cost) or sum(cost) == 0:
             raise ValueError(f"cost: expected three numbers of at least 0 and not all 0, got {cost}")
-        if depth_tokens and normalized:
-            raise ValueError("normalized: expected raw counts with depth_tokens=True, got normalized=True")
+        self.kind = ValueKind.checked(values, normalized, fractional_counts)
+        if depth_tokens and self.kind.logged:
+            raise ValueError(
+                f"{'normalized' if normalized else 'values'}: expected raw counts with depth_tokens=True, got "
+                f"{'normalized=True' if normalized else repr(values)}"
+            )
+        if depth_tokens and not self.kind.whole:
+            given = "fractional_counts=True" if fractional_counts else f"values={values!r}"
+            raise ValueError(
+                f"{given.partition('=')[0]}: expected whole counts with depth_tokens=True, which thins them, got "
+                f"{given}; round them, or train a model without depth tokens"
+            )
+        if depth_tokens and total_counts is not None:
+            raise ValueError(
+                f"total_counts: expected none with depth_tokens=True, got {total_counts!r}: the total of a thinned "
+                "cell is not known unless all its counts are; train on matrices of all genes, or without depth tokens"
+            )
         self.vocabulary = vocabulary
         self.masking = MaskingConfig() if masking is None else masking
-        self.normalized, self.depth_tokens, self.target_sum = normalized, depth_tokens, target_sum
+        self.depth_tokens, self.target_sum = depth_tokens, target_sum
         self.min_genes, self.seed = min_genes, seed
         self.batch_tokens, self.batch_cells, self.cost = batch_tokens, batch_cells, cost
         self.block_size, self.window_blocks, self.prefetch = block_size, window_blocks, prefetch
         self.num_threads = num_threads
         self.sources: list[CellSource] = []
-        self._column_maps: list[ColumnMap] = []
+        self._mapped: list[MappedCells] = []
         self._open_files = _OpenFiles()
         self._epoch: tuple[int, Order] | None = None
         try:
-            self._open(data, layer, gene_symbols)
+            self._open(data, layer, gene_symbols, aliases, total_counts)
             # Number of the first cell of each source, and past the last of all.
             self._first_cells = np.cumsum([0, *(source.n_obs for source in self.sources)])
             self.genes_per_cell = self._count_genes(progress) if genes_per_cell is None else genes_per_cell
@@ -162,18 +182,31 @@ class TrainingCells:
             self.close()
             raise
 
-    def _open(self, data: Data | Sequence[Data], layer: str | None, gene_symbols: str | None) -> None:
+    def _open(
+        self,
+        data: Data | Sequence[Data],
+        layer: str | None,
+        gene_symbols: str | None,
+        aliases: str | os.PathLike[str] | None,
+        total_counts: str | None,
+    ) -> None:
+        table = None if aliases is None else Aliases.from_tsv(aliases)
         for each in expand_data(data):
             source = open_cells(each, layer=layer, gene_symbols=gene_symbols)
             self.sources.append(source)
             self._open_files.used(source)
             if isinstance(each, AnnData):
                 source.name = f"AnnData {len(self.sources)}"
-            column_map = map_genes(source, self.vocabulary, normalized=self.normalized)
-            self._column_maps.append(column_map)
-            if column_map.merged:
-                warnings.warn(f"{source.name}: {column_map}", stacklevel=3)
-            check_counts(source, self.normalized)
+            mapped = MappedCells.checked(
+                source,
+                self.vocabulary,
+                self.kind,
+                total_counts=total_counts,
+                aliases=table,
+                target_sum=self.target_sum,
+                thinned=self.depth_tokens,
+            )
+            self._mapped.append(mapped)
 
     def _count_genes(self, progress: bool) -> npt.NDArray[np.int32]:
         counts = np.empty(self.num_cells, np.int32)
@@ -181,9 +214,7 @@ class TrainingCells:
             for file, source in enumerate(self.sources):
                 for start in range(0, source.n_obs, _COUNTED_ROWS):
                     stop = min(start + _COUNTED_ROWS, source.n_obs)
-                    packed = self._pack(file, start, stop, None, normalized=True)
-                    if self.depth_tokens:
-                        _check_whole(source, packed, start)
+                    packed = self._pack(file, start, stop, None, normalize=False)
                     first = self._first_cells[file]
                     counts[first + start : first + stop] = packed.lengths.numpy()
                     bar.update(stop - start)
@@ -225,7 +256,8 @@ class TrainingCells:
     @property
     def genes_found(self) -> int:
         """Genes of the vocabulary that at least one data set has."""
-        found = [column_map.gene_ids[column_map.gene_ids >= 0] for column_map in self._column_maps]
+        gene_ids = [mapped.column_map.gene_ids for mapped in self._mapped]
+        found = [each[each >= 0] for each in gene_ids]
         return len(np.unique(np.concatenate(found)))
 
     def __str__(self) -> str:
@@ -241,13 +273,15 @@ class TrainingCells:
         """Equal for objects that give the same batches: of the cells, the vocabulary and the options, not of paths."""
         digest = hashlib.sha256()
         options = (
-            [source.n_obs for source in self.sources], self.normalized, self.depth_tokens, self.target_sum,
+            [source.n_obs for source in self.sources], self.kind.logged, self.depth_tokens, self.target_sum,
             self.masking, self.seed, self.batch_tokens, self.batch_cells, self.cost, self.block_size,
             self.window_blocks, self.vocabulary.genes,
         )  # fmt: skip
         digest.update(repr(options).encode())
         for array in (self.genes_per_cell, self.training, self.validation_cells):
             digest.update(np.ascontiguousarray(array).tobytes())
+        for mapped in self._mapped:
+            digest.update((mapped.digest() or "").encode())
         return digest.hexdigest()
 
     def num_steps(self, epoch: int, *, world_size: int = 1, accumulate: int = 1) -> int:
@@ -284,7 +318,7 @@ class TrainingCells:
         wanted, place = np.unique(np.asarray(cells, np.int64), return_inverse=True)
         if len(wanted) and not (wanted[0] >= 0 and wanted[-1] < self.num_cells):
             raise ValueError(f"cells: expected numbers from 0 to {self.num_cells - 1}, got {wanted[0]} to {wanted[-1]}")
-        return taken(self._read(wanted, normalized=self.normalized), place)
+        return taken(self._read(wanted), place)
 
     def close(self) -> None:
         """Close the files. Iterations have to be over, or closed, before."""
@@ -356,7 +390,7 @@ class TrainingCells:
                         batches.append(order.cells[positions])
             cells = np.sort(order.cells[np.concatenate([np.zeros(0, np.int64), *own])])
             if len(cells) or batches:
-                yield _Window(cells, self._read(cells, normalized=self.normalized or self.depth_tokens), batches)
+                yield _Window(cells, self._read(cells, normalize=not self.depth_tokens), batches)
 
     def _batches(self, windows: Generator[_Window, None, None], epoch: int) -> Generator[MaskedBatch, None, None]:
         with contextlib.closing(windows):
@@ -386,7 +420,7 @@ class TrainingCells:
         file = int(np.searchsorted(self._first_cells, cell, side="right")) - 1
         return file, cell - int(self._first_cells[file])
 
-    def _read(self, cells: Cells, *, normalized: bool) -> RaggedBatch:
+    def _read(self, cells: Cells, *, normalize: bool = True) -> RaggedBatch:
         """Ascending cells, packed; neighbours are read together."""
         files = np.searchsorted(self._first_cells, cells, side="right") - 1
         ends = np.flatnonzero((np.diff(files) > 0) | (np.diff(cells) > _GAP)) + 1
@@ -397,26 +431,21 @@ class TrainingCells:
             file = int(files[first])
             rows = cells[first:last] - self._first_cells[file]
             start, stop = int(rows[0]), int(rows[-1]) + 1
-            pieces.append(self._pack(file, start, stop, rows - start, normalized=normalized))
+            pieces.append(self._pack(file, start, stop, rows - start, normalize=normalize))
         return joined(pieces)
 
-    def _pack(self, file: int, start: int, stop: int, rows: Cells | None, *, normalized: bool) -> RaggedBatch:
+    def _pack(self, file: int, start: int, stop: int, rows: Cells | None, *, normalize: bool) -> RaggedBatch:
         source = self.sources[file]
         rows_csr = source.read_rows(start, stop)
         self._open_files.used(source)
-        try:
-            return pack_rows_and_totals(
-                rows_csr,
-                self._column_maps[file].gene_ids,
-                rows=rows,
-                normalized=normalized,
-                target_sum=self.target_sum,
-                distinct=False,
-                num_threads=self.num_threads,
-                first_row=start,
-            )[0]
-        except ValueError as error:
-            raise ValueError(f"{source.name}: {error}") from error
+        return self._mapped[file].pack(
+            rows_csr,
+            first_row=start,
+            rows=rows,
+            normalize=normalize and not self.kind.logged,
+            distinct=False,
+            num_threads=self.num_threads,
+        )[0]
 
 
 class _OpenFiles:
@@ -462,17 +491,6 @@ def _find(windows: list[_Window], cells: Cells) -> tuple[RaggedBatch, Array]:
     numbers = np.concatenate(found)
     by_number = np.argsort(numbers)
     return joined(pieces), by_number[np.searchsorted(numbers[by_number], cells)]
-
-
-def _check_whole(source: CellSource, counts: RaggedBatch, first_row: int) -> None:
-    values = counts.values.numpy()
-    broken = np.flatnonzero(values != np.rint(values))
-    if len(broken):
-        row = first_row + int(np.searchsorted(counts.cu_seqlens.numpy(), broken[0], side="right")) - 1
-        raise ValueError(
-            f"{source.name}: row {row} ({source.cell_name(row)}): value {values[broken[0]]}; expected whole counts, "
-            "which depth_tokens=True thins"
-        )
 
 
 def _check_at_least(low: int, **values: int) -> None:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from xtrimogene.cli.messages import tell
-from xtrimogene.cli.options import Commands, add_reading_options, fields_of, set_threads
+from xtrimogene.cli.options import Commands, add_reading_options, fields_of, reading_options, set_threads
 from xtrimogene.inference.options import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DTYPES, partial_folder
 from xtrimogene.network.config import POOLINGS
 
@@ -68,18 +68,12 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.input,
         arguments.checkpoint,
         output=arguments.output,
-        layer=arguments.layer,
         pooling=arguments.pooling,
         max_tokens=arguments.max_tokens,
         key_added=arguments.embed_key,
         dtype=arguments.dtype,
-        device=arguments.device,
-        normalized=arguments.normalized,
-        target_depth=arguments.target_depth,
-        gene_symbols=arguments.gene_symbols,
         resume=arguments.resume,
-        overwrite=arguments.overwrite,
-        progress=not arguments.no_progress,
+        **reading_options(arguments),
     )
     text = f"{report}\n{arguments.output}: obsm[{arguments.embed_key!r}]"
     tell(arguments, text, {"output": arguments.output, **fields_of(report)})

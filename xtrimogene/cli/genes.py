@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xtrimogene.cli.messages import tell
-from xtrimogene.cli.options import Commands, add_reading_options, fields_of, set_threads
+from xtrimogene.cli.options import Commands, add_reading_options, fields_of, reading_options, set_threads
 from xtrimogene.inference.options import DEFAULT_BATCH_SIZE, EMBEDDINGS_KEY, GENE_DTYPES, IMPUTED_LAYER
 
 
@@ -84,6 +84,5 @@ def _asked(arguments: argparse.Namespace) -> Sequence[str] | None:
 
 def _options(arguments: argparse.Namespace) -> dict[str, Any]:
     set_threads(arguments)
-    names = ("output", "layer", "gene_symbols", "normalized", "target_depth", "batch_size", "dtype", "device")
-    options = {name: getattr(arguments, name) for name in (*names, "overwrite")}
-    return {**options, "progress": not arguments.no_progress}
+    own = {name: getattr(arguments, name) for name in ("output", "batch_size", "dtype")}
+    return {**own, **reading_options(arguments)}

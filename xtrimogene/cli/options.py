@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from xtrimogene.cells.kinds import VALUES
 from xtrimogene.inference.options import DEFAULT_TARGET_DEPTH
 
 if TYPE_CHECKING:
@@ -23,17 +24,48 @@ def add_reading_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--layer", metavar="L", help="layer that holds the counts (default: X; raw: .raw)")
     command.add_argument("--gene-symbols", metavar="COL", help="var column with gene names (default: var_names)")
     command.add_argument(
-        "--normalized", action="store_true", help="the matrix holds log1p(count / total * 10,000) already"
+        "--aliases",
+        metavar="FILE",
+        help="table of old and new gene names, for names that the model lacks: old<tab>new, or HGNC's complete set",
+    )
+    command.add_argument(
+        "--normalized",
+        action="store_true",
+        help="the matrix holds log1p(count / total * 10,000) already: the same as --values log1p",
+    )
+    command.add_argument(
+        "--values",
+        choices=VALUES,
+        help="what the matrix holds; tpm: TPM or other numbers proportional to counts, not logged (default: counts)",
+    )
+    command.add_argument(
+        "--fractional-counts",
+        action="store_true",
+        help="counts need not be whole: estimated ones, or corrected for ambient RNA",
+    )
+    command.add_argument(
+        "--total-counts",
+        metavar="COL",
+        help="obs column with the total of each whole cell, for a matrix cut to some genes (default: the sum over the "
+        "genes of the model)",
     )
     command.add_argument(
         "--target-depth",
-        default=DEFAULT_TARGET_DEPTH,
         metavar="T",
-        help="for models with depth tokens: log10 total to aim at, or fold:N times the cell's own total, or offset:X "
-        "added to its log10 (default: %(default)s)",
+        help="for models with depth tokens: log10 total to aim at, above 0, or fold:N times the cell's own total, or "
+        f"offset:X added to its log10 (default: {DEFAULT_TARGET_DEPTH}; with --values tpm: fold:1)",
     )
     command.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     command.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+def reading_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What add_reading_options has read, as the keyword arguments of embed and of the gene level."""
+    names = (
+        "layer", "gene_symbols", "aliases", "normalized", "values", "fractional_counts", "total_counts", "target_depth",
+        "device", "overwrite",
+    )  # fmt: skip
+    return {**{name: getattr(arguments, name) for name in names}, "progress": not arguments.no_progress}
 
 
 def set_threads(arguments: argparse.Namespace) -> None:

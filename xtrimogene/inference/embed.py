@@ -16,7 +16,7 @@ from anndata import AnnData
 from xtrimogene.cells.sources import open_cells
 from xtrimogene.inference.encoding import EmbedReport, Encoding
 from xtrimogene.inference.model_cells import WINDOW, ModelCells, opened
-from xtrimogene.inference.options import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DEFAULT_TARGET_DEPTH, DTYPES
+from xtrimogene.inference.options import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DTYPES
 from xtrimogene.inference.precision import BFLOAT16_TOLERANCE, bfloat16_error, choose_dtype
 from xtrimogene.inference.shards import Destination, check_key
 from xtrimogene.network.config import POOLINGS
@@ -41,8 +41,12 @@ def embed(
     dtype: str = "auto",
     device: str | torch.device = "auto",
     normalized: bool = False,
-    target_depth: float | str = DEFAULT_TARGET_DEPTH,
+    values: str | None = None,
+    fractional_counts: bool = False,
+    total_counts: str | None = None,
+    target_depth: float | str | None = None,
     gene_symbols: str | None = None,
+    aliases: str | os.PathLike[str] | None = None,
     num_threads: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -76,11 +80,20 @@ def embed(
             evenly spaced over the data set, are embedded in both, and the root mean square of the differences may be
             at most 5 % of that of the cells' distances from their mean. The report says which it was, and the error.
         device: "cpu", "cuda", ... or "auto": the GPU if there is one.
-        normalized: the matrix holds log1p(count / total * 10,000) already. Otherwise it must hold raw counts, as a
-            model with depth tokens always needs them.
-        target_depth: for a model with depth tokens, the log10 total that token T aims at: a number, or "fold:2" (twice
-            the cell's total), or "offset:0.5" (added to its log10 total).
+        normalized: the matrix holds log1p(count / total * 10,000) already: the same as values="log1p".
+        values: what the matrix holds: "counts" (the default), raw counts, which are divided by the cell's total;
+            "log1p", as normalized; "tpm", TPM or other numbers that are proportional to counts and not logged, divided
+            by their sum over the cell. Numbers that are not what they are said to be are refused or warned of.
+        fractional_counts: counts need not be whole: those of EM quantifiers, or corrected for ambient RNA.
+        total_counts: column of ``obs`` with the total of each whole cell, for a matrix that is cut to some genes:
+            counts are divided by it, and token S of a model with depth tokens is its log10. None: the sum over the
+            genes of the vocabulary. A model with depth tokens needs it for values "log1p".
+        target_depth: for a model with depth tokens, the log10 total that token T aims at: a number above 0, or "fold:2"
+            (twice the cell's total), or "offset:0.5" (added to its log10 total). None: 4.0, and for values "tpm", as
+            the published code has bulk samples, "fold:1".
         gene_symbols: column of ``var`` with the gene names, None for ``var_names``.
+        aliases: table of old and new gene names, for names that the vocabulary lacks: two tab-separated columns, or
+            HGNC's complete set.
         num_threads: threads of the packer, None for torch.get_num_threads().
         resume: go on with a run that was interrupted; without such a run, start one; one that is over is left as it
             is.
@@ -109,7 +122,16 @@ def embed(
     torch_dtype = choose_dtype(dtype, torch_device)
     check_pooling(pooling, network.config)
     with open_cells(adata_or_path, layer=layer, gene_symbols=gene_symbols) as source:
-        cells = ModelCells.checked(source, network, normalized=normalized, target_depth=target_depth)
+        cells = ModelCells.checked(
+            source,
+            network,
+            normalized=normalized,
+            values=values,
+            fractional_counts=fractional_counts,
+            total_counts=total_counts,
+            aliases=aliases,
+            target_depth=target_depth,
+        )
         cells.check_longest_cell(max_tokens, _WINDOW)
         error = None
         if dtype == "auto" and torch_dtype == torch.bfloat16:
@@ -120,6 +142,9 @@ def embed(
             cells=source.n_obs,
             vocabulary_size=cells.column_map.num_genes,
             genes_found=cells.column_map.num_found,
+            columns_left_out=cells.column_map.num_left_out,
+            genes_renamed=len(cells.column_map.renamed),
+            old_names=len(cells.column_map.old_names),
             dtype=str(torch_dtype).removeprefix("torch."),
             device=str(torch_device),
             backend=backend_name(torch_device),
@@ -140,7 +165,9 @@ def embed(
                     "pooling": pooling,
                     "layer": source.layer,
                     "gene_symbols": gene_symbols,
-                    "normalized": normalized,
+                    "values": dataclasses.asdict(cells.mapped.kind),
+                    "total counts": total_counts,
+                    "content of total counts and aliases": cells.mapped.digest(),
                     "dtype": report.dtype,
                 }
                 if network.config.depth_tokens:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from xtrimogene.cells.matrix import CsrArrays
 from xtrimogene.cells.packing import split_by_tokens
-from xtrimogene.inference.model_cells import ModelCells
+from xtrimogene.inference.model_cells import ModelCells, of_columns
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.pooling import pooled_dim
 
@@ -28,6 +28,9 @@ class EmbedReport:
     resumed_cells    cells whose shards an earlier, interrupted run had finished
     tokens           expressed vocabulary genes that went through the encoder in this run
     genes_found      genes of the vocabulary that the data set has, out of ``vocabulary_size``
+    columns_left_out columns of the data set that are no genes by ``var["feature_types"]``
+    genes_renamed    columns that the table of aliases has mapped
+    old_names        columns that are unknown under their old name and would not be under the new one
     seconds_reading, seconds_packing, seconds_encoder, seconds
                      wall time of the parts and of the whole
     dtype, device, backend
@@ -42,6 +45,9 @@ class EmbedReport:
     dtype: str
     device: str
     backend: str
+    columns_left_out: int = 0
+    genes_renamed: int = 0
+    old_names: int = 0
     empty_cells: int = 0
     resumed_cells: int = 0
     tokens: int = 0
@@ -61,7 +67,8 @@ class EmbedReport:
         resumed = f" ({self.resumed_cells:,} of them by an earlier run)" if self.resumed_cells else ""
         return (
             f"{self.cells:,} cells{resumed}, {self.empty_cells:,} of them empty, {self.tokens:,} tokens, "
-            f"{self.genes_found:,} of {self.vocabulary_size:,} vocabulary genes found\n"
+            f"{self.genes_found:,} of {self.vocabulary_size:,} vocabulary genes found"
+            f"{of_columns(self.columns_left_out, self.genes_renamed, self.old_names)}\n"
             f"{self.seconds:.1f} s (reading {self.seconds_reading:.1f}, packing {self.seconds_packing:.1f}, "
             f"encoder {self.seconds_encoder:.1f}), {self.cells_per_second:,.0f} cells/s, "
             f"{self.dtype}{self._reason()} on {self.device}, backend {self.backend}"
@@ -121,7 +128,9 @@ class Encoding:
         embeddings = np.empty((len(order), self.width), np.float32)
         for first, last, batch in split_by_tokens(packed, self.max_tokens):
             pooled = self.network.embed_batch(batch.to(device), self.pooling)
-            embeddings[order[first:last]] = pooled.cpu().numpy()
+            rows = pooled.cpu().numpy()
+            self.cells.check_finite(rows, batch.lengths.numpy(), start + order[first:last])
+            embeddings[order[first:last]] = rows
             self.bar.update(last - first)
         report.seconds_encoder += time.perf_counter() - clock
         report.tokens += int((packed.gene_ids < self.network.config.num_genes).sum())

@@ -27,10 +27,9 @@ from scipy import sparse
 
 from xtg_kernels import RaggedBatch
 from xtrimogene.cells.sources import open_cells, split_part
-from xtrimogene.inference.model_cells import ModelCells, opened
+from xtrimogene.inference.model_cells import ModelCells, of_columns, opened
 from xtrimogene.inference.options import (
     DEFAULT_BATCH_SIZE,
-    DEFAULT_TARGET_DEPTH,
     EMBEDDINGS_KEY,
     GENE_DTYPES,
     IMPUTED_LAYER,
@@ -46,7 +45,8 @@ Numbers = npt.NDArray[np.float32]
 
 @dataclass
 class GeneReport:
-    """What one run did: cells and those without a gene of the vocabulary (NaN), asked genes, and how it ran."""
+    """What one run did: cells and those without a gene of the vocabulary (NaN), asked genes, columns of the data as in
+    EmbedReport, and how it ran."""
 
     cells: int
     genes: int
@@ -55,6 +55,9 @@ class GeneReport:
     dtype: str
     device: str
     backend: str
+    columns_left_out: int = 0
+    genes_renamed: int = 0
+    old_names: int = 0
     empty_cells: int = 0
     seconds: float = 0.0
 
@@ -62,7 +65,8 @@ class GeneReport:
         rate = self.cells / self.seconds if self.seconds > 0 else 0.0
         return (
             f"{self.cells:,} cells, {self.empty_cells:,} of them empty, {self.genes:,} genes asked for, "
-            f"{self.genes_found:,} of {self.vocabulary_size:,} vocabulary genes found\n"
+            f"{self.genes_found:,} of {self.vocabulary_size:,} vocabulary genes found"
+            f"{of_columns(self.columns_left_out, self.genes_renamed, self.old_names)}\n"
             f"{self.seconds:.1f} s, {rate:,.1f} cells/s, {self.dtype} on {self.device}, backend {self.backend}"
         )
 
@@ -107,7 +111,8 @@ def predict_expression(
         output: None to get the array; else an h5ad file to write: an AnnData with the obs of the input, the genes as
             var, what the model read as X (sparse: log-normalised counts, or the given values) and the predictions in
             layers["imputed"] (dense: none of them is 0).
-        layer, gene_symbols, normalized, device, num_threads, target_depth, overwrite, progress: as for embed.
+        layer, gene_symbols, aliases, normalized, values, fractional_counts, total_counts, target_depth, device,
+            num_threads, overwrite, progress: as for embed.
         batch_size: cells decoded together; more takes more memory.
         dtype: "float32", or "bfloat16" by autocast.
 
@@ -130,7 +135,11 @@ def _run(
     layer: str | None = None,
     gene_symbols: str | None = None,
     normalized: bool = False,
-    target_depth: float | str = DEFAULT_TARGET_DEPTH,
+    values: str | None = None,
+    fractional_counts: bool = False,
+    total_counts: str | None = None,
+    aliases: str | os.PathLike[str] | None = None,
+    target_depth: float | str | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     dtype: str = "float32",
     device: str | torch.device = "auto",
@@ -151,12 +160,24 @@ def _run(
     torch_device = choose_device(device)
     gene_ids = None if genes is None else find_genes(network.vocabulary, genes)
     with open_cells(adata_or_path, layer=layer, gene_symbols=gene_symbols) as source:
-        cells = ModelCells.checked(source, network, normalized=normalized, target_depth=target_depth)
+        cells = ModelCells.checked(
+            source,
+            network,
+            normalized=normalized,
+            values=values,
+            fractional_counts=fractional_counts,
+            total_counts=total_counts,
+            aliases=aliases,
+            target_depth=target_depth,
+        )
         report = GeneReport(
             cells=source.n_obs,
             genes=cells.column_map.num_genes if gene_ids is None else len(gene_ids),
             genes_found=cells.column_map.num_found,
             vocabulary_size=cells.column_map.num_genes,
+            columns_left_out=cells.column_map.num_left_out,
+            genes_renamed=len(cells.column_map.renamed),
+            old_names=len(cells.column_map.old_names),
             dtype=dtype,
             device=str(torch_device),
             backend=backend_name(torch_device),
@@ -178,7 +199,9 @@ def _run(
             for start, stop in cells.windows(batch_size):
                 batch = cells.pack(source.read_rows(start, stop), first_row=start, num_threads=num_threads)
                 decoded = _decode(ready, batch.to(torch_device), gene_ids, embeddings)
-                target[start:stop] = decoded.float().cpu().numpy()
+                numbers = decoded.float().cpu().numpy()
+                cells.check_finite(numbers, batch.lengths.numpy(), range(start, stop))
+                target[start:stop] = numbers
                 if measured is not None:
                     measured.append(_values(batch, report.vocabulary_size, gene_ids))
                 if root is not None:

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from xtrimogene.cells.matrix import CsrArrays
+from xtrimogene.cells.numbers import BadNumbers
 from xtrimogene.cells.sources import UnreadableCells, is_anndata_file, is_legacy_store, open_store, split_part
 from xtrimogene.inference.encoding import Embeddings, Encoding
-from xtrimogene.inference.model_cells import BadNumbers
 from xtrimogene.inference.options import partial_folder
 from xtrimogene.inference.tables import new_hdf5, write_tables
 from xtrimogene.network.model import XTrimoGeneNetwork

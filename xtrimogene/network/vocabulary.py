@@ -12,32 +12,54 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-# Stable Ensembl gene id of any species, with the version that Ensembl and GENCODE files append: ENSG00000141510.18
-_VERSIONED_ENSEMBL_ID = re.compile(r"(ENS[A-Z]*G\d{11})\.\d+")
+# Stable Ensembl gene id of any species, with what Ensembl and GENCODE append: the version (ENSG00000141510.18), a
+# second one of genes lifted to an older genome (.18_6), and _PAR_Y of the copies on Y of genes that X and Y share.
+# Before version 25 GENCODE wrote these copies with an R in place of a 0: ENSGR0000182378.10
+_ENSEMBL_ID = re.compile(r"(ENS[A-Z]*G)(R\d{10}|\d{11})(\.\d+(_\d+)?)?(_PAR_Y)?")
 
 
 @dataclass(frozen=True)
 class ColumnMap:
     """Where each column of a data set goes.
 
-    gene_ids    (n_columns,) int32: vocabulary index of each column's gene, -1 where the vocabulary lacks it
+    gene_ids    (n_columns,) int32: vocabulary index of each column's gene, -1 where the vocabulary lacks it, -2 where
+                the column is no gene at all (an antibody, a peak) and its numbers are not looked at
     num_genes   genes of the vocabulary
     num_found   genes of the vocabulary with at least one column
     merged      genes with several columns, whose counts are added
+    renamed     (name in the data, gene of the vocabulary) of columns that a table of aliases has mapped
+    old_names   (name in the data, gene of the vocabulary) of columns left unknown whose new name the vocabulary has
     """
 
     gene_ids: npt.NDArray[np.int32]
     num_genes: int
     num_found: int
     merged: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    old_names: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def num_left_out(self) -> int:
+        """Columns that are no genes."""
+        return int(np.count_nonzero(self.gene_ids == -2))
+
+    @property
+    def num_used(self) -> int:
+        """Columns that are genes of the vocabulary."""
+        return int(np.count_nonzero(self.gene_ids >= 0))
 
     def __str__(self) -> str:
-        used = int(np.count_nonzero(self.gene_ids >= 0))
-        text = (
-            f"{self.num_found:,} of {self.num_genes:,} vocabulary genes found; "
-            f"{used:,} of {len(self.gene_ids):,} data columns used"
-        )
-        return f"{text}; counts of columns added up for {_named(self.merged)}" if self.merged else text
+        parts = [
+            f"{self.num_found:,} of {self.num_genes:,} vocabulary genes found",
+            f"{self.num_used:,} of {len(self.gene_ids):,} data columns used",
+        ]
+        if self.num_left_out:
+            parts.append(f"{self.num_left_out:,} columns that are no genes left out (var['feature_types'])")
+        if self.renamed:
+            parts.append(f"{len(self.renamed):,} columns renamed by the table of aliases")
+        if self.merged:
+            parts.append(f"counts of columns added up for {_named(self.merged)}")
+        return "; ".join(parts)
 
 
 class Vocabulary:
@@ -130,11 +152,15 @@ class Vocabulary:
     def _index_of_stable_id(self) -> dict[str, int]:
         index: dict[str, int] = {}
         for gene_id, gene in enumerate(self.genes):
-            index.setdefault(_without_version(gene), gene_id)
+            index.setdefault(_stable_id(gene) or gene, gene_id)
         return index
 
     def map_columns(self, names: Sequence[str], *, merge_duplicates: bool = False) -> ColumnMap:
-        """Find each name in the vocabulary: as it is, else with the version of an Ensembl id (``.18``) ignored.
+        """Find each name in the vocabulary: as it is, else an Ensembl id without its version (``.18``, ``.18_6``) and
+        without ``_PAR_Y``.
+
+        The released vocabulary has 20 genes of the mitochondrion twice (MT-CO1 and MT-CO1__chrM): a column has the row
+        of its own name, so that the rows of ``__chrM`` stay empty for data that do not write their names so.
 
         Args:
             names: (n_columns,) gene name of each column; an empty name is absent.
@@ -146,10 +172,8 @@ class Vocabulary:
         gene_ids = np.full(len(names), -1, dtype=np.int32)
         for column, name in enumerate(names):
             gene_id = self.index_of.get(name)
-            if gene_id is None and _VERSIONED_ENSEMBL_ID.fullmatch(name):
-                gene_id = self._index_of_stable_id.get(_without_version(name))
-            elif gene_id is None and name:
-                gene_id = self._index_of_stable_id.get(name)
+            if gene_id is None and name:
+                gene_id = self._index_of_stable_id.get(_stable_id(name) or name)
             if gene_id is not None:
                 gene_ids[column] = gene_id
         columns_of = np.bincount(gene_ids[gene_ids >= 0], minlength=len(self))
@@ -210,9 +234,10 @@ def _check_plain(names: list[str]) -> None:
             )
 
 
-def _without_version(name: str) -> str:
-    match = _VERSIONED_ENSEMBL_ID.fullmatch(name)
-    return match.group(1) if match else name
+def _stable_id(name: str) -> str | None:
+    """The Ensembl gene id without what is appended to it, None where the name is none."""
+    match = _ENSEMBL_ID.fullmatch(name)
+    return match[1] + match[2].replace("R", "0") if match else None
 
 
 def _repeated(names: Sequence[str]) -> list[str]:

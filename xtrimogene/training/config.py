@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from xtrimogene.cells.kinds import ValueKind
 from xtrimogene.cells.masking import MaskingConfig
 from xtrimogene.network.config import XTrimoGeneConfig
 from xtrimogene.network.keys import read_yaml, refuse_unknown, typed, with_numbers, write_yaml
@@ -38,8 +39,8 @@ class PretrainConfig:
                     and `vocabulary` are left out then
     vocabulary      file of the genes (see Vocabulary.from_tsv); None: all genes of the training data
     masking         MaskingConfig: rates and shares of the chosen genes; its seed is `seed` where it is not given
-    layer, gene_symbols, normalized
-                    as for embed: which matrix, which names, and whether it is log-normalised already
+    layer, gene_symbols, aliases, normalized, values, fractional_counts, total_counts
+                    as for embed: which matrix, which names, what its numbers are and where the cells' totals stand
     min_genes       cells with at most so many expressed genes of the vocabulary are left out
     validation_share, split_seed
                     share of the cells that is kept for validation and never trained on, and which
@@ -83,7 +84,11 @@ class PretrainConfig:
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     layer: str | None = None
     gene_symbols: str | None = None
+    aliases: str | None = None
     normalized: bool = False
+    values: str | None = None
+    fractional_counts: bool = False
+    total_counts: str | None = None
     min_genes: int = 200
     validation_share: float = 0.05
     split_seed: int = 0
@@ -136,6 +141,10 @@ class PretrainConfig:
         for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("parallel", PARALLEL)):
             if getattr(self, name) not in known:
                 raise ValueError(f"config {name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        try:
+            ValueKind.checked(self.values, self.normalized, self.fractional_counts)
+        except ValueError as error:
+            raise ValueError(f"config {error}") from None
         if not (self.masking.nonzero_rate or self.masking.zero_rate):
             raise ValueError("config masking.nonzero_rate, zero_rate: expected one above 0, got 0 and 0")
         if self.checkpoint is not None and (self.vocabulary is not None or self.model != _DEFAULT_MODEL):

@@ -104,10 +104,13 @@ class RunFolder:
     def _check_same(self, earlier: dict[str, Any], identity: dict[str, Any]) -> None:
         # As JSON gives it back: tuples as lists.
         wanted = json.loads(json.dumps(identity))
+        # A key that the run's version of the project did not know had its default.
+        defaults = PretrainConfig().fixed()
+        earlier = {**{name: defaults.get(name) for name in wanted}, **earlier}
         changed = [
             f"{name} was {earlier.get(name)!r}, is {wanted.get(name)!r}"
-            for name in {**earlier, **wanted}
-            if earlier.get(name) != wanted.get(name)
+            for name in earlier
+            if earlier[name] != wanted.get(name)
         ]
         if len(changed) > 1:
             # Options decide what is read: another content need not mean other cells.

@@ -244,6 +244,115 @@ def test_faults_are_named(name: str, change: dict[str, Any], message: str) -> No
         packer(name)(**{**matrix, **change}, first_row=10)
 
 
+def fault_of(name: str, matrix: dict[str, Any], **options: Any) -> tuple[Any, ...]:
+    with pytest.raises(ValueError, match="row") as caught:
+        packer(name)(**matrix, **options)
+    error: Any = caught.value
+    return str(error), error.fault, error.row, error.column
+
+
+@pytest.mark.parametrize("name", PACKERS)
+@pytest.mark.parametrize(
+    ("data", "fault", "message"),
+    [
+        ([1, 2, -3, 4], ("negative", 11, 0), "negative value -3.0"),
+        ([1, 2, -1e-3, 4], ("negative", 11, 0), "negative value -0.001"),
+        ([1, 2.5, 3, 4], ("not_whole", 10, 1), "row 10, column 1: value 2.5 is not whole; expected raw counts"),
+        ([1, 2, 3, 1e5 + 0.2], ("not_whole", 11, 2), "value 100000.2 is not whole"),
+        ([1, 2, 3, np.nan], ("not_finite", 11, 2), "value nan is not finite"),
+        ([0.5, 2, -3, 4], ("not_whole", 10, 0), "value 0.5 is not whole"),
+    ],
+)
+def test_counts_have_to_be_whole_where_asked(
+    name: str, data: list[float], fault: tuple[str, int, int], message: str
+) -> None:
+    matrix = {"indptr": np.array([0, 2, 4]), "indices": np.array([0, 1, 0, 2]), "data": np.array(data)}
+    for genes in ([0, 1, 2], [-1, -1, -1]):  # a matrix is what it is, whatever genes a vocabulary has
+        gene_ids = np.array(genes, np.int32)
+        told, *where = fault_of(name, {**matrix, "column_gene_ids": gene_ids}, whole=True, first_row=10)
+        assert message in told
+        assert tuple(where) == fault
+
+
+@pytest.mark.parametrize("name", PACKERS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_whole_numbers_but_for_rounding_are_the_whole_ones(name: str, dtype: type) -> None:
+    counts = random_counts()
+    largest = np.float64(2**53) if dtype is np.float64 else np.float32(2**24)
+    counts["data"][:7] = [1, 99, 1e4, 123456, 8_388_607, 1e6 + 1, largest]
+    counts["data"] = counts["data"].astype(dtype)
+    exact = packer(name)(**counts, whole=True)
+    assert exact["rounded"] is False
+    assert_packed(packer(name)(**counts), exact, exact=True)
+    # As a logarithm leaves them that was undone.
+    noisy = {**counts, "data": np.expm1(np.log1p(counts["data"][7:]))}
+    noisy["data"] = np.concatenate([counts["data"][:7], noisy["data"]]).astype(dtype)
+    assert not np.array_equal(noisy["data"], counts["data"])
+    for normalize in (True, False):
+        packed = packer(name)(**noisy, whole=True, normalize=normalize)
+        assert packed["rounded"] is True
+        assert_packed(packed, packer(name)(**counts, normalize=normalize), exact=True)
+    assert np.any(noisy["data"] != np.rint(noisy["data"]))  # the input is left as it was
+
+
+@pytest.mark.skipif("cpp" not in PACKERS, reason="the C++ extension is not built")
+@given(matrix=matrices(), data=st.data(), normalize=st.booleans(), num_threads=st.integers(1, 3))
+@settings(max_examples=150, deadline=None)
+def test_both_packers_tell_the_same_of_odd_numbers(
+    matrix: dict[str, Any], data: st.DataObject, normalize: bool, num_threads: int
+) -> None:
+    numbers = matrix["data"].astype(data.draw(st.sampled_from([np.float32, np.float64])))
+    odd = [-1.0, -1e-9, 0.5, 1e-9, 3 + 1e-9, 2.00001, np.nan, np.inf, 1e39, 2.0**53, -0.0]
+    for _ in range(data.draw(st.integers(0, 3))):
+        if len(numbers):
+            with np.errstate(over="ignore"):
+                numbers[data.draw(st.integers(0, len(numbers) - 1))] = data.draw(st.sampled_from(odd))
+    gene_ids = matrix["column_gene_ids"].copy()
+    gene_ids[:: data.draw(st.integers(2, 5))] = -2
+    options = {**matrix, "data": numbers, "column_gene_ids": gene_ids, "normalize": normalize, "whole": True}
+    told = []
+    for name in ("numpy", "cpp"):
+        try:
+            told.append(packer(name)(**options, **({"num_threads": num_threads} if name == "cpp" else {})))
+        except ValueError as error:
+            told.append((str(error), error.fault, error.row, error.column))  # type: ignore[attr-defined]
+    if isinstance(told[0], dict):
+        assert_packed(told[1], told[0], exact=not normalize)
+        assert told[1]["rounded"] is told[0]["rounded"]
+    else:
+        assert told[1] == told[0]
+
+
+@pytest.mark.parametrize("name", PACKERS)
+@pytest.mark.parametrize("whole", [False, True])
+def test_columns_that_are_left_out_are_not_looked_at(name: str, whole: bool) -> None:
+    matrix = random_counts(40, 600)
+    gene_ids = np.arange(600, dtype=np.int32)
+    gene_ids[::7] = -1
+    without = packer(name)(**{**matrix, "column_gene_ids": gene_ids}, whole=whole)
+    gene_ids[::7] = -2
+    matrix["data"][matrix["indices"] % 7 == 0] = np.resize(
+        [np.nan, -1, 0.3, np.inf, 500], np.sum(matrix["indices"] % 7 == 0)
+    )
+    assert_packed(packer(name)(**{**matrix, "column_gene_ids": gene_ids}, whole=whole), without, exact=True)
+    gene_ids[0] = -1
+    with pytest.raises(ValueError, match="column 0"):
+        packer(name)(**{**matrix, "column_gene_ids": gene_ids}, whole=whole)
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_counts_are_divided_by_the_totals_that_are_given(name: str) -> None:
+    matrix = {**random_counts(30, 500), "rows": np.array([3, 0, 17])}
+    totals = np.array([5e3, 1234.0, 1e6])
+    packed, own = packer(name)(**matrix, cell_totals=totals), packer(name)(**matrix, normalize=False)
+    cell = np.repeat(np.arange(3), np.diff(own["cu_seqlens"]))
+    np.testing.assert_allclose(packed["values"], np.log1p(own["values"] / totals[cell] * 1e4), rtol=1e-6)
+    np.testing.assert_array_equal(packed["totals"], own["totals"])  # what is returned is what was counted
+    assert_packed(packer(name)(**matrix, cell_totals=own["totals"]), packer(name)(**matrix), exact=True)
+    with pytest.raises(ValueError, match="cell_totals: expected one for each of 3 rows, got 2"):
+        packer(name)(**matrix, cell_totals=totals[:2])
+
+
 @pytest.mark.skipif("cpp" not in PACKERS, reason="the C++ extension is not built")
 def test_the_first_fault_is_named_on_any_number_of_threads() -> None:
     matrix = random_counts()
@@ -274,7 +383,7 @@ def test_the_first_fault_is_named_on_any_number_of_threads() -> None:
             TypeError,
             "data: expected integers, float16, float32 or float64, got dtype complex128",
         ),
-        ({"column_gene_ids": np.array([0, -2, 1], np.int32)}, ValueError, "got -2 for column 1"),
+        ({"column_gene_ids": np.array([0, -3, 1], np.int32)}, ValueError, "got -3 for column 1"),
         ({"rows": np.array([2])}, ValueError, r"rows: expected row numbers in 0 \.\. 1, got 2"),
         ({"num_threads": 0}, ValueError, "num_threads: expected at least 1, got 0"),
         ({"target_sum": 0.0}, ValueError, "target_sum: expected a positive number"),

@@ -530,6 +530,10 @@ def test_resume_refuses_other_shards(interrupted: Path, path: Path, model: XTrim
     options: dict[str, Any] = {"output": output, "resume": True, "progress": False}
     with pytest.raises(ValueError, match=r"got others: pooling was 'mean', is 'max'; give the same, or remove"):
         embed(path, model, pooling="max", **options)
+    with pytest.raises(ValueError, match=r"got others: values was .*'fractional': False.*, is .*'fractional': True"):
+        embed(path, model, fractional_counts=True, **options)
+    with pytest.raises(ValueError, match=r"got others: values was .*'counts'.*, is .*'tpm'"):
+        embed(path, model, values="tpm", **options)
     other = XTrimoGene.from_preset("3m", model.vocabulary, num_layers=1, dim=DIM, num_heads=2, seed=1)
     with pytest.raises(ValueError, match="got others: checkpoint was"):
         embed(path, other, **options)
@@ -540,6 +544,67 @@ def test_resume_refuses_other_shards(interrupted: Path, path: Path, model: XTrim
         embed(path, model, **options)
     assert len(list(interrupted.glob("shard-*.npy"))) == 3
     assert not output.exists()
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_resume_refuses_other_totals_and_other_aliases(
+    model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adata = cells()
+    adata.obs["n"] = np.asarray(adata.X.sum(axis=1)).ravel() + 100
+    adata.var_names = ["old", *GENES[1:]]
+    path, table, output = tmp_path / "cells.h5ad", tmp_path / "aliases.tsv", tmp_path / "out.h5ad"
+    adata.write_h5ad(path)
+    table.write_text("old\tG0\n")
+    options: dict[str, Any] = {"total_counts": "n", "aliases": table, "output": output, "progress": False}
+    write = Destination._write_shard
+
+    def interrupt(self: Any, start: int, embeddings: Any) -> None:
+        write(self, start, embeddings)
+        if start == 24:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Destination, "_write_shard", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            embed(path, model, **options)
+    with pytest.raises(ValueError, match="got others: total counts was 'n', is None; content of total counts and alia"):
+        embed(path, model, **{**options, "total_counts": None}, resume=True)
+    table.write_text("other\tG0\n")
+    with pytest.raises(ValueError, match=r"got others: .*content of total counts and aliases was"):
+        embed(path, model, **options, resume=True)
+    table.write_text("old\tG0\n")
+    adata.obs["n"] += 1
+    adata.write_h5ad(path)
+    with pytest.raises(ValueError, match="got others: content of total counts and aliases was"):
+        embed(path, model, **options, resume=True)
+    adata.obs["n"] -= 1
+    adata.write_h5ad(path)
+    assert embed(path, model, **options, resume=True).resumed_cells == 32
+    adata.var_names = GENES
+    embed(adata, model, total_counts="n", progress=False)
+    np.testing.assert_array_equal(anndata.read_h5ad(output).obsm["X_xtrimogene"], adata.obsm["X_xtrimogene"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_a_broken_model_gives_are_no_empty_cells(
+    path: Path, tmp_path: Path, model: XTrimoGene, value: float
+) -> None:
+    broken = XTrimoGene.from_preset("3m", model.vocabulary, num_layers=1, dim=DIM, num_heads=2)
+    with torch.no_grad():
+        broken.encoder.norm.bias[3] = value
+    message = r"row \d+ \(cell\d+\): the model gives NaN or infinite numbers for a cell with \d+ tokens"
+    with pytest.raises(ValueError, match=message):
+        embed(cells(), broken, progress=False)
+    with pytest.raises(ValueError, match=message):
+        embed(path, broken, output=tmp_path / "out.h5ad", progress=False)
+    assert not (tmp_path / "out.h5ad").exists()
+    for run in (xtrimogene.predict_expression, xtrimogene.gene_embeddings):
+        with pytest.raises(ValueError, match=message):
+            run(cells(), broken, ["G1"], progress=False)
+    # An empty cell has no other numbers than NaN.
+    empty = cells()[EMPTY].copy()
+    assert embed(empty, broken, progress=False).empty_cells == 2
 
 
 def test_two_runs_at_once(interrupted: Path, path: Path, model: XTrimoGene, tmp_path: Path) -> None:
@@ -1003,7 +1068,7 @@ def test_bad_values(
 def test_bad_values_outside_the_sample_leave_nothing(
     model: XTrimoGene, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xtrimogene.inference.model_cells.check_counts", lambda source, normalized: None)
+    monkeypatch.setattr("xtrimogene.cells.mapped.check_numbers", lambda source, kind, **_: None)
     matrix = counts()
     matrix.data[matrix.indptr[40]] = -2
     cells(matrix).write_h5ad(path)

@@ -32,6 +32,7 @@ from xtrimogene.training.pretrain import pretrain
 from xtrimogene.training.ranks import StopSignals
 from xtrimogene.training.run import PretrainReport, Run, TrainingFailed
 from xtrimogene.training.validation import gene_means
+from xtrimogene.writing import sealed, unsealed
 
 GENES = [f"G{i}" for i in range(40)]
 MODEL = {
@@ -535,6 +536,41 @@ def test_resume_refuses_another_run(
     with pytest.raises(ValueError, match=message):
         run(path, tmp_path / "run", resume=True, **change)
     assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+
+
+def test_a_run_of_a_version_that_knew_fewer_keys_goes_on(path: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    file = tmp_path / "run" / "run.json"
+    known = unsealed(file.read_bytes())
+    for key in ("aliases", "values", "fractional_counts", "total_counts"):
+        del known["run"][key]
+    file.write_text(sealed(known))
+    assert run(path, tmp_path / "run", resume=True).resumed_steps == 12
+    with pytest.raises(ValueError, match="fractional_counts was False, is True"):
+        run(path, tmp_path / "run", resume=True, fractional_counts=True)
+
+
+def test_totals_and_aliases_that_change_make_another_run(tmp_path: Path) -> None:
+    adata, path, table = cells(), tmp_path / "cells.h5ad", tmp_path / "aliases.tsv"
+    adata.obs["n"] = np.asarray(adata.X.sum(axis=1)).ravel() + 100
+    adata.var_names = [*GENES[:-1], "old"]
+    genes = tmp_path / "genes.txt"
+    genes.write_text("\n".join(GENES))
+    table.write_text(f"old\t{GENES[-1]}\n")
+    adata.write_h5ad(path)
+    changes: dict[str, Any] = {
+        "total_counts": "n", "aliases": str(table), "max_steps": 1, "vocabulary": str(genes), "values": "counts"
+    }  # fmt: skip
+    run(path, tmp_path / "run", **changes)
+    assert run(path, tmp_path / "run", resume=True, **changes).resumed_steps == 1
+    table.write_text("none\tnothing\n")
+    with pytest.raises(ValueError, match="cells, genes and values was"):
+        run(path, tmp_path / "run", resume=True, **changes)
+    table.write_text(f"old\t{GENES[-1]}\n")
+    adata.obs.iloc[-1, 0] += 1
+    adata.write_h5ad(path)
+    with pytest.raises(ValueError, match="cells, genes and values was"):
+        run(path, tmp_path / "run", resume=True, **changes)
 
 
 def test_another_machine_is_warned_of(path: Path, tmp_path: Path, uninterrupted: Path) -> None:
