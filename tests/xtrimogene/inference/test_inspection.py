@@ -142,6 +142,14 @@ def test_what_cannot_be_read_is_told_with_the_rest(tmp_path: Path) -> None:
     assert [each.layer for each in report.matrices if each.problem is not None] == ["broken"]
     assert report.matrices[0].numbers == "counts"
     assert "broken: cannot be read: " in str(report)
-    assert "future-array" in report.unreadable["odd"]
+    assert "future-array" in report.unreadable["var['odd']"]
+    with h5py.File(path, "r+") as file:
+        names = file["obs/_index"]
+        names.attrs["encoding-type"] = "future-array"
+        file["obs"].move("_index", "names")
+        file["obs/_index"] = np.zeros((300, 2))
+    report = inspect_cells(path)
+    assert report.matrices[0].numbers == "counts"
+    assert "obs cannot be read: " in str(report)
     with pytest.raises(FileNotFoundError, match="no such file"):
         inspect_cells(tmp_path / "none.h5ad")
