@@ -62,7 +62,7 @@ class CellSource:
     other_layers what ``layer`` could be instead
     obs_columns  names of the columns of obs that can be read
     read_obs     (n_obs,) values of one of them
-    obs          (n_obs rows) all of obs
+    obs          (n_obs rows) all of obs; raises UnreadableCells
     """
 
     name: str
@@ -194,12 +194,30 @@ def _source(
             raise ValueError(f"expected {size} {side} as {word} has rows, got {rows.shape[axis]}; the file is damaged")
     return CellSource(
         name, contents.kind, var, names, names_column, layer, [other for other in layers if other != layer], rows,
-        cell_name=lambda row: contents.cell_name(layer, row),
-        obs=functools.cache(lambda: contents.obs(layer)),
+        cell_name=functools.partial(_cell_name, contents, layer),
+        obs=functools.cache(functools.partial(_obs, name, contents, layer)),
         open_layer=lambda other: open_cells(adata_or_path, layer=other),
         _file=contents.file,
         _closing=closing,
     )  # fmt: skip
+
+
+def _cell_name(contents: Contents, layer: str | None, row: int) -> str:
+    try:
+        return contents.cell_name(layer, row)
+    except MemoryError:
+        raise
+    except Exception:  # it is for messages, which are about something else
+        return "a name that cannot be read"
+
+
+def _obs(name: str, contents: Contents, layer: str | None) -> pd.DataFrame:
+    try:
+        return contents.obs(layer)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UnreadableCells(f"{name}: cannot read obs: {error}; the file is damaged or truncated") from error
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from anndata import AnnData
 
 from xtrimogene.cells.formats.tables import UNREADABLE
 from xtrimogene.cells.matrix import CsrArrays
-from xtrimogene.cells.sources import CellSource, MissingMatrix, open_cells
+from xtrimogene.cells.sources import CellSource, MissingMatrix, UnreadableCells, open_cells
 from xtrimogene.hub import checkpoint_folder
 from xtrimogene.inference.model_cells import WINDOW
 from xtrimogene.inference.options import DEFAULT_MAX_TOKENS
@@ -84,6 +84,7 @@ class Cost:
 class CellsReport:
     """What a data set holds; str() is the text for people.
 
+    unreadable  {what cannot be read of var and obs: why}
     genes       {column of var, None for its index: (genes of the vocabulary found, None without one; examples)}
     vocabulary  genes of the vocabulary, None without one
     advice      options for the commands, where the plain ones would not do
@@ -137,7 +138,7 @@ class CellsReport:
             lines.append(f"  {name}: {'' if found is None else f'{found:,} '}(such as {', '.join(examples)})")
         if self.vocabulary is None:
             lines.append("  give --checkpoint or --vocabulary to see how many of its genes each names")
-        lines += [f"  var[{name!r}] cannot be read: {why}" for name, why in self.unreadable.items()]
+        lines += [f"  {place} cannot be read: {why}" for place, why in self.unreadable.items()]
         if self.totals_columns:
             lines += ["", f"totals of the cells are likely in obs: {', '.join(self.totals_columns)}"]
         if self.costs:
@@ -198,6 +199,12 @@ def inspect_cells(
         kept = 1.0
         if vocabulary is not None:
             kept = max(0, max(found or 0 for found, _ in genes.values())) / max(1, source.n_vars)
+        unreadable = {f"var[{column!r}]": why for column, why in source.var.attrs.get(UNREADABLE, {}).items()}
+        obs_columns: list[str] = []
+        try:
+            obs_columns = source.obs_columns
+        except UnreadableCells as error:
+            unreadable["obs"] = _without_name(error, source.name)
         costs = _costs(best, config, vocabulary, rate, min(1.0, kept))
         return CellsReport(
             name=source.name,
@@ -205,8 +212,8 @@ def inspect_cells(
             matrices=matrices,
             genes=genes,
             vocabulary=None if vocabulary is None else len(vocabulary),
-            unreadable=dict(source.var.attrs.get(UNREADABLE, {})),
-            totals_columns=[name for name in _TOTALS if name in source.obs_columns],
+            unreadable=unreadable,
+            totals_columns=[name for name in _TOTALS if name in obs_columns],
             advice=_advice(source, matrices, genes, vocabulary),
             costs=costs,
             rate=rate,

@@ -239,6 +239,8 @@ class Destination:
 
     def _embed(self, run: Encoding, wanted: dict[str, Any]) -> None:
         report, windows = run.report, run.windows()
+        if not is_anndata_file(self.input):
+            run.cells.source.obs()  # which the result is made of: what cannot be read is told before the work
         earlier = _manifest_of(self.folder)
         if earlier is not None:
             self._check_same_run(earlier, wanted)

@@ -31,7 +31,7 @@ from xtrimogene.cells.formats import tenx_mtx
 from xtrimogene.cells.formats.zarr_store import METADATA
 from xtrimogene.cells.genes import map_genes
 from xtrimogene.cells.hdf5 import HdfFile
-from xtrimogene.cells.sources import CellSource, open_cells
+from xtrimogene.cells.sources import CellSource, UnreadableCells, open_cells
 from xtrimogene.network.vocabulary import Vocabulary
 
 pytestmark = [
@@ -417,6 +417,38 @@ def test_columns_that_nobody_asked_for_do_not_matter(tmp_path: Path) -> None:
         assert source.read_obs("batch").tolist() == ["a", "b"] * (N_OBS // 2)
     with pytest.raises(ValueError, match=r"gene_symbols: var\['odd'\] cannot be read: .*future-array"):
         open_cells(path, gene_symbols="odd")
+
+
+def spoil(path: Path, place: str) -> None:
+    """Bytes of a data set that gzip does not unpack."""
+    with h5py.File(path, "r+") as file:
+        names = file[place][:]
+        attributes = dict(file[place].attrs)
+        del file[place]
+        kind = names.dtype if names.dtype.kind == "S" else h5py.string_dtype()
+        file.create_dataset(place, data=names, dtype=kind, chunks=names.shape, compression="gzip").attrs.update(
+            attributes
+        )
+        stored = file[place].id.get_chunk_info(0)
+    with path.open("r+b") as raw:
+        raw.seek(stored.byte_offset)
+        raw.write(b"\xff" * stored.size)
+
+
+@pytest.mark.parametrize("form", ["10x version 3", "loom", "h5ad"])
+def test_names_of_cells_that_cannot_be_read(form: str, tmp_path: Path) -> None:
+    """The cells can be read all the same; messages go without the name."""
+    path, place = tmp_path / "a.h5ad", "obs/_index"
+    if form == "h5ad":
+        adata().write_h5ad(path)
+    else:
+        path, place = FORMATS[form](tmp_path), {"loom": "col_attrs/CellID"}.get(form, "matrix/barcodes")
+    spoil(path, place)
+    with open_cells(path) as source:
+        assert (rows_of(source, 30) != counts()).nnz == 0
+        assert source.cell_name(3) == "a name that cannot be read"
+        with pytest.raises(UnreadableCells, match=rf"^{path}: cannot read obs: "):
+            source.obs()
 
 
 def test_slots_of_encoding_null_are_absent(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ import xtg_kernels
 import xtrimogene
 from xtg_kernels import dispatch
 from xtrimogene import Vocabulary, XTrimoGene, embed, writing
+from xtrimogene.cells.formats import loom as formats_loom
 from xtrimogene.inference import precision, shards
 from xtrimogene.inference.shards import Destination
 from xtrimogene.network.model import XTrimoGeneNetwork
@@ -1358,3 +1359,21 @@ def test_columns_of_obs_that_cannot_be_read_are_left_out(path: Path, model: XTri
     with pytest.warns(UserWarning, match=r"obs: column 'odd' cannot be read and is left out: .*future-array"):
         xtrimogene.predict_expression(path, model, GENES[:2], output=tmp_path / "out.h5ad", progress=False)
     assert anndata.read_h5ad(tmp_path / "out.h5ad").obs["good"].tolist() == list(range(N_OBS))
+
+
+def test_obs_of_another_format_is_read_before_the_work(
+    model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", lambda *_: pytest.fail("work was begun"))
+    path = loom(tmp_path / "cells.loom")
+    monkeypatch.setattr(formats_loom, "_table", _broken_beside)
+    with pytest.raises(ValueError, match=r"cells\.loom: cannot read obs: broken"):
+        embed(path, model, output=tmp_path / "out.h5ad", progress=False)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _broken_beside(attributes: h5py.Group, names: str | None, length: int) -> pd.DataFrame:
+    """The table of genes; that of cells cannot be read."""
+    if length == N_OBS:
+        raise OSError("broken")
+    return pd.DataFrame({"Gene": GENES}, index=GENES)

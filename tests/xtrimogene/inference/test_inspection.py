@@ -12,7 +12,7 @@ import pytest
 import scipy.sparse as sp
 from anndata import AnnData
 
-from tests.xtrimogene.cells.test_formats import FORMATS, N_OBS, N_VARS, SYMBOLS
+from tests.xtrimogene.cells.test_formats import FORMATS, N_OBS, N_VARS, SYMBOLS, spoil
 from tests.xtrimogene.cells.test_formats import counts as format_counts
 from xtrimogene import Vocabulary, XTrimoGene, inspect_cells
 from xtrimogene.network.config import PRESETS, XTrimoGeneConfig
@@ -142,6 +142,10 @@ def test_what_cannot_be_read_is_told_with_the_rest(tmp_path: Path) -> None:
     assert [each.layer for each in report.matrices if each.problem is not None] == ["broken"]
     assert report.matrices[0].numbers == "counts"
     assert "broken: cannot be read: " in str(report)
-    assert "future-array" in report.unreadable["odd"]
+    assert "future-array" in report.unreadable["var['odd']"]
+    spoil(path, "obs/_index")
+    report = inspect_cells(path)
+    assert report.matrices[0].numbers == "counts"
+    assert "obs cannot be read: " in str(report)
     with pytest.raises(FileNotFoundError, match="no such file"):
         inspect_cells(tmp_path / "none.h5ad")
