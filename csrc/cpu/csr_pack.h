@@ -131,6 +131,17 @@ constexpr Value largest_value() {
   return std::numeric_limits<Value>::max();
 }
 
+// Whether all numbers of a row are counts that need no look by first_fault.
+template <bool normalize, bool whole, bool zeros, typename Value>
+bool all_fit(const Value* data, int64_t first, int64_t last) {
+  int32_t fine = 1;
+  for (int64_t t = first; t < last; ++t) {
+    fine &= (zeros ? data[t] >= 0 : data[t] > 0) & (data[t] <= largest_value<normalize, Value>());
+    if constexpr (whole) fine &= is_whole(data[t]);
+  }
+  return fine;
+}
+
 // What the scan finds in a row. plain: it goes into the batch entry by entry, nothing to refuse, drop, sort or add up.
 // sound: nothing to refuse. unsound: to be looked at entry by entry.
 enum class RowKind { plain, sound, unsound };
@@ -146,15 +157,13 @@ RowKind kind_of_row(const CsrRows<Index, Value>& in, int64_t first, int64_t last
   Unsigned signs = 0;
   for (int64_t t = first; t < last; ++t)
     signs |= static_cast<Unsigned>(indices[t]) | (last_column - static_cast<Unsigned>(indices[t]));
-  int32_t fine = 1, positive = 1;
-  for (int64_t t = first; t < last; ++t) {
-    fine &= (data[t] >= 0) & (data[t] <= largest_value<normalize, Value>());
-    positive &= data[t] > 0;
+  if (static_cast<Index>(signs) < 0) return RowKind::unsound;
+  if (!(whole ? all_fit<normalize, true, false>(data, first, last)
+              : all_fit<normalize, false, false>(data, first, last))) {
+    const bool fit = whole ? all_fit<normalize, true, true>(data, first, last)
+                           : all_fit<normalize, false, true>(data, first, last);
+    return fit ? RowKind::sound : RowKind::unsound;
   }
-  if (std::is_floating_point<Value>::value && whole)
-    for (int64_t t = first; t < last; ++t) fine &= is_whole(data[t]);
-  if (!fine || static_cast<Index>(signs) < 0) return RowKind::unsound;
-  if (!positive) return RowKind::sound;
   bool wrong = false;
   int32_t previous = -1;
   for (int64_t t = first; t < last; ++t) {
