@@ -4,6 +4,10 @@ Every op has three overloads in namespace xtg: ``default`` (C++ on CPU tensors, 
 CPU where the extension was not built), ``reference`` (any device, any dtype) and ``triton`` (GPU tensors, or CPU
 tensors under TRITON_INTERPRET=1). The public functions check their arguments and choose the overload. The backend
 "varlen" is PyTorch's own attention for ragged_attention; the other ops then run as under "auto".
+
+Kernels know values and first derivatives. Whatever else is asked of an op comes from its reference, which PyTorch can
+differentiate like any other code: second derivatives from the reference of the backward; forward mode and the
+transforms of torch.func (jvp, grad, vmap, hessian) from the reference of the op, whatever the backend.
 """
 
 from __future__ import annotations
@@ -12,12 +16,13 @@ import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "varlen")
@@ -46,6 +51,9 @@ _extension, _extension_error = _load_extension()
 _triton_installed = importlib.util.find_spec("triton") is not None
 _interpreting = os.environ.get("TRITON_INTERPRET") == "1"
 _fragment = torch.library.Library("xtg", "FRAGMENT")
+# Each op in plain PyTorch, with its rule of autocast; and those that have a derivative.
+_plain: dict[str, Callable[..., Any]] = {}
+_differentiable: set[str] = set()
 
 
 def extension() -> ModuleType | None:
@@ -129,8 +137,10 @@ def refuse(op: str, backend: str, reasons: list[str]) -> None:
         raise ValueError(f"{op}: backend {backend!r} declines: " + "; ".join(reasons))
 
 
-def choose_overload(op: str, reasons: Callable[[str], list[str]]) -> Any:
+def choose_overload(op: str, reasons: Callable[[str], list[str]]) -> Callable[..., Any]:
     """The overload of ``torch.ops.xtg.<op>`` that runs now; ``reasons`` as for ``automatic_backend``.
+
+    Under forward mode or a transform of torch.func: the op in plain PyTorch.
 
     Raises:
         ValueError: a backend was asked for by name and declines; the message shows every reason.
@@ -141,8 +151,22 @@ def choose_overload(op: str, reasons: Callable[[str], list[str]]) -> Any:
         name = automatic_backend(reasons)
     else:
         refuse(op, name, reasons(name))
+    if op in _differentiable and is_transformed():
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                f"{op}: torch.compile cannot trace forward mode or torch.func through it; leave out torch.compile there"
+            )
+        return _plain[op]
     packet = getattr(torch.ops.xtg, op)
     return {"reference": packet.reference, "cpp": packet.default, "triton": packet.triton}[name]
+
+
+def is_transformed() -> bool:
+    """Whether a level of forward mode (torch.autograd.forward_ad) is open or a transform of torch.func is at work.
+
+    An op of torch.library drops tangents without a word, and torch.func cannot differentiate it.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 OVERLOADS = ("default", "reference", "triton")
@@ -165,6 +189,7 @@ def register_op(
     reference: Callable[..., Any],
     triton: str | None,
     fake: Callable[..., Any],
+    plain: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
 ) -> None:
     """Enters one op into torch.library: its overloads, kernels, fake kernel and FLOP formula.
@@ -175,6 +200,7 @@ def register_op(
         reference: the kernel in plain PyTorch.
         triton: ``module:function`` of the Triton kernel, or None where plain PyTorch serves on the GPU too.
         fake: shapes and dtypes of the outputs.
+        plain: what PyTorch is to differentiate, where that is not the reference as it is.
         flops: formula for torch.utils.flop_counter, called with the raw arguments and ``out_val``.
     """
     if _extension is None:
@@ -182,6 +208,7 @@ def register_op(
         _fragment.impl(name, reference, "CPU")
     triton_kernel = reference if triton is None else _lazy(triton)
     _fragment.impl(name, triton_kernel, "CUDA")
+    _plain[name] = plain or reference
     for overload, kernel in (("reference", reference), ("triton", triton_kernel)):
         _fragment.define(f"{name}.{overload}{schema}")
         _fragment.impl(f"{name}.{overload}", kernel, "CompositeExplicitAutograd")
@@ -199,10 +226,69 @@ def overload_names(name: str) -> list[str]:
 def register_autograd(
     name: str, setup_context: Callable[..., None], backward: Callable[[Any], Callable[..., Any]]
 ) -> None:
-    """Autograd of an op: ``backward(op)`` makes the backward that calls the backward op ``op`` of the same overload."""
+    """Autograd of an op: ``backward(op)`` makes the backward that calls the backward op ``op`` of the same overload.
+
+    The backward op can be differentiated too, by its reference; what that takes is saved with create_graph=True only.
+    """
+    _differentiable.add(name)
+    of_backward = _plain[f"{name}_backward"]
     for overload, qualname in zip(OVERLOADS, overload_names(name), strict=True):
         backward_op = getattr(getattr(torch.ops.xtg, name + "_backward"), overload)
-        torch.library.register_autograd(qualname, backward(backward_op), setup_context=setup_context, lib=_fragment)
+        formula = backward(_with_tangents(backward_op, of_backward))
+        torch.library.register_autograd(qualname, formula, setup_context=setup_context, lib=_fragment)
+    formula = _derivative_of(of_backward)
+    for qualname in overload_names(name + "_backward"):
+        torch.library.register_autograd(qualname, formula, setup_context=_save_inputs, lib=_fragment)
+
+
+def _with_tangents(op: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward op, in plain PyTorch where it is run inside a level of forward mode: tangents go through."""
+
+    def call(*args: Any) -> Any:
+        return (op if forward_ad._current_level < 0 else plain)(*args)
+
+    return call
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+
+
+def _derivative_of(plain: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """The backward of an op that has saved its inputs, from what it is in plain PyTorch."""
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        args = [x if tensor is None else tensor for x, tensor in zip(ctx.others, ctx.saved_tensors, strict=True)]
+        return pull_back(plain, args, ctx.needs_input_grad, grads)
+
+    return backward
+
+
+def pull_back(
+    function: Callable[..., Any], args: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a function in plain PyTorch to those of its arguments that are needed (None for the others).
+
+    Args:
+        function: returns a tensor or a tuple of tensors.
+        args: its arguments.
+        needed: for each argument, whether its gradient is.
+        grads: the gradient of each tensor that it returns.
+    """
+    chosen = [i for i, need in enumerate(needed) if need]
+    if not chosen:
+        return (None,) * len(args)
+
+    def of_chosen(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(chosen, tensors, strict=True))
+        out = function(*(given.get(i, x) for i, x in enumerate(args)))
+        return out if isinstance(out, tuple) else (out,)
+
+    with torch.autocast(args[chosen[0]].device.type, enabled=False):
+        pull: Callable[..., tuple[Tensor, ...]] = torch.func.vjp(of_chosen, *(args[i] for i in chosen))[1]
+        found = dict(zip(chosen, pull(tuple(grads)), strict=True))
+    return tuple(found.get(i) for i in range(len(args)))
 
 
 def register_autocast(
@@ -217,12 +303,20 @@ def register_autocast(
             inside the op).
         instead_of_float16: where they go instead of float16.
     """
-    for overload, qualname in zip(OVERLOADS, overload_names(name), strict=True):
-        op = getattr(getattr(torch.ops.xtg, name), overload)
-        for device_type in ("cpu", "cuda"):
-            key = "AutocastCPU" if device_type == "cpu" else "AutocastCUDA"
+    plain = _plain[name]
+    of_plain = {}
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        for overload, qualname in zip(OVERLOADS, overload_names(name), strict=True):
+            op = getattr(getattr(torch.ops.xtg, name), overload)
             kernel = _autocast_kernel(op, device_type, dtype, tensors, instead_of_float16)
             _fragment.impl(qualname.removeprefix("xtg::"), kernel, key)
+        of_plain[device_type] = _autocast_kernel(plain, device_type, dtype, tensors, instead_of_float16)
+
+    def under_autocast(x: Tensor, *args: Any) -> Any:
+        in_use = x.device.type in of_plain and torch.is_autocast_enabled(x.device.type)
+        return (of_plain[x.device.type] if in_use else plain)(x, *args)
+
+    _plain[name] = under_autocast
 
 
 def _autocast_kernel(
