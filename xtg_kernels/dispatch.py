@@ -16,7 +16,11 @@ import contextlib
 import importlib
 import importlib.util
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +42,7 @@ _backend = _checked_backend(os.environ.get("XTG_BACKEND", "auto"), "environment 
 
 
 def _load_extension() -> tuple[ModuleType | None, ImportError | None]:
-    # Absent (XTG_BUILD_CPP=0) and broken are two things: the first falls back, the second must be heard at first use.
+    # Absent and broken are two things: the first falls back, the second must be heard at first use.
     if importlib.util.find_spec("xtg_kernels._C") is None:
         return None, None
     try:
@@ -47,7 +51,38 @@ def _load_extension() -> tuple[ModuleType | None, ImportError | None]:
         return None, error
 
 
+def _source_tree() -> Path | None:
+    """The root of the source tree that this package was imported from; None for an installed one."""
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "setup.py").is_file() and (root / "csrc").is_dir() else None
+
+
+def _built_elsewhere(root: Path) -> Path | None:
+    """The first xtg_kernels on sys.path outside ``root`` that has the extension."""
+    for entry in map(Path, sys.path):
+        package = entry.resolve() / "xtg_kernels"
+        if package.parent != root and any((package / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
+            return package
+    return None
+
+
+def why_not_built() -> str:
+    """Why there is no extension, and what to do."""
+    root = _source_tree()
+    if root is None:
+        return "not built (installed with XTG_BUILD_CPP=0)"
+    elsewhere = _built_elsewhere(root)
+    instead = f"; or start Python in another folder, which then finds those of {elsewhere}" if elsewhere else ""
+    return (
+        f"not built for this Python in the source tree {root} that xtg_kernels comes from (make setup there, or python "
+        f"setup.py build_ext --inplace{instead})"
+    )
+
+
 _extension, _extension_error = _load_extension()
+if _extension is None and _extension_error is None and _source_tree() is not None and _backend == "auto":
+    # A clone hides the installed package from a Python that is started in it.
+    warnings.warn(f"C++ kernels {why_not_built()}. CPU tensors take the reference, many times slower.", stacklevel=2)
 _triton_installed = importlib.util.find_spec("triton") is not None
 _interpreting = os.environ.get("TRITON_INTERPRET") == "1"
 _fragment = torch.library.Library("xtg", "FRAGMENT")
@@ -57,7 +92,7 @@ _differentiable: set[str] = set()
 
 
 def extension() -> ModuleType | None:
-    """The compiled module, or None where it was not built (XTG_BUILD_CPP=0).
+    """The compiled module, or None where it was not built (``why_not_built``).
 
     Raises:
         ImportError: the loader's own error, where the file is there and does not load.
@@ -96,7 +131,7 @@ def cpp_reasons(tensors: dict[str, Tensor]) -> list[str]:
     if _extension_error is not None:
         reasons.append(f"the C++ extension failed to load: {_extension_error}")
     elif _extension is None:
-        reasons.append("the C++ extension was not built (XTG_BUILD_CPP=0, or no compiler)")
+        reasons.append(f"the C++ extension was {why_not_built()}")
     elsewhere = [f"{name} on {x.device}" for name, x in tensors.items() if x.device.type != "cpu"]
     if elsewhere:
         reasons.append(f"C++ kernels take CPU tensors, got {', '.join(elsewhere)}")
@@ -226,43 +261,44 @@ def overload_names(name: str) -> list[str]:
 def register_autograd(
     name: str, setup_context: Callable[..., None], backward: Callable[[Any], Callable[..., Any]]
 ) -> None:
-    """Autograd of an op: ``backward(op)`` makes the backward that calls the backward op ``op`` of the same overload.
-
-    The backward op can be differentiated too, by its reference; what that takes is saved with create_graph=True only.
-    """
+    """Autograd of an op: ``backward(op)`` makes the backward that calls the backward op ``op`` of the same overload."""
     _differentiable.add(name)
-    of_backward = _plain[f"{name}_backward"]
     for overload, qualname in zip(OVERLOADS, overload_names(name), strict=True):
         backward_op = getattr(getattr(torch.ops.xtg, name + "_backward"), overload)
-        formula = backward(_with_tangents(backward_op, of_backward))
+        formula = backward(_differentiable_op(backward_op, _plain[name + "_backward"]))
         torch.library.register_autograd(qualname, formula, setup_context=setup_context, lib=_fragment)
-    formula = _derivative_of(of_backward)
-    for qualname in overload_names(name + "_backward"):
-        torch.library.register_autograd(qualname, formula, setup_context=_save_inputs, lib=_fragment)
 
 
-def _with_tangents(op: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The backward op, in plain PyTorch where it is run inside a level of forward mode: tangents go through."""
+def _differentiable_op(op: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward op that can be differentiated itself, for which it saves its arguments with create_graph=True only."""
 
     def call(*args: Any) -> Any:
-        return (op if forward_ad._current_level < 0 else plain)(*args)
+        if forward_ad._current_level >= 0:
+            return plain(*args)
+        return _ByPlain.apply(op, plain, *args) if torch.is_grad_enabled() else op(*args)
 
     return call
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs))
+class _ByPlain(torch.autograd.Function):
+    """An op, whose derivative is that of what it is in plain PyTorch."""
 
+    generate_vmap_rule = True
 
-def _derivative_of(plain: Callable[..., Any]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """The backward of an op that has saved its inputs, from what it is in plain PyTorch."""
+    @staticmethod
+    def forward(op: Any, plain: Callable[..., Any], *args: Any) -> Any:
+        return op(*args)
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.plain, *args = inputs
+        ctx.others = [None if isinstance(x, Tensor) else x for x in args]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in args))
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        args = [x if tensor is None else tensor for x, tensor in zip(ctx.others, ctx.saved_tensors, strict=True)]
-        return pull_back(plain, args, ctx.needs_input_grad, grads)
-
-    return backward
+        args = [other if x is None else x for other, x in zip(ctx.others, ctx.saved_tensors, strict=True)]
+        return None, None, *pull_back(ctx.plain, args, ctx.needs_input_grad[2:], grads)
 
 
 def pull_back(

@@ -180,7 +180,7 @@ def test_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     older = varlen._lacking(SimpleNamespace(varlen_attn=lambda q, k, v, cu_q, cu_k, max_q, max_k: None))
     assert ["takes no return_aux" in older[0], "takes no scale" in older[1]] == [True, True]
     assert varlen._lacking(torch_varlen) == []
-    monkeypatch.setattr(varlen, "_lacking", lambda module: [*older])
+    monkeypatch.setattr(varlen, "_torch_lacks", lambda: tuple(older))
     assert varlen.not_supported_reasons(fine, fine, fine)[:2] == older
 
 

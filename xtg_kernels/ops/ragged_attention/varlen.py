@@ -7,6 +7,7 @@ the output and one over each gradient.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -35,9 +36,14 @@ def _lacking(module: Any) -> list[str]:
     ]
 
 
+@functools.cache
+def _torch_lacks() -> tuple[str, ...]:
+    return tuple(_lacking(torch_varlen()))
+
+
 def not_supported_reasons(q: Tensor, k: Tensor, v: Tensor, lse_with_gradient: bool = False) -> list[str]:
     """Every reason why torch's varlen attention cannot take these arguments; empty when it can."""
-    reasons = _lacking(torch_varlen())
+    reasons = list(_torch_lacks())
     tensors = {"q": q, "k": k, "v": v}
     elsewhere = [f"{name} on {x.device}" for name, x in tensors.items() if x.device.type != "cuda"]
     if elsewhere:
