@@ -228,11 +228,11 @@ def _favor_calls(dtype: torch.dtype, head_dim: int, lengths: Lengths, device: to
     grad_out = torch.randn((total, heads, head_dim), device=device).to(dtype)
     projection = torch.randn((int(head_dim * math.log(head_dim)), head_dim), device=device)
     cu_seqlens = offsets(lengths).to(device)
-    segments = (cu_seqlens, longest, cu_seqlens, longest, eps)
+    segments = (cu_seqlens, longest, cu_seqlens, longest, eps, False)
     saved: list[Tensor] = []
 
     def forward() -> list[Tensor]:
-        saved[:] = favor_attention.forward(q, k, v, projection, *segments, False)
+        saved[:] = favor_attention.forward(q, k, v, projection, *segments)
         return saved
 
     def backward() -> Sequence[Tensor]:

@@ -185,7 +185,7 @@ std::tuple<Tensor, Tensor, Tensor> favor_attention_backward(
     const Tensor& grad_out_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& projection_in,
     const Tensor& out_in, const Tensor& context_in, const Tensor& key_sum_in, const Tensor& key_max_in,
     const Tensor& row_max_in, const Tensor& row_sum_in, const Tensor& cu_seqlens_in, int64_t /*max_seqlen*/,
-    const Tensor& cu_seqlens_q_in, int64_t /*max_seqlen_q*/, double eps) {
+    const Tensor& cu_seqlens_q_in, int64_t /*max_seqlen_q*/, double eps, bool per_cell) {
   const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
   const Tensor grad_out = last_contiguous(grad_out_in), out = torch::stable::contiguous(out_in);
   const Tensor projection = torch::stable::contiguous(projection_in);

@@ -283,11 +283,11 @@ def test_opcheck(overload: str) -> None:
     for dtype, slack in ((torch.float32, 0), (torch.bfloat16, 2)):
         case = Case.random([(10, 4), (0, 3), (15, 20)], 2, 16, 20, dtype, slack)
         q, k, v = (x.detach().nan_to_num().requires_grad_() for x in (case.q, case.k, case.v))
-        segments = (case.cu_seqlens, 15, case.cu_seqlens_q, 20, 1e-4)
+        segments = (case.cu_seqlens, 15, case.cu_seqlens_q, 20, 1e-4, True)
         op = getattr(torch.ops.xtg.favor_attention, overload)
-        torch.library.opcheck(op, (q, k, v, case.projection, *segments, True))
+        torch.library.opcheck(op, (q, k, v, case.projection, *segments))
         q, k, v = (x.detach() for x in (q, k, v))
-        saved = op(q, k, v, case.projection, *segments, False)
+        saved = op(q, k, v, case.projection, *segments)
         backward = getattr(torch.ops.xtg.favor_attention_backward, overload)
         torch.library.opcheck(backward, (torch.randn_like(saved[0]), q, k, v, case.projection, *saved, *segments))
 

@@ -225,9 +225,9 @@ def test_values_of_one_sign_lose_no_digits() -> None:
 def test_opcheck() -> None:
     case = Case.random([(10, 4), (0, 3), (15, 20)], 1, 16, 20, torch.float32, device=DEVICE)
     q, k, v = (x.detach().requires_grad_() for x in (case.q, case.k, case.v))
-    segments = (case.cu_seqlens, 15, case.cu_seqlens_q, 20, 1e-4)
-    torch.library.opcheck(torch.ops.xtg.favor_attention.triton, (q, k, v, case.projection, *segments, True))
+    segments = (case.cu_seqlens, 15, case.cu_seqlens_q, 20, 1e-4, True)
+    torch.library.opcheck(torch.ops.xtg.favor_attention.triton, (q, k, v, case.projection, *segments))
     q, k, v = (x.detach() for x in (q, k, v))
-    saved = torch.ops.xtg.favor_attention.triton(q, k, v, case.projection, *segments, False)
+    saved = torch.ops.xtg.favor_attention.triton(q, k, v, case.projection, *segments)
     args = (torch.randn_like(saved[0]), q, k, v, case.projection, *saved, *segments)
     torch.library.opcheck(torch.ops.xtg.favor_attention_backward.triton, args)

@@ -56,11 +56,13 @@ def forward(
     """
     dtype = _compute_dtype(q)
     batch, num_heads, num_features = cu_seqlens.shape[0] - 1, q.shape[1], projection.shape[0]
-    out = q.new_zeros(q.shape)
-    context = q.new_zeros((batch, num_heads, num_features, q.shape[2]), dtype=dtype)
-    key_sum = q.new_zeros((batch, num_heads, num_features), dtype=dtype)
-    key_max = q.new_zeros((batch, num_heads), dtype=dtype)
-    row_max, row_sum = (q.new_zeros((num_heads, q.shape[0]), dtype=dtype) for _ in range(2))
+    # Like all three, so that torch.func.vmap lets each of them alone have the dimension that it maps over.
+    like = torch.cat([q[:0], k[:0], v[:0]])
+    out = like.new_zeros(q.shape)
+    context = like.new_zeros((batch, num_heads, num_features, q.shape[2]), dtype=dtype)
+    key_sum = like.new_zeros((batch, num_heads, num_features), dtype=dtype)
+    key_max = like.new_zeros((batch, num_heads), dtype=dtype)
+    row_max, row_sum = (like.new_zeros((num_heads, q.shape[0]), dtype=dtype) for _ in range(2))
     for c, keys, queries in _segments(cu_seqlens, cu_seqlens_q):
         q_s, k_s, v_s = (x.transpose(0, 1).to(dtype) for x in (q[queries], k[keys], v[keys]))
         scores, half_norms = _scores(k_s, projection.to(dtype))
@@ -68,15 +70,15 @@ def forward(
         stabilised = scores if eps else scores - half_norms
         segment_max = stabilised.amax(dim=(0, 1, 2) if per_cell and eps else (1, 2), keepdim=True)
         key_features = (scores - half_norms - segment_max).exp() + eps
-        key_max[c] = segment_max.flatten()
-        key_sum[c] = key_features.sum(dim=1)
-        context[c] = key_features.mT @ v_s
+        # Names of their own, since autograd takes a write into the batch's tensor for a change of every part of it.
+        key_sum_s, context_s = key_features.sum(dim=1), key_features.mT @ v_s
+        key_max[c], key_sum[c], context[c] = segment_max.flatten(), key_sum_s, context_s
 
         scores, half_norms = _scores(q_s, projection.to(dtype))
         maximum = scores.amax(dim=-1, keepdim=True)
         query_features = (scores - (half_norms if eps else 0) - maximum).exp() + eps
-        denominator = query_features @ key_sum[c][..., None]
-        out[queries] = (query_features @ context[c] / denominator).transpose(0, 1).to(out.dtype)
+        denominator = query_features @ key_sum_s[..., None]
+        out[queries] = (query_features @ context_s / denominator).transpose(0, 1).to(out.dtype)
         row_max[:, queries], row_sum[:, queries] = maximum.squeeze(-1), denominator.squeeze(-1)
     return out, context, key_sum, key_max, row_max, row_sum
 
@@ -98,6 +100,7 @@ def backward(
     cu_seqlens_q: Tensor,
     max_seqlen_q: int,
     eps: float,
+    per_cell: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to q, k and v, the stabilisers taken as constants; features are recomputed from scores."""
     dtype = _compute_dtype(q)

@@ -1012,6 +1012,7 @@ def backward(
     cu_seqlens_q: Tensor,
     max_seqlen_q: int,
     eps: float,
+    per_cell: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward` to q, k and v, contiguous, in q's dtype; features are recomputed from scores.
 

@@ -22,9 +22,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out (total_nnz, num_heads, head_dim) and softmax_lse (num_heads, total_nnz), the natural log of the row sums."""
     dtype = _compute_dtype(q)
-    out = q.new_zeros(q.shape)
-    softmax_lse = q.new_zeros((q.shape[1], q.shape[0]), dtype=_lse_dtype(q))
     bounds = cu_seqlens.tolist()
+    slack = q.shape[0] - bounds[-1]
+    outs, lses = [], []
     for start, end in itertools.pairwise(bounds):
         if start == end:
             continue
@@ -35,9 +35,11 @@ def forward(
         row_sum = (scores - row_max).exp().sum(dim=-1, keepdim=True)
         lse = row_max + row_sum.log()
         probs = (scores - lse).exp()
-        out[segment] = (probs @ v_s).transpose(0, 1).to(out.dtype)
-        softmax_lse[:, segment] = lse.squeeze(-1).to(softmax_lse.dtype)
-    return out, softmax_lse
+        outs.append((probs @ v_s).transpose(0, 1).to(q.dtype))
+        lses.append(lse.squeeze(-1).to(_lse_dtype(q)))
+    outs.append(q.new_zeros((slack, *q.shape[1:])))
+    lses.append(q.new_zeros((q.shape[1], slack), dtype=_lse_dtype(q)))
+    return torch.cat(outs), torch.cat(lses, dim=1)
 
 
 def backward(
