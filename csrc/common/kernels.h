@@ -88,6 +88,13 @@ struct FavorPart {
   float key_max;  // the stabiliser that the sums are relative to, in units of log2
 };
 
+// What one chunk of keys and one head add to the gradient that goes through key_max.
+struct FavorKeyPart {
+  float score;           // the largest
+  int64_t row, feature;  // and where it comes first, by rows and then by features
+  double grad_sum;       // of the gradients of all scores
+};
+
 struct EmbeddingArgs {
   DType dtype;  // of gene_table, out and grad_out
   int64_t bins, dim, padded_bins, padded_dim;
@@ -178,7 +185,10 @@ struct Kernels {
                     float* context, float* key_sum);
   void (*favor_query)(const FavorArgs&, const RowChunk& queries, int64_t head, void* scratch);
   void (*favor_backward_query)(const FavorArgs&, const RowChunk& queries, int64_t head, FavorPart& part, void* scratch);
-  void (*favor_backward_key)(const FavorArgs&, const RowChunk& keys, int64_t head, void* scratch);
+  void (*favor_backward_key)(const FavorArgs&, const RowChunk& keys, int64_t head, FavorKeyPart& part, void* scratch);
+  // Gives grad_k what goes through the key_max of some heads; parts[chunk * num_heads + head] are those of one segment.
+  void (*favor_backward_key_max)(const FavorArgs&, const FavorKeyPart* parts, int64_t chunks, int64_t first_head,
+                                 int64_t heads);
   int64_t value_block;  // distinct values of one unit of embedding work
   size_t (*embedding_scratch)(const EmbeddingArgs&);
   void (*embedding_forward)(const EmbeddingArgs&, int64_t first, int64_t count, void* scratch);

@@ -136,8 +136,8 @@ def test_bytes_are_those_of_what_the_ops_take_and_give() -> None:
     taken["expression_embedding", "backward"] = _size([grad_rows, *arguments, *embedded]) - _size([table])
 
     q, k, v, grad_out = (_on_meta(half, 2 * positions, heads, 10) for _ in range(4))
-    projection, segments = _on_meta(single, 23, 10), (bounds, positions, bounds, positions, 1e-4)
-    kept = ops.favor_attention(q, k, v, projection, *segments, False)
+    projection, segments = _on_meta(single, 23, 10), (bounds, positions, bounds, positions, 1e-4, False)
+    kept = ops.favor_attention(q, k, v, projection, *segments)
     grads = ops.favor_attention_backward(grad_out, q, k, v, projection, *kept, *segments)
     taken["favor_attention", "forward"] = _size([q, k, v, projection, *segments, *kept])
     taken["favor_attention", "backward"] = _size([grad_out, q, k, v, projection, *kept, *segments, *grads])
