@@ -48,12 +48,17 @@ void* aligned(std::vector<double>& x) {
   return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(x.data()) + 63) / 64 * 64);
 }
 
-void check_attention(const Kernels& kernels, int64_t head_dim, bool one_pass) {
+// Every seventh query is `size` times as large as the others.
+void check_attention(const Kernels& kernels, int64_t head_dim, bool one_pass, float size) {
   const std::vector<int32_t> cu_seqlens = {0, 0, 1, 63, 128, 128, 330};
   const int64_t batch = int64_t(cu_seqlens.size()) - 1, heads = 2, total = 333;
   const float scale = 0.3f;
   const int64_t row = 3 * heads * head_dim, n = total * heads * head_dim;
-  const auto qkv = normal(size_t(total * row)), grad_out = normal(size_t(n));
+  auto qkv = normal(size_t(total * row));
+  for (int64_t t = 0; t < total; t += 7)
+    for (int64_t d = 0; d < heads * head_dim; ++d) qkv[size_t(t * row + d)] *= size;
+  const auto grad_out = normal(size_t(n));
+  std::vector<float> large_max(size_t(heads * total), NAN), large_sum(large_max);
   std::vector<float> out(size_t(n), NAN), lse(size_t(heads * total), NAN), delta(lse), grad_q(out), grad_k(out), grad_v(out);
   AttentionArgs args{};
   args.dtype = DType::f32;
@@ -72,6 +77,8 @@ void check_attention(const Kernels& kernels, int64_t head_dim, bool one_pass) {
   args.grad_k = grad_k.data();
   args.grad_v = grad_v.data();
   args.one_pass_rows = one_pass ? 330 : 0;
+  args.large_max = size > 1.0f ? large_max.data() : nullptr;
+  args.large_sum = large_sum.data();
   auto scratch = poisoned(kernels.attention_scratch(args) + 64);
   const auto blocks = segment_blocks(cu_seqlens.data(), batch, heads, 1);
   const auto run = [&](auto kernel, const std::vector<SegmentBlock>& work) {
@@ -79,6 +86,7 @@ void check_attention(const Kernels& kernels, int64_t head_dim, bool one_pass) {
       for (int64_t h = 0; h < heads; ++h) kernel(args, block, h, aligned(scratch));
   };
   run(kernels.attention_forward, blocks);
+  if (args.large_max) run(kernels.attention_backward_large, blocks);
   if (one_pass) {
     run(kernels.attention_backward, whole_segments(cu_seqlens.data(), batch, 1, 330));
   } else {
@@ -96,12 +104,13 @@ void check_attention(const Kernels& kernels, int64_t head_dim, bool one_pass) {
       for (int64_t i = cu_seqlens[size_t(c)]; i < cu_seqlens[size_t(c) + 1]; ++i) {
         const int64_t begin = cu_seqlens[size_t(c)], end = cu_seqlens[size_t(c) + 1];
         std::vector<double> probs(size_t(end - begin)), grad_probs(probs);
-        double sum = 0, mean = 0;
+        double sum = 0, mean = 0, largest = -INFINITY;
         for (int64_t j = begin; j < end; ++j) {
-          double score = 0;
-          for (int64_t d = 0; d < head_dim; ++d) score += at(0, i, h, d) * at(1, j, h, d);
-          sum += probs[size_t(j - begin)] = std::exp(scale * score);
+          double& score = probs[size_t(j - begin)] = 0;
+          for (int64_t d = 0; d < head_dim; ++d) score += scale * at(0, i, h, d) * at(1, j, h, d);
+          largest = max_of(largest, score);
         }
+        for (double& p : probs) sum += p = std::exp(p - largest);
         for (int64_t j = begin; j < end; ++j) {
           const double p = probs[size_t(j - begin)] /= sum;
           double& grad = grad_probs[size_t(j - begin)];
@@ -126,7 +135,8 @@ void check_attention(const Kernels& kernels, int64_t head_dim, bool one_pass) {
     return x;
   };
   const std::string name = std::string(kernels.name) + " ragged_attention, head_dim " + std::to_string(head_dim) +
-                           (one_pass ? ", backward in one pass" : ", backward in two passes");
+                           (one_pass ? ", backward in one pass" : ", backward in two passes") +
+                           (size > 1.0f ? ", large scores" : "");
   expect(relative_error(used(out), want_out) < 2e-6, name + ": out");
   expect(relative_error(used(grad_q), want_q) < 3e-6, name + ": grad_q");
   expect(relative_error(used(grad_k), want_k) < 3e-6, name + ": grad_k");
@@ -625,7 +635,8 @@ int main() {
   for (const std::string& isa : available_isas()) {
     use_isa(isa);
     for (int64_t head_dim : {8, 20, 64})
-      for (bool one_pass : {false, true}) check_attention(active_kernels(), head_dim, one_pass);
+      for (bool one_pass : {false, true})
+        for (float size : {1.0f, 1e9f}) check_attention(active_kernels(), head_dim, one_pass, size);
     check_favor(active_kernels(), 16, 44, 1e-4);
     check_favor(active_kernels(), 20, 101, 1e-2);
     check_favor(active_kernels(), 64, 266, 1e-4);

@@ -7,6 +7,7 @@ namespace xtg {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr double kLn2Double = 0.6931471805599453, kLog2EDouble = 1.4426950408889634;
 
 // 2^x = 2^floor(x) (1 + f q(f)), f the fraction of x, q a polynomial (minimax in relative error on [0, 1]).
 // Relative error: accurate 1e-7, else 3e-6, which is far below the rounding of bf16 and f16. NaN gives NaN. x below 128.

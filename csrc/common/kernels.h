@@ -54,9 +54,14 @@ struct AttentionArgs {
   Operand grad_out;
   const float* grad_lse;  // (num_heads, total_nnz) or null
   float* delta;           // (num_heads, total_nnz), written by backward_query, read by backward_key
+  // (num_heads, total_nnz), written by backward_large where softmax_lse is_large; null where it is so nowhere.
+  float *large_max, *large_sum;
   int64_t one_pass_rows;  // longest segment that goes to `attention_backward`
   void *grad_q, *grad_k, *grad_v;  // contiguous
 };
+
+// Whether softmax_lse, a float, has too few digits behind the point for the backward. NaN counts.
+static inline bool is_large(float softmax_lse) { return !(softmax_lse > -160.0f && softmax_lse < 160.0f); }
 
 struct FavorArgs {
   DType dtype;  // f32 or bf16
@@ -176,6 +181,8 @@ struct Kernels {
   // Whether attention_backward takes this type; the other two always do.
   bool (*attention_one_pass)(DType);
   void (*attention_backward)(const AttentionArgs&, const SegmentBlock& segment, int64_t head, void* scratch);
+  // What the others need of queries with a large softmax_lse: runs before them.
+  void (*attention_backward_large)(const AttentionArgs&, const SegmentBlock&, int64_t head, void* scratch);
   void (*attention_backward_query)(const AttentionArgs&, const SegmentBlock&, int64_t head, void* scratch);
   void (*attention_backward_key)(const AttentionArgs&, const SegmentBlock&, int64_t head, void* scratch);
   size_t (*favor_scratch)(const FavorArgs&);

@@ -23,7 +23,6 @@
 
 namespace xtg {
 
-constexpr double kLog2EDouble = 1.4426950408889634;
 constexpr float kNoFeature = -INFINITY;  // a half norm, negative: of a block's columns that hold no token
 
 template <class V, class T>

@@ -49,6 +49,9 @@ static constexpr Kernels kernel_table(const char* name) {
         attention_backward<V, decltype(e)>(args, segment, head, scratch);
     });
   };
+  t.attention_backward_large = [](const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
+    with_type(args.dtype, [&](auto e) { attention_backward_large<V, decltype(e)>(args, block, head, scratch); });
+  };
   t.attention_backward_query = [](const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
     with_type(args.dtype, [&](auto e) { attention_backward_query<V, decltype(e)>(args, block, head, scratch); });
   };
