@@ -63,7 +63,7 @@ struct AttentionScratch {
   float *acc_a, *acc_b;             // (stationary, padded_dim)
   float *row_max, *row_sum;         // (stationary,), (stationary, V::width): the sums stay spread over the lanes
   float *minus_lse, *delta;         // of the queries: stationary or streaming; minus_lse in units of log2
-  float* base;                      // what is taken from the scores of a query before they are scaled
+  float* score_base;                // what is taken from the scores of a query before they are scaled
   // One-pass backward only: stationary keys as right operand, and grad_q of the whole segment.
   elem* right_e;
   float* acc_q;
@@ -90,7 +90,7 @@ struct AttentionScratch {
     row_sum = cursor.take<float>(stationary * V::width);
     minus_lse = cursor.take<float>(max_of(Tile::max_rows, Tile::panel));
     delta = cursor.take<float>(max_of(Tile::max_rows, Tile::panel));
-    base = cursor.take<float>(max_of(Tile::max_rows, Tile::panel));
+    score_base = cursor.take<float>(max_of(Tile::max_rows, Tile::panel));
     right_e = args.one_pass_rows ? cursor.take<elem>(stationary * shape.padded_dim) : nullptr;
     acc_q = args.one_pass_rows ? cursor.take<float>(args.one_pass_rows * shape.padded_dim) : nullptr;
     bytes = cursor.used;
@@ -364,11 +364,11 @@ static inline void write_delta(const AttentionArgs& args, int64_t first_row, int
   }
 }
 
-// s.base, s.minus_lse and s.delta of a query.
+// s.score_base, s.minus_lse and s.delta of a query.
 template <class V, class T>
 static inline void load_query(const AttentionArgs& args, const AttentionScratch<V, T>& s, int64_t lse_row, int64_t at) {
   const bool large = args.large_max && is_large(args.softmax_lse[lse_row]);
-  s.base[at] = large ? args.large_max[lse_row] : 0.0f;
+  s.score_base[at] = large ? args.large_max[lse_row] : 0.0f;
   s.minus_lse[at] = large ? -std::log2(args.large_sum[lse_row]) : -args.softmax_lse[lse_row] * kLog2E;
   s.delta[at] = args.delta[lse_row];
 }
@@ -473,7 +473,7 @@ void attention_backward_query(const AttentionArgs& args, const SegmentBlock& blo
         const auto scale = V::set1(scale_log2);
         const auto grad_scores = [&](auto n, auto has_base) {
           for (int64_t r = 0; r < g.rows; ++r) {
-            const auto minus_lse = V::set1(s.minus_lse[g.row + r]), base = V::set1(s.base[g.row + r]);
+            const auto minus_lse = V::set1(s.minus_lse[g.row + r]), base = V::set1(s.score_base[g.row + r]);
             const auto delta = V::set1(s.delta[g.row + r]);
             const float* scores = s.scores + r * Tile::key_block;
             const float* grad_probs = s.grad_probs + r * Tile::key_block;
@@ -516,7 +516,7 @@ static inline void pack_query_panel(const AttentionArgs& args, const AttentionSh
     if (j < count)
       load_query(args, s, lse_row + j, j);
     else
-      s.base[j] = s.minus_lse[j] = s.delta[j] = 0.0f;
+      s.score_base[j] = s.minus_lse[j] = s.delta[j] = 0.0f;
   }
 }
 
@@ -528,7 +528,7 @@ static inline void key_softmax(const AttentionArgs& args, const AttentionScratch
   const auto scale = V::set1(args.softmax_scale * kLog2E);
   const float* minus_lse = s.minus_lse + g.slot * Tile::key_block;
   const float* delta = s.delta + g.slot * Tile::key_block;
-  const float* base = s.base + g.slot * Tile::key_block;
+  const float* base = s.score_base + g.slot * Tile::key_block;
   const auto probs_and_grad_scores = [&](auto n, auto has_base) {
     for (int64_t r = 0; r < g.rows; ++r) {
       const float* scores = s.scores + r * Tile::key_block;
