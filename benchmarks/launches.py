@@ -209,7 +209,7 @@ def _favor_rows(precision: str, width: int) -> list[Config]:
         (64, 16, 4, 2),
         (64, 16, 8, 2),
         (32, 16, 4, 2),
-        *_if_narrow(width, (64, 64, 2, 2)),
+        *_if_narrow(width, (64, 64, 2, 2), (32, 64, 4, 2)),
     )
     single = ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1))
     return _configs(*(half if precision == "half" else single), names="BLOCK_T BLOCK_F")
@@ -359,7 +359,8 @@ OPS = {
             "grad_query": Kernel("backward", _favor_rows, static_model.favor_grad_query),
             "grad_context": Kernel("backward", _favor_sums, static_model.favor_grad_context),
             "grad_key_value": Kernel("backward", _favor_rows, static_model.favor_grad_key_value),
-            "grad_key_max": Kernel("backward", _favor_key_max, has_dot=False),
+            # Once a segment and head.
+            "grad_key_max": Kernel("backward", _favor_key_max, has_dot=False, has_rows=False),
         },
         sizes={16: 16, 32: 32, 64: 64, 128: 128},
         usual=64,

@@ -185,6 +185,26 @@ def test_a_maximum_that_grows_all_the_way(name: str, dtype: torch.dtype) -> None
         assert error <= limit
 
 
+@pytest.mark.parametrize("size", [1e5, 1e12, 1e20, 1e30])
+@pytest.mark.parametrize("stabilizer", STABILIZERS)
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_rows_of_any_size(name: str, dtype: torch.dtype, stabilizer: str, size: float) -> None:
+    """A query or a key whose norm, or its square, is past all others: nothing is left of its features but eps, and of the
+    other keys' features where it is their maximum. Its gradient is zero, not the rounding error of its size."""
+    case = Case.random([(70, 90), (33, 20), (40, 64)], 2, 16, 110, dtype, stabilizer=stabilizer)
+    with torch.no_grad():
+        case.q[5] *= size
+        case.q[100, 1, 3] = size
+        case.k[110, 0] *= size
+    with implementation(name):
+        got = case.run()
+    for error, limit in zip(relative_errors(got, case.exact()), error_limits(case), strict=True):
+        assert error <= limit
+    assert not got[1][5].any()
+    assert not got[2][110, 0].any()
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_values_of_one_sign_lose_no_digits(name: str) -> None:
     """Long sums of numbers that are alike round the same way every time, where eps rules and where it does not."""
