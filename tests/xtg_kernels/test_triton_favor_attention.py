@@ -184,11 +184,11 @@ def test_offsets_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     dense = torch.randn((270, 1, 64))
     rows.copy_(dense)
     projection, cu_seqlens = torch.randn((20, 16)), cu_seqlens_of([260, 10])
-    segments = (cu_seqlens, 260, cu_seqlens, 260, 1e-4)
+    segments = (cu_seqlens, 260, cu_seqlens, 260, 1e-4, False)
     found = []
     for x in (rows, dense):
         q, k, v, grad_out = x.split(16, dim=2)
-        saved = triton_kernel.forward(q, k, v, projection, *segments, False)
+        saved = triton_kernel.forward(q, k, v, projection, *segments)
         found.append((saved[0], *triton_kernel.backward(grad_out, q, k, v, projection, *saved, *segments)))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
