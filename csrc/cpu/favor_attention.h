@@ -357,7 +357,11 @@ void favor_sum(const FavorArgs& args, const FavorPart* parts, int64_t count, int
   clear(key_sum, args.num_features);
   for (int64_t i = 0; i < count; ++i) {
     const FavorPart& part = parts[i * stride];
-    const float factor = std::exp2(part.key_max - key_max);
+    float rest = part.key_max - key_max;
+    // key_max was rounded after it was found. Where that is more than its last digits its key's half norm, about its
+    // square, leaves nothing of any feature, and the factor must not make NaN of that. Without eps nothing says so.
+    if (args.eps != 0.0f && rest > 1.0f) rest = 1.0f;
+    const float factor = std::exp2(rest);
     for (int64_t f = 0; f < args.num_features; ++f) {
       add_row<V>(part.context + f * padded_dim, factor, dim, context + f * dim);
       add_row<V>(part.context_of_eps, args.eps, dim, context + f * dim);

@@ -866,7 +866,8 @@ def _grad_key_value_kernel(
         rows = key_start + tl.arange(0, BLOCK_T)
         block_largest, at = tl.max(tl.where(rows < length, largest, float("-inf")), 0, return_indices=True)
         tl.store(part_largest + part, block_largest)
-        tl.store(part_row + part, key_start + at)
+        # NaN among the scores may point past the segment.
+        tl.store(part_row + part, tl.minimum(key_start + at, length - 1))
         tl.store(part_grad_sum + part, tl.sum(tl.where(rows < length, grad_sum, 0.0), 0))
 
 
@@ -1200,7 +1201,7 @@ def backward(
         config = _configs("grad_key_value", q.dtype, head_block, q.device)
         segment_of_slot, segments, num_slots = work_list(cu_seqlens, k.shape[0], config["BLOCK_T"])
         part_largest, part_grad_sum = (_empty(q, num_slots * num_heads) for _ in range(2))
-        part_row = torch.empty_like(part_largest, dtype=torch.int32)
+        part_row = torch.empty((num_slots * num_heads,), dtype=torch.int32, device=q.device)
         found = (part_largest, part_row, part_grad_sum)
         _grad_key_value_kernel[(num_slots * num_heads,)](
             k,

@@ -32,9 +32,10 @@ def forward(
         q_s, k_s, v_s = (x[segment].transpose(0, 1).to(dtype) for x in (q, k, v))  # (num_heads, length, head_dim)
         scores = softmax_scale * (q_s @ k_s.mT)
         row_max = scores.amax(dim=-1, keepdim=True)
-        row_sum = (scores - row_max).exp().sum(dim=-1, keepdim=True)
+        exponentials = (scores - row_max).exp()
+        row_sum = exponentials.sum(dim=-1, keepdim=True)
         # Not by softmax_lse: beside a large score its fraction has no digits left.
-        probs = (scores - row_max).exp() / row_sum
+        probs = exponentials / row_sum
         outs.append((probs @ v_s).transpose(0, 1).to(q.dtype))
         lses.append((row_max + row_sum.log()).squeeze(-1).to(_lse_dtype(q)))
     outs.append(q.new_zeros((slack, *q.shape[1:])))
@@ -63,7 +64,9 @@ def backward(
             continue
         segment = slice(start, end)
         q_s, k_s, v_s, grad_s = (x[segment].transpose(0, 1).to(dtype) for x in (q, k, v, grad_out))
-        probs = (softmax_scale * (q_s @ k_s.mT)).softmax(dim=-1)
+        scores = softmax_scale * (q_s @ k_s.mT)
+        exponentials = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+        probs = exponentials / exponentials.sum(dim=-1, keepdim=True)
         grad_probs = grad_s @ v_s.mT
         # The kernels take rowsum(grad_out * out), which is the same number but for its last digits.
         delta = (probs * grad_probs).sum(dim=-1, keepdim=True)
