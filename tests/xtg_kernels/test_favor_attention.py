@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.xtg_kernels.favor_cases import Case, error_limits, overall_errors, plain_favor, relative_errors
+from tests.xtg_kernels.favor_cases import (
+    Case,
+    error_limits,
+    first_maximum,
+    overall_errors,
+    plain_favor,
+    relative_errors,
+    set_apart,
+    ties,
+)
 from tests.xtg_kernels.ragged_cases import (
     EDGE_LENGTHS,
     IMPLEMENTATIONS,
@@ -151,18 +160,20 @@ def test_gradient_of_the_reference_with_eps(stabilizer: str) -> None:
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_the_first_of_equal_maxima_gets_the_gradient(name: str, dtype: torch.dtype, stabilizer: str) -> None:
     """Rows that come again, in other blocks and units, and a head like another: the first gets all of it."""
-    case = Case.random([(700, 70)], 2, 16, 110, dtype, eps=0.1, stabilizer=stabilizer)
-    with torch.no_grad():
-        for x in (case.q, case.k, case.v, case.grad_out):
-            x.copy_(x[:35].repeat(len(x) // 35, 1, 1))
-            x[:, 1] = x[:, 0]
+    case = ties(dtype, stabilizer, keys=700, queries=70)
+    row = first_maximum(case)
     with implementation(name):
-        grad_k = case.run()[2].float()
-    scores = case.k.detach()[:35, 0].float() @ case.projection.T
-    row = int(scores.argmax()) // scores.shape[1]
-    beyond = (grad_k - grad_k[35:70].repeat(20, 1, 1)).norm(dim=2)  # what a row gets that its second copy does not
-    found = (beyond > 0.1 * grad_k[row, 0].norm()).nonzero().tolist()
+        found = set_apart(case.run()[2])
     assert found == ([[row, 0], [row, 1]] if stabilizer == "head" else [[row, 0]])
+
+
+@pytest.mark.parametrize("stabilizer", STABILIZERS)
+def test_the_plain_derivative_has_the_rule_of_equal_maxima(stabilizer: str) -> None:
+    """torch.func takes the reference of the forward, not that of the backward."""
+    case = ties(torch.float64, stabilizer, keys=70, queries=35)
+    grads = torch.func.vjp(case.attend, *(x.detach() for x in (case.q, case.k, case.v)))[1](case.grad_out)
+    for got, want in zip(grads, case.run()[1:], strict=True):
+        assert relative_error(got, want) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
@@ -190,8 +201,8 @@ def test_a_maximum_that_grows_all_the_way(name: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_rows_of_any_size(name: str, dtype: torch.dtype, stabilizer: str, size: float) -> None:
-    """A query or a key whose norm, or its square, is past all others: nothing is left of its features but eps, and of the
-    other keys' features where it is their maximum. Its gradient is zero, not the rounding error of its size."""
+    """A query or a key whose norm, or its square, is past all others: nothing is left of its features but eps, and of
+    the other keys' features where it is their maximum. Its gradient is zero, not the rounding error of its size."""
     case = Case.random([(70, 90), (33, 20), (40, 64)], 2, 16, 110, dtype, stabilizer=stabilizer)
     with torch.no_grad():
         case.q[5] *= size

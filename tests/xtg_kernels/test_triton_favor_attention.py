@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.interpreter_bf16 import bf16_interpreter
-from tests.xtg_kernels.favor_cases import Case, error_limits, overall_errors, relative_errors
+from tests.xtg_kernels.favor_cases import (
+    Case,
+    error_limits,
+    first_maximum,
+    overall_errors,
+    relative_errors,
+    set_apart,
+    ties,
+)
 from tests.xtg_kernels.ragged_cases import cu_seqlens_of, relative_error
 from xtg_kernels import favor_attention, use_backend
 from xtg_kernels.ops.favor_attention import triton_kernel
@@ -117,6 +125,39 @@ def test_same_bits_again_and_alone(dtype: torch.dtype) -> None:
         alone, rows = case.cell(c)
         for i, (a, b) in enumerate(zip(alone.run(), one, strict=True)):
             assert torch.equal(a, b[rows[i >= 2]])
+
+
+@pytest.mark.parametrize("stabilizer", ["head", "cell"])
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+def test_the_first_of_equal_maxima_gets_the_gradient(dtype: torch.dtype, stabilizer: str) -> None:
+    """Rows that come again in other blocks, and a head like another."""
+    case = ties(dtype, stabilizer, keys=140, queries=35, device=DEVICE)
+    row = first_maximum(case)
+    assert set_apart(case.run()[2]) == ([[row, 0], [row, 1]] if stabilizer == "head" else [[row, 0]])
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.parametrize("eps", [0.0, 1e-4])
+@pytest.mark.parametrize("large", ["query", "key", "the only key", "all"])
+def test_rows_of_any_size_are_right_or_nan(large: str, eps: float) -> None:
+    """Far beyond what leaves digits behind the point of a maximum; with eps a large query or key is right."""
+    for exponent in (4, 9, 30):
+        case = Case.random([(33, 20), (1, 3), (20, 33)], 1, 16, 40, torch.float32, eps=eps, device=DEVICE)
+        rows = {"query": [case.q[5]], "key": [case.k[7]], "the only key": [case.k[33]], "all": [case.q, case.k]}[large]
+        with torch.no_grad():
+            for x in rows:
+                x *= 10.0**exponent
+        got = case.run()
+        # Not the formula, which knows no features below the smallest number, and has 0 / 0 without eps.
+        with use_backend("reference"):
+            exact, plain = (case.converted(dtype).run() for dtype in (torch.float64, torch.float32))
+        for i, (a, b, c) in enumerate(zip(got, exact, plain, strict=True)):
+            known = ~(a.double() + b).flatten(1).isnan().any(1)
+            # Scores of forward and backward may differ in their last digit, which all that has no eps shows.
+            floor = 2e-6 if eps else 2e-6 + torch.finfo(torch.float32).eps * 10.0**exponent
+            allowed = (2 if i == 0 else 3) * (c.double() - b)[known].norm() + floor * b.nan_to_num().norm()
+            assert (a.double() - b)[known].norm() <= allowed, (exponent, i)
+            assert bool(known.all()) or not eps or large in ("the only key", "all")
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")

@@ -235,6 +235,8 @@ def _sum_parts_kernel(
             )
             maxima = tl.maximum(maxima, found)
         largest = tl.where(num_parts > 0, tl.max(maxima, 0) * 0.6931471805599453, 0.0)
+        # The backward cannot know a larger one to its last digit. With eps half norms leave nothing of its features.
+        largest = tl.where((eps == 0.0) & (tl.abs(largest) >= 8388608.0), float("nan"), largest)
         if feature_start == 0:
             tl.store(key_max + group, largest)
         stabilizer = largest * 1.4426950408889634
@@ -381,6 +383,9 @@ def _query_kernel(
 
     has_keys = num_features > 0
     stored_max = tl.where(has_keys, row_max * 0.6931471805599453, 0.0)
+    if not HAS_EPS:
+        # As of the keys: the backward cannot know a larger one to its last digit.
+        stored_max = tl.where(tl.abs(stored_max) >= 8388608.0, float("nan"), stored_max)
     exponent = row_max - stored_max * 1.4426950408889634
     channels = tl.arange(0, HEAD_BLOCK)
     common = tl.zeros((HEAD_BLOCK,), tl.float32)

@@ -199,13 +199,22 @@ def _forward_kernel(
             True,
         )
 
-    # row_sum is 0 in slack rows only: they have no keys, and get out = 0 and softmax_lse = 0.
-    has_keys = row_sum != 0.0
+    # Slack rows have no keys, and get out = 0 and softmax_lse = 0.
+    has_keys = num_keys > 0
     row_sum = tl.where(has_keys, row_sum, 1.0)
+    # The compiler may subtract new_max, which is rounded, from scores that are not yet. From 2^30 on this can leave a
+    # remainder that has no exponential.
+    row_sum = tl.where(has_keys & (tl.abs(row_max) >= 1073741824.0), float("nan"), row_sum)
     lse = tl.where(has_keys, (row_max + tl.log2(row_sum)) * 0.6931471805599453, 0.0)
     rows = query_start + tl.arange(0, BLOCK_Q)
     tl.store(softmax_lse + rows, lse, mask=rows < length)
     _store_tile(out, query_start, length, out_row_stride, acc / row_sum[:, None], BLOCK_Q, HEAD_DIM, HEAD_BLOCK)
+
+
+@triton.jit
+def _in_log2(softmax_lse):
+    """NaN from 2^16 on, where probs would be wrong by a hundredth and more: a float has too few digits for both."""
+    return tl.where(tl.abs(softmax_lse) < 65536.0, softmax_lse * 1.4426950408889634, float("nan"))
 
 
 @triton.jit
@@ -292,7 +301,7 @@ def _grad_query_kernel(
     tl.store(delta + row_offset + rows, delta_rows, mask=rows < length)
 
     query = _load_tile(q, query_start, length, q_row_stride, BLOCK_Q, HEAD_DIM, HEAD_BLOCK, True)
-    lse_log2 = tl.load(softmax_lse + row_offset + rows, mask=rows < length, other=0.0) * 1.4426950408889634
+    lse_log2 = _in_log2(tl.load(softmax_lse + row_offset + rows, mask=rows < length, other=0.0))
     acc = tl.zeros((BLOCK_Q, HEAD_BLOCK), tl.float32)
     for key_block in range(0, num_keys // BLOCK_K):
         key_start = key_block * BLOCK_K
@@ -366,7 +375,7 @@ def _grad_key_value_step(
     grad_output = _load_tile(
         grad_out, query_start, num_queries, grad_out_row_stride, BLOCK_Q, HEAD_DIM, HEAD_BLOCK, IS_TAIL
     )
-    lse_log2 = tl.load(softmax_lse + rows, mask=rows < num_queries, other=0.0) * 1.4426950408889634
+    lse_log2 = _in_log2(tl.load(softmax_lse + rows, mask=rows < num_queries, other=0.0))
     delta_rows = tl.load(delta + rows, mask=rows < num_queries, other=0.0)
     scores = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
     probs = tl.exp2(scores - lse_log2[None, :])
@@ -501,7 +510,7 @@ def forward(
 
     Returns:
         out (total_nnz, num_heads, head_dim) in q's dtype and softmax_lse (num_heads, total_nnz) float32 (natural log);
-        both zero in slack rows.
+        both zero in slack rows, and NaN where the largest score of a row is 2^30 or more in units of log2.
     """
     total_nnz, num_heads, head_dim = q.shape
     q, k, v = (_aligned(tensor) for tensor in (q, k, v))
@@ -557,7 +566,8 @@ def backward(
         out, softmax_lse: as returned by `forward`.
 
     Returns:
-        grad_q, grad_k, grad_v, contiguous, in q's dtype; zero in slack rows.
+        grad_q, grad_k, grad_v, contiguous, in q's dtype; zero in slack rows. NaN where they depend on a row with a
+        softmax_lse of 2^16 or more: of its segment and head.
     """
     total_nnz, num_heads, head_dim = q.shape
     q, k, v, grad_out = (_aligned(tensor) for tensor in (q, k, v, grad_out))
