@@ -42,8 +42,10 @@ _backend = _checked_backend(os.environ.get("XTG_BACKEND", "auto"), "environment 
 
 
 def _load_extension() -> tuple[ModuleType | None, ImportError | None]:
-    # Absent and broken are two things: the first falls back, the second must be heard at first use.
-    if importlib.util.find_spec("xtg_kernels._C") is None:
+    # Absent and broken are two things: the first falls back, the second must be heard at first use. One of another
+    # folder is absent: the finder of an editable install serves that of its source tree to every other one.
+    spec = importlib.util.find_spec("xtg_kernels._C")
+    if spec is None or spec.origin is None or Path(spec.origin).resolve().parent != Path(__file__).resolve().parent:
         return None, None
     try:
         return importlib.import_module("xtg_kernels._C"), None

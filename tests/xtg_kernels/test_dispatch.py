@@ -141,10 +141,8 @@ def copied_package(tmp_path: Path) -> Path:
     return target
 
 
-# The finder of an editable install would serve the real extension for the copy.
 PATH = """
 import sys
-sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
 sys.path.insert(0, {folder!r})
 """
 USE = (
