@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xtg_kernels.ops.ragged_attention.triton_kernel import _aligned, _load_tile, _rows_and_heads, _store_tile
-from xtg_kernels.triton_launch import LaunchConfigs, locate_block, work_list
+from xtg_kernels.triton_launch import LaunchConfigs, block_range, locate_block, work_list
 
 _LOG2_E = math.log2(math.e)
 _configs = LaunchConfigs("favor_attention", Path(__file__).with_name("configs.json"))
@@ -130,49 +130,29 @@ def _context_kernel(
     key_sum = tl.zeros((BLOCK_F,), tl.float32)
     value_sum = tl.zeros((HEAD_BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK_F, HEAD_BLOCK), tl.float32)
-    num_whole = (chunk_end - chunk_start) // BLOCK_T
-    for block in range(0, num_whole):
-        block_start = chunk_start + block * BLOCK_T
-        feature_max, score_max, key_sum, value_sum, acc = _sum_key_block(
-            projection_tile,
-            feature_max,
-            score_max,
-            key_sum,
-            value_sum,
-            acc,
-            k,
-            v,
-            block_start,
-            chunk_end,
-            k_row_stride,
-            v_row_stride,
-            half_norm_scale,
-            BLOCK_T,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            False,
-        )
-    for block in tl.range(num_whole, tl.cdiv(chunk_end - chunk_start, BLOCK_T), num_stages=1):
-        block_start = chunk_start + block * BLOCK_T
-        feature_max, score_max, key_sum, value_sum, acc = _sum_key_block(
-            projection_tile,
-            feature_max,
-            score_max,
-            key_sum,
-            value_sum,
-            acc,
-            k,
-            v,
-            block_start,
-            chunk_end,
-            k_row_stride,
-            v_row_stride,
-            half_norm_scale,
-            BLOCK_T,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            True,
-        )
+    for IS_TAIL in tl.static_range(2):
+        first, end = block_range(chunk_end - chunk_start, BLOCK_T, IS_TAIL)
+        for block in tl.range(first, end, num_stages=1 if IS_TAIL else None):
+            block_start = chunk_start + block * BLOCK_T
+            feature_max, score_max, key_sum, value_sum, acc = _sum_key_block(
+                projection_tile,
+                feature_max,
+                score_max,
+                key_sum,
+                value_sum,
+                acc,
+                k,
+                v,
+                block_start,
+                chunk_end,
+                k_row_stride,
+                v_row_stride,
+                half_norm_scale,
+                BLOCK_T,
+                HEAD_DIM,
+                HEAD_BLOCK,
+                IS_TAIL,
+            )
 
     in_use = features < num_features
     tl.store(part_feature_max + part * num_features + features, feature_max, mask=in_use)
@@ -346,40 +326,25 @@ def _query_kernel(
     row_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_T,), tl.float32)
     acc = tl.zeros((BLOCK_T, HEAD_BLOCK), tl.float32)
-    for block in range(0, num_features // BLOCK_F):
-        feature_start = block * BLOCK_F
-        row_max, row_sum, acc = _attend_feature_block(
-            query,
-            row_max,
-            row_sum,
-            acc,
-            projection,
-            context,
-            key_sum,
-            feature_start,
-            num_features,
-            BLOCK_F,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            False,
-        )
-    for block in tl.range(num_features // BLOCK_F, tl.cdiv(num_features, BLOCK_F), num_stages=1):
-        feature_start = block * BLOCK_F
-        row_max, row_sum, acc = _attend_feature_block(
-            query,
-            row_max,
-            row_sum,
-            acc,
-            projection,
-            context,
-            key_sum,
-            feature_start,
-            num_features,
-            BLOCK_F,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            True,
-        )
+    for IS_TAIL in tl.static_range(2):
+        first, end = block_range(num_features, BLOCK_F, IS_TAIL)
+        for block in tl.range(first, end, num_stages=1 if IS_TAIL else None):
+            feature_start = block * BLOCK_F
+            row_max, row_sum, acc = _attend_feature_block(
+                query,
+                row_max,
+                row_sum,
+                acc,
+                projection,
+                context,
+                key_sum,
+                feature_start,
+                num_features,
+                BLOCK_F,
+                HEAD_DIM,
+                HEAD_BLOCK,
+                IS_TAIL,
+            )
 
     has_keys = num_features > 0
     stored_max = tl.where(has_keys, row_max * 0.6931471805599453, 0.0)
@@ -507,50 +472,30 @@ def _grad_query_kernel(
     largest_feature = tl.zeros((BLOCK_T,), tl.int32)
     grad_sum = tl.zeros((BLOCK_T,), tl.float32)
     acc = tl.zeros((BLOCK_T, HEAD_BLOCK), tl.float32)
-    for block in range(0, num_features // BLOCK_F):
-        feature_start = block * BLOCK_F
-        largest, largest_feature, grad_sum, acc = _grad_query_step(
-            query,
-            grad_output,
-            row_max,
-            rest,
-            delta,
-            largest,
-            largest_feature,
-            grad_sum,
-            acc,
-            projection,
-            context,
-            key_sum,
-            feature_start,
-            num_features,
-            BLOCK_F,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            False,
-        )
-    for block in tl.range(num_features // BLOCK_F, tl.cdiv(num_features, BLOCK_F), num_stages=1):
-        feature_start = block * BLOCK_F
-        largest, largest_feature, grad_sum, acc = _grad_query_step(
-            query,
-            grad_output,
-            row_max,
-            rest,
-            delta,
-            largest,
-            largest_feature,
-            grad_sum,
-            acc,
-            projection,
-            context,
-            key_sum,
-            feature_start,
-            num_features,
-            BLOCK_F,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            True,
-        )
+    for IS_TAIL in tl.static_range(2):
+        first, end = block_range(num_features, BLOCK_F, IS_TAIL)
+        for block in tl.range(first, end, num_stages=1 if IS_TAIL else None):
+            feature_start = block * BLOCK_F
+            largest, largest_feature, grad_sum, acc = _grad_query_step(
+                query,
+                grad_output,
+                row_max,
+                rest,
+                delta,
+                largest,
+                largest_feature,
+                grad_sum,
+                acc,
+                projection,
+                context,
+                key_sum,
+                feature_start,
+                num_features,
+                BLOCK_F,
+                HEAD_DIM,
+                HEAD_BLOCK,
+                IS_TAIL,
+            )
     if HAS_EPS:
         # Without eps the maximum cancels.
         channels = tl.arange(0, HEAD_BLOCK)[None, :]
@@ -666,55 +611,32 @@ def _grad_context_kernel(
     grad_sum = tl.zeros((HEAD_BLOCK,), tl.float32)
     delta_sum = 0.0
     acc = tl.zeros((BLOCK_F, HEAD_BLOCK), tl.float32)
-    num_whole = (chunk_end - chunk_start) // BLOCK_T
-    for block in range(0, num_whole):
-        block_start = chunk_start + block * BLOCK_T
-        grad_key_sum, grad_sum, delta_sum, acc = _sum_query_block(
-            projection_tile,
-            grad_key_sum,
-            grad_sum,
-            delta_sum,
-            acc,
-            grad_out,
-            q,
-            row_max_in,
-            row_sum_in,
-            delta_in,
-            block_start,
-            chunk_end,
-            grad_out_row_stride,
-            q_row_stride,
-            half_norm_scale,
-            HAS_EPS,
-            BLOCK_T,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            False,
-        )
-    for block in tl.range(num_whole, tl.cdiv(chunk_end - chunk_start, BLOCK_T), num_stages=1):
-        block_start = chunk_start + block * BLOCK_T
-        grad_key_sum, grad_sum, delta_sum, acc = _sum_query_block(
-            projection_tile,
-            grad_key_sum,
-            grad_sum,
-            delta_sum,
-            acc,
-            grad_out,
-            q,
-            row_max_in,
-            row_sum_in,
-            delta_in,
-            block_start,
-            chunk_end,
-            grad_out_row_stride,
-            q_row_stride,
-            half_norm_scale,
-            HAS_EPS,
-            BLOCK_T,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            True,
-        )
+    for IS_TAIL in tl.static_range(2):
+        first, end = block_range(chunk_end - chunk_start, BLOCK_T, IS_TAIL)
+        for block in tl.range(first, end, num_stages=1 if IS_TAIL else None):
+            block_start = chunk_start + block * BLOCK_T
+            grad_key_sum, grad_sum, delta_sum, acc = _sum_query_block(
+                projection_tile,
+                grad_key_sum,
+                grad_sum,
+                delta_sum,
+                acc,
+                grad_out,
+                q,
+                row_max_in,
+                row_sum_in,
+                delta_in,
+                block_start,
+                chunk_end,
+                grad_out_row_stride,
+                q_row_stride,
+                half_norm_scale,
+                HAS_EPS,
+                BLOCK_T,
+                HEAD_DIM,
+                HEAD_BLOCK,
+                IS_TAIL,
+            )
 
     tl.store(part_key_sum + part * num_features + features, grad_key_sum, mask=features < num_features)
     part_context += part * num_features * HEAD_DIM
@@ -818,48 +740,29 @@ def _grad_key_value_kernel(
     grad_sum = tl.zeros((BLOCK_T,), tl.float32)
     grad_key = tl.zeros((BLOCK_T, HEAD_BLOCK), tl.float32)
     grad_value = tl.zeros((BLOCK_T, HEAD_BLOCK), tl.float32)
-    for block in range(0, num_features // BLOCK_F):
-        feature_start = block * BLOCK_F
-        largest, grad_sum, grad_key, grad_value = _grad_key_value_step(
-            key,
-            value,
-            key_max,
-            half_norms,
-            largest,
-            grad_sum,
-            grad_key,
-            grad_value,
-            projection,
-            grad_context,
-            grad_key_sum,
-            feature_start,
-            num_features,
-            BLOCK_F,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            False,
-        )
-    for block in tl.range(num_features // BLOCK_F, tl.cdiv(num_features, BLOCK_F), num_stages=1):
-        feature_start = block * BLOCK_F
-        largest, grad_sum, grad_key, grad_value = _grad_key_value_step(
-            key,
-            value,
-            key_max,
-            half_norms,
-            largest,
-            grad_sum,
-            grad_key,
-            grad_value,
-            projection,
-            grad_context,
-            grad_key_sum,
-            feature_start,
-            num_features,
-            BLOCK_F,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            True,
-        )
+    for IS_TAIL in tl.static_range(2):
+        first, end = block_range(num_features, BLOCK_F, IS_TAIL)
+        for block in tl.range(first, end, num_stages=1 if IS_TAIL else None):
+            feature_start = block * BLOCK_F
+            largest, grad_sum, grad_key, grad_value = _grad_key_value_step(
+                key,
+                value,
+                key_max,
+                half_norms,
+                largest,
+                grad_sum,
+                grad_key,
+                grad_value,
+                projection,
+                grad_context,
+                grad_key_sum,
+                feature_start,
+                num_features,
+                BLOCK_F,
+                HEAD_DIM,
+                HEAD_BLOCK,
+                IS_TAIL,
+            )
     channels = tl.arange(0, HEAD_BLOCK)
     in_use = channels < tl.where(has_queries, HEAD_DIM, 0)
     grad_value += eps * tl.load(grad_context_sum + group * HEAD_DIM + channels, mask=in_use, other=0.0)[None, :]
