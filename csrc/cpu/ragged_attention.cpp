@@ -110,7 +110,8 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_backward(
   const Kernels& kernels = active_kernels();
   std::unique_ptr<void, AlignedFree> large;
   for (int64_t i = 0; i < args.num_heads * args.total_nnz && !large; ++i)
-    if (is_large(args.softmax_lse[i])) large = aligned_scratch(size_t(2 * args.num_heads * args.total_nnz) * sizeof(float));
+    if (is_large(args.softmax_lse[i]))
+      large = aligned_scratch(size_t(2 * args.num_heads * args.total_nnz) * sizeof(float));
   if (large) {
     args.large_max = static_cast<float*>(large.get());
     args.large_sum = args.large_max + args.num_heads * args.total_nnz;

@@ -338,7 +338,8 @@ void attention_forward(const AttentionArgs& args, const SegmentBlock& block, int
 
 // The two products of the backward: stationary rows of q (or k) and grad_out (or v) with a block of the others.
 template <class V, class T>
-static inline void scores_and_grad_probs(const AttentionShape<V, T>& shape, const AttentionScratch<V, T>& s, const Step& g) {
+static inline void scores_and_grad_probs(const AttentionShape<V, T>& shape, const AttentionScratch<V, T>& s,
+                                         const Step& g) {
   using Tile = AttentionTile<V, T>;
   const int64_t columns = round_up(g.count, Tile::column_multiple), slot = g.slot * Tile::key_block * shape.steps;
   product<V, typename Tile::Dot>(g.rows, columns, shape.steps, s.left_a + g.row * shape.steps, shape.steps,
@@ -595,7 +596,8 @@ void attention_backward_key(const AttentionArgs& args, const SegmentBlock& block
   for_each_step<V, T>(
       block.rows, block.length,
       [&](int64_t first, int64_t count) { pack_query_panel<V, T>(args, shape, s, block.begin + first, count, head); },
-      [&](const Step& g) { scores_and_grad_probs<V, T>(shape, s, g); }, [&](const Step& g) { key_softmax<V, T>(args, s, g); },
+      [&](const Step& g) { scores_and_grad_probs<V, T>(shape, s, g); },
+      [&](const Step& g) { key_softmax<V, T>(args, s, g); },
       [&](const Step& g) { key_sums<V, T>(shape, s, g); });
   store_key_gradients<V, T>(args, shape, s, first_row, block.rows, head);
 }
@@ -618,7 +620,8 @@ void attention_backward(const AttentionArgs& args, const SegmentBlock& segment, 
         [&](int64_t first, int64_t count) {
           pack_query_panel<V, T>(args, shape, s, segment.begin + first, count, head);
         },
-        [&](const Step& g) { scores_and_grad_probs<V, T>(shape, s, g); }, [&](const Step& g) { key_softmax<V, T>(args, s, g); },
+        [&](const Step& g) { scores_and_grad_probs<V, T>(shape, s, g); },
+        [&](const Step& g) { key_softmax<V, T>(args, s, g); },
         [&](const Step& g) {
           key_sums<V, T>(shape, s, g);
           product<V, Dot, true>(g.count, shape.padded_dim, g.rows, s.grad_scores, Tile::key_block,

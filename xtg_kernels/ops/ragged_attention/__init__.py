@@ -61,8 +61,10 @@ def ragged_attention(
     Returns:
         out (total_nnz, num_heads, head_dim) in the dtype of q, zero in rows past cu_seqlens[-1]; with ``return_lse``
         also softmax_lse (num_heads, total_nnz) float32, the natural log of each row's sum of exponentials (0 there).
-        Both are differentiable (backend varlen: out alone). float16 on CPU is computed in float32. FLOPs: forward 4,
-        backward 10 times num_heads * head_dim * sum(length ** 2).
+        Both are differentiable (backend varlen: out alone). float16 on CPU is computed in float32. Scores may have any
+        size; backend triton gives NaN for rows with one of 2^30 in units of log2, and for the gradients of a segment
+        and head where softmax_lse reaches 2^16, for which its arithmetic has too few digits. FLOPs: forward 4, backward
+        10 times num_heads * head_dim * sum(length ** 2).
 
     Raises:
         TypeError: not a tensor, or a wrong dtype. ValueError: a wrong shape or device, bad cu_seqlens, a max_seqlen
