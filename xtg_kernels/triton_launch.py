@@ -168,3 +168,17 @@ def locate_block(segment_of_slot, segments, batch_size, num_heads, BLOCK: tl.con
     block_start = tl.where(head < num_heads, (program - first_program) % num_blocks * BLOCK, length)
     num_rows = tl.where(segment == batch_size, 0, length)
     return start.to(tl.int64), length, head.to(tl.int64), block_start, num_rows
+
+
+@triton.jit
+def block_range(length, BLOCK: tl.constexpr, IS_TAIL: tl.constexpr):
+    """First and end of a loop over the whole blocks of a length, or, for IS_TAIL, over the block of what is left.
+
+    A kernel goes over both with one body, in a loop over IS_TAIL that is unrolled: whole blocks load without masks and
+    several stages ahead; the tail has masks and one stage.
+    """
+    num_whole = length // BLOCK
+    first, end = 0, num_whole
+    if IS_TAIL:
+        first, end = num_whole, tl.cdiv(length, BLOCK)
+    return first, end

@@ -87,6 +87,11 @@ class Case:
         """The same in float64."""
         return self.plain(torch.float64)
 
+    def converted(self, dtype: torch.dtype) -> Case:
+        """The same numbers in another dtype."""
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v, projection=self.projection.to(dtype), grad_out=self.grad_out.to(dtype))
+
     def unused(self) -> list[Tensor]:
         """For out and the three gradients: the rows that belong to no cell with keys and queries."""
         both = torch.tensor([keys > 0 and queries > 0 for keys, queries in self.lengths], dtype=torch.bool)
@@ -108,6 +113,29 @@ class Case:
         return alone, (queries, keys)
 
 
+def ties(dtype: torch.dtype, stabilizer: str, *, keys: int, queries: int, device: str = "cpu") -> Case:
+    """One cell whose rows come again every 35 rows, and whose second head is like the first."""
+    case = Case.random([(keys, queries)], 2, 16, 110, dtype, eps=0.1, stabilizer=stabilizer, device=device)
+    with torch.no_grad():
+        for x in (case.q, case.k, case.v, case.grad_out):
+            x.copy_(x[:35].repeat(len(x) // 35, 1, 1))
+            x[:, 1] = x[:, 0]
+    return case
+
+
+def first_maximum(case: Case) -> int:
+    """Of ``ties``: the first row of k that has the largest score."""
+    scores = case.k.detach()[:35, 0].float() @ case.projection.T
+    return int(scores.argmax()) // scores.shape[1]
+
+
+def set_apart(grad_k: Tensor) -> list[list[int]]:
+    """Of ``ties``: row and head of the keys whose gradient is not that of their second copy."""
+    copies = grad_k[35:70].repeat(len(grad_k) // 35, 1, 1).float()
+    beyond = (grad_k.float() - copies).norm(dim=2)
+    return (beyond > 0.1 * beyond.max()).nonzero().tolist() if beyond.any() else []
+
+
 def plain_favor(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The formula cell by cell in the dtype of q, all features in memory: what a user would write."""
     out = q.new_zeros(q.shape)
@@ -119,8 +147,8 @@ def plain_favor(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q_s, k_s = (scale * x.transpose(0, 1) for x in (q[start_q:end_q], k[start:end]))
         q_scores, k_scores = q_s @ projection.T, k_s @ projection.T
         q_norms, k_norms = (x.square().sum(-1, keepdim=True) / 2 for x in (q_s, k_s))
-        key_max = k_scores.amax((0, 1, 2) if case.stabilizer == "cell" else (1, 2), keepdim=True).detach()
-        row_max = q_scores.amax(-1, keepdim=True).detach()
+        key_max = k_scores.amax((0, 1, 2) if case.stabilizer == "cell" else (1, 2), keepdim=True)
+        row_max = q_scores.amax(-1, keepdim=True)
         query_features = (q_scores - q_norms - row_max).exp() + case.eps
         key_features = (k_scores - k_norms - key_max).exp() + case.eps
         context = key_features.mT @ v[start:end].transpose(0, 1)

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.xtg_kernels.favor_cases import Case, error_limits, overall_errors, plain_favor, relative_errors
+from tests.xtg_kernels.favor_cases import (
+    Case,
+    error_limits,
+    first_maximum,
+    overall_errors,
+    plain_favor,
+    relative_errors,
+    set_apart,
+    ties,
+)
 from tests.xtg_kernels.ragged_cases import (
     EDGE_LENGTHS,
     IMPLEMENTATIONS,
@@ -129,18 +140,42 @@ def test_without_eps_the_stabilizers_cancel(name: str, dtype: torch.dtype) -> No
     assert max(relative_errors(got, want)) < (1e-4 if dtype == torch.float32 else 0.3)
 
 
-def test_gradcheck_of_the_reference() -> None:
-    """Without eps, where the stabilisers, which the gradient takes as constants, do not show."""
-    case = Case.random([(0, 2), (3, 2), (1, 3), (5, 0), (4, 1)], 2, 3, 5, torch.float64, slack=1, eps=0.0)
+@pytest.mark.parametrize("stabilizer", STABILIZERS)
+@pytest.mark.parametrize("eps", [0.0, 1e-4, 0.3])
+def test_gradcheck_of_the_reference(eps: float, stabilizer: str) -> None:
+    """Finite differences of the op itself, which know of the stabilisers whatever an oracle makes of them."""
+    lengths = [(0, 2), (3, 2), (1, 3), (5, 0), (4, 1)]
+    case = Case.random(lengths, 2, 3, 5, torch.float64, slack=1, eps=eps, stabilizer=stabilizer)
     q, k, v = (x.detach().nan_to_num(0.5).requires_grad_() for x in (case.q, case.k, case.v))
     assert torch.autograd.gradcheck(case.attend, (q, k, v))
 
 
 @pytest.mark.parametrize("stabilizer", STABILIZERS)
 def test_gradient_of_the_reference_with_eps(stabilizer: str) -> None:
-    """Against autograd through the formula, its maxima detached."""
+    """Against autograd through the formula, maxima and all."""
     case = Case.random(MIXED, 2, 6, 11, torch.float64, eps=0.1, stabilizer=stabilizer)
     assert max(relative_errors(case.run(), case.exact())) < 1e-13
+
+
+@pytest.mark.parametrize("stabilizer", STABILIZERS)
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_the_first_of_equal_maxima_gets_the_gradient(name: str, dtype: torch.dtype, stabilizer: str) -> None:
+    """Rows that come again, in other blocks and units, and a head like another: the first gets all of it."""
+    case = ties(dtype, stabilizer, keys=700, queries=70)
+    row = first_maximum(case)
+    with implementation(name):
+        found = set_apart(case.run()[2])
+    assert found == ([[row, 0], [row, 1]] if stabilizer == "head" else [[row, 0]])
+
+
+@pytest.mark.parametrize("stabilizer", STABILIZERS)
+def test_the_plain_derivative_has_the_rule_of_equal_maxima(stabilizer: str) -> None:
+    """torch.func takes the reference of the forward, not that of the backward."""
+    case = ties(torch.float64, stabilizer, keys=70, queries=35)
+    grads = torch.func.vjp(case.attend, *(x.detach() for x in (case.q, case.k, case.v)))[1](case.grad_out)
+    for got, want in zip(grads, case.run()[1:], strict=True):
+        assert relative_error(got, want) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
@@ -161,6 +196,26 @@ def test_a_maximum_that_grows_all_the_way(name: str, dtype: torch.dtype) -> None
         got = case.run()
     for error, limit in zip(relative_errors(got, case.exact()), error_limits(case), strict=True):
         assert error <= limit
+
+
+@pytest.mark.parametrize("size", [1e5, 1e12, 1e20, 1e30])
+@pytest.mark.parametrize("stabilizer", STABILIZERS)
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_rows_of_any_size(name: str, dtype: torch.dtype, stabilizer: str, size: float) -> None:
+    """A query or a key whose norm, or its square, is past all others: nothing is left of its features but eps, and of
+    the other keys' features where it is their maximum. Its gradient is zero, not the rounding error of its size."""
+    case = Case.random([(70, 90), (33, 20), (40, 64)], 2, 16, 110, dtype, stabilizer=stabilizer)
+    with torch.no_grad():
+        case.q[5] *= size
+        case.q[100, 1, 3] = size
+        case.k[110, 0] *= size
+    with implementation(name):
+        got = case.run()
+    for error, limit in zip(relative_errors(got, case.exact()), error_limits(case), strict=True):
+        assert error <= limit
+    assert not got[1][5].any()
+    assert not got[2][110, 0].any()
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -283,11 +338,11 @@ def test_opcheck(overload: str) -> None:
     for dtype, slack in ((torch.float32, 0), (torch.bfloat16, 2)):
         case = Case.random([(10, 4), (0, 3), (15, 20)], 2, 16, 20, dtype, slack)
         q, k, v = (x.detach().nan_to_num().requires_grad_() for x in (case.q, case.k, case.v))
-        segments = (case.cu_seqlens, 15, case.cu_seqlens_q, 20, 1e-4)
+        segments = (case.cu_seqlens, 15, case.cu_seqlens_q, 20, 1e-4, True)
         op = getattr(torch.ops.xtg.favor_attention, overload)
-        torch.library.opcheck(op, (q, k, v, case.projection, *segments, True))
+        torch.library.opcheck(op, (q, k, v, case.projection, *segments))
         q, k, v = (x.detach() for x in (q, k, v))
-        saved = op(q, k, v, case.projection, *segments, False)
+        saved = op(q, k, v, case.projection, *segments)
         backward = getattr(torch.ops.xtg.favor_attention_backward, overload)
         torch.library.opcheck(backward, (torch.randn_like(saved[0]), q, k, v, case.projection, *saved, *segments))
 
@@ -366,12 +421,20 @@ def test_flops_are_those_that_pytorch_counts_in_the_formula() -> None:
     assert plain_backward.get_total_flops() == (8 - 2) * 3 * 16 * 20 * 13 + 2 * denominator
 
 
-def test_the_projection_gets_no_gradient() -> None:
-    case = Case.random([(10, 3)], 3, 16, 20, torch.float32)
-    case.projection.requires_grad_()
-    case.attend(case.q, case.k, case.v).sum().backward()
-    assert case.q.grad is not None
-    assert case.projection.grad is None
+def test_a_projection_that_asks_for_a_gradient_is_refused() -> None:
+    """Its tangents, which forward mode and torch.func give, are right."""
+    case = Case.random([(3, 2)], 1, 3, 5, torch.float64)
+    q, k, v = (x.detach() for x in (case.q, case.k, case.v))
+
+    def attend(projection: Tensor) -> Tensor:
+        return replace(case, projection=projection).attend(q, k, v)
+
+    with pytest.raises(ValueError, match=r"projection: expected data, .* \(use projection.detach\(\)\)"):
+        attend(case.projection.clone().requires_grad_())
+    direction = torch.ones_like(case.projection)
+    tangent = torch.func.jvp(attend, (case.projection,), (direction,))[1]
+    difference = attend(case.projection + 1e-6 * direction) - attend(case.projection - 1e-6 * direction)
+    assert relative_error(tangent, difference / 2e-6) < 1e-7
 
 
 def valid() -> dict[str, object]:

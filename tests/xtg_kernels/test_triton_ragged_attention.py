@@ -163,6 +163,41 @@ def test_large_scores_do_not_overflow() -> None:
         assert relative_error(ours.detach(), want) <= max(3 * relative_error(theirs, want), 1e-6)
 
 
+@pytest.mark.parametrize("large", ["q", "k", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_of_any_size_are_right_or_nan(dtype: torch.dtype, large: str) -> None:
+    """out up to scores of 2^30, gradients while softmax_lse has digits for probs; beyond NaN, in the cell and head that
+    have such scores alone."""
+    lengths = [33, 70]
+    for exponent in (4, 6, 9, 30):
+        qkv = packed_qkv(lengths, 2, 16, dtype).detach()
+        for part in {"q": [0], "k": [1], "both": [0, 1]}[large]:
+            qkv[5, part, 0] *= 10.0**exponent
+        grad_out = gradient_like(qkv[:, 0].shape, dtype)
+        out, lse, grad = run(qkv.requires_grad_(), lengths, grad_out)
+        exact = qkv.detach().double().requires_grad_()
+        exact_out, exact_lse = plain_attention(*exact.unbind(1), lengths)
+        (exact_grad,) = torch.autograd.grad(exact_out, exact, grad_out.double())
+        plain_out, _ = plain_attention(*qkv.unbind(1), lengths)
+        (plain_grad,) = torch.autograd.grad(plain_out, qkv, grad_out)
+        largest = float(exact_lse.detach().abs().max())
+        rounding = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+        of_lse = torch.finfo(torch.float32).eps * largest
+        for factor, a, b, c, floor in (
+            (2, out, exact_out, plain_out, rounding),
+            (3, grad, exact_grad, plain_grad, rounding + of_lse),
+        ):
+            known = ~a.isnan()
+            assert bool(known[33:].all())
+            assert bool(known[..., 1, :].all())
+            allowed = factor * (c.double() - b)[known].norm() + floor * b.norm()
+            assert (a.double() - b)[known].norm() <= allowed, exponent
+        known = ~lse.isnan()
+        assert relative_error(lse[known], exact_lse[known]) < 5e-7
+        assert bool(known.all()) == bool(out.isfinite().all()) == (largest / math.log(2) < 2**30)
+        assert bool(grad.isfinite().all()) == (largest < 2**16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_again_and_alone(dtype: torch.dtype) -> None:
     """A second run gives the same bits, and a cell gives the same bits alone as among others."""

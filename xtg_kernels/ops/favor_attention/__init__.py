@@ -41,14 +41,15 @@ def favor_attention(
     row_max is the largest score of the query, key_max the largest score of the keys of this segment and head, or of all
     heads of the segment. (The published code takes the maximum over the batch, so that a cell depends on its batch
     mates; at batch size 1 it equals ``stabilizer="cell"``.) eps makes key_max visible in the result, so the two are
-    different functions. To the gradient both maxima are constants, as in the published code.
+    different functions. Both maxima pass gradient on, to the first of equal largest scores (of a query by features, of
+    keys by rows and then features, with "cell" by heads before both).
 
     Args:
         q: (total_q, num_heads, head_dim), float32 or bfloat16 (float64: reference backend).
         k, v: (total_nnz, num_heads, head_dim) in the dtype of q. All three may be strided views; the last dimension
             should be contiguous, else it is copied.
-        projection: (num_features, head_dim) float32 (float64 with float64 q), rows of the random projection; it gets no
-            gradient.
+        projection: (num_features, head_dim) float32 (float64 with float64 q), rows of the random projection. It is
+            data: no gradient goes there.
         cu_seqlens: (batch + 1,) int32, starts at 0, non-decreasing; the keys of segment c are rows
             cu_seqlens[c]:cu_seqlens[c + 1].
         max_seqlen: length of the longest segment, in rows.
@@ -64,7 +65,8 @@ def favor_attention(
     Raises:
         TypeError: not a tensor, or a wrong dtype; float16 is refused because its features overflow. ValueError: a wrong
         shape or device, bad offsets, a max_seqlen below the longest segment, a negative or infinite eps, an unknown
-        stabilizer, or a backend asked for by name that declines (all its reasons are shown).
+        stabilizer, a projection that requires a gradient, or a backend asked for by name that declines (all its reasons
+        are shown).
     """
     checks.check_tensor("q", q, ("total_q", "num_heads", "head_dim"))
     checks.check_floating("q", q)
@@ -81,6 +83,8 @@ def favor_attention(
     checks.check_floating("projection", projection, torch.float64 if q.dtype == torch.float64 else torch.float32)
     if projection.shape[0] < 1:
         raise ValueError(f"projection: expected num_features >= 1, got shape {tuple(projection.shape)}")
+    if projection.requires_grad:
+        raise ValueError("projection: expected data, got a tensor that requires a gradient (use projection.detach())")
     if not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
         raise ValueError(f"eps: expected a number in [0, inf), got {eps!r}")
     if stabilizer not in STABILIZERS:
@@ -104,7 +108,7 @@ def favor_attention(
         q,
         k,
         v,
-        projection.detach(),
+        projection,
         cu_seqlens,
         max_seqlen,
         cu_seqlens_q,

@@ -61,8 +61,10 @@ def ragged_attention(
     Returns:
         out (total_nnz, num_heads, head_dim) in the dtype of q, zero in rows past cu_seqlens[-1]; with ``return_lse``
         also softmax_lse (num_heads, total_nnz) float32, the natural log of each row's sum of exponentials (0 there).
-        Both are differentiable (backend varlen: out alone). float16 on CPU is computed in float32. FLOPs: forward 4,
-        backward 10 times num_heads * head_dim * sum(length ** 2).
+        Both are differentiable (backend varlen: out alone). float16 on CPU is computed in float32. Scores may have any
+        size; backend triton gives NaN for rows with one of 2^30 in units of log2, and for the gradients of a segment
+        and head where softmax_lse reaches 2^16, for which its arithmetic has too few digits. FLOPs: forward 4, backward
+        10 times num_heads * head_dim * sum(length ** 2).
 
     Raises:
         TypeError: not a tensor, or a wrong dtype. ValueError: a wrong shape or device, bad cu_seqlens, a max_seqlen
@@ -83,8 +85,9 @@ def ragged_attention(
     if dispatch.current_backend() == "varlen":
         lse_with_gradient = return_lse and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         dispatch.refuse("ragged_attention", "varlen", varlen.not_supported_reasons(q, k, v, lse_with_gradient))
-        out, softmax_lse = varlen.attention(q, k, v, cu_seqlens, max_seqlen, float(softmax_scale))
-        return (out, softmax_lse) if return_lse else out
+        if not dispatch.is_transformed():
+            out, softmax_lse = varlen.attention(q, k, v, cu_seqlens, max_seqlen, float(softmax_scale))
+            return (out, softmax_lse) if return_lse else out
     op = dispatch.choose_overload("ragged_attention", lambda backend: library.not_supported_reasons(backend, q, k, v))
     out, softmax_lse = op(q, k, v, cu_seqlens, max_seqlen, float(softmax_scale))
     return (out, softmax_lse) if return_lse else out

@@ -2,7 +2,8 @@
 
 The algorithm is the one of FlashAttention-2 (Dao 2023, arXiv 2307.08691): a program owns one query block of one head
 and walks over the key blocks of its segment with an online softmax; the backward walks twice, once per query block
-(delta, grad_q) and once per key block (grad_k, grad_v), so that every element has one owner and one summation order.
+(delta, grad_q, and softmax_lse in base 2) and once per key block (grad_k, grad_v), so that every element has one owner
+and one summation order.
 
 Blocks are counted from the first row of their segment, so a segment's result does not depend on its neighbours.
 Scores live in base 2 (the scale carries log2 e, and exp2 is what the hardware has); softmax_lse is a natural log.
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xtg_kernels.triton_launch import LaunchConfigs, locate_block, work_list
+from xtg_kernels.triton_launch import LaunchConfigs, block_range, locate_block, work_list
 
 _LOG2_E = math.log2(math.e)
 _configs = LaunchConfigs("ragged_attention", Path(__file__).with_name("configs.json"))
@@ -160,48 +161,34 @@ def _forward_kernel(
     row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, HEAD_BLOCK), tl.float32)
-    for key_block in range(0, num_keys // BLOCK_K):
-        key_start = key_block * BLOCK_K
-        row_max, row_sum, acc = _attend_key_block(
-            query,
-            row_max,
-            row_sum,
-            acc,
-            k,
-            v,
-            key_start,
-            num_keys,
-            k_row_stride,
-            v_row_stride,
-            scale_log2,
-            BLOCK_K,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            False,
-        )
-    for key_block in tl.range(num_keys // BLOCK_K, tl.cdiv(num_keys, BLOCK_K), num_stages=1):
-        key_start = key_block * BLOCK_K
-        row_max, row_sum, acc = _attend_key_block(
-            query,
-            row_max,
-            row_sum,
-            acc,
-            k,
-            v,
-            key_start,
-            num_keys,
-            k_row_stride,
-            v_row_stride,
-            scale_log2,
-            BLOCK_K,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            True,
-        )
+    for IS_TAIL in tl.static_range(2):
+        first, end = block_range(num_keys, BLOCK_K, IS_TAIL)
+        for key_block in tl.range(first, end, num_stages=1 if IS_TAIL else None):
+            key_start = key_block * BLOCK_K
+            row_max, row_sum, acc = _attend_key_block(
+                query,
+                row_max,
+                row_sum,
+                acc,
+                k,
+                v,
+                key_start,
+                num_keys,
+                k_row_stride,
+                v_row_stride,
+                scale_log2,
+                BLOCK_K,
+                HEAD_DIM,
+                HEAD_BLOCK,
+                IS_TAIL,
+            )
 
-    # row_sum is 0 in slack rows only: they have no keys, and get out = 0 and softmax_lse = 0.
-    has_keys = row_sum != 0.0
+    # Slack rows have no keys, and get out = 0 and softmax_lse = 0.
+    has_keys = num_keys > 0
     row_sum = tl.where(has_keys, row_sum, 1.0)
+    # The compiler may subtract new_max, which is rounded, from scores that are not yet. From 2^30 on this can leave a
+    # remainder that has no exponential.
+    row_sum = tl.where(has_keys & (tl.abs(row_max) >= 1073741824.0), float("nan"), row_sum)
     lse = tl.where(has_keys, (row_max + tl.log2(row_sum)) * 0.6931471805599453, 0.0)
     rows = query_start + tl.arange(0, BLOCK_Q)
     tl.store(softmax_lse + rows, lse, mask=rows < length)
@@ -249,6 +236,7 @@ def _grad_query_kernel(
     out,
     softmax_lse,
     delta,
+    lse_log2_out,
     grad_q,
     segment_of_slot,
     segments,
@@ -292,48 +280,33 @@ def _grad_query_kernel(
     tl.store(delta + row_offset + rows, delta_rows, mask=rows < length)
 
     query = _load_tile(q, query_start, length, q_row_stride, BLOCK_Q, HEAD_DIM, HEAD_BLOCK, True)
-    lse_log2 = tl.load(softmax_lse + row_offset + rows, mask=rows < length, other=0.0) * 1.4426950408889634
+    lse = tl.load(softmax_lse + row_offset + rows, mask=rows < length, other=0.0)
+    # NaN from 2^16 on, where probs would be wrong by a hundredth and more: a float has too few digits for both.
+    lse_log2 = tl.where(tl.abs(lse) < 65536.0, lse * 1.4426950408889634, float("nan"))
+    tl.store(lse_log2_out + row_offset + rows, lse_log2, mask=rows < length)
     acc = tl.zeros((BLOCK_Q, HEAD_BLOCK), tl.float32)
-    for key_block in range(0, num_keys // BLOCK_K):
-        key_start = key_block * BLOCK_K
-        acc = _grad_query_step(
-            query,
-            grad_output,
-            lse_log2,
-            delta_rows,
-            acc,
-            k,
-            v,
-            key_start,
-            num_keys,
-            k_row_stride,
-            v_row_stride,
-            scale_log2,
-            BLOCK_K,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            False,
-        )
-    for key_block in tl.range(num_keys // BLOCK_K, tl.cdiv(num_keys, BLOCK_K), num_stages=1):
-        key_start = key_block * BLOCK_K
-        acc = _grad_query_step(
-            query,
-            grad_output,
-            lse_log2,
-            delta_rows,
-            acc,
-            k,
-            v,
-            key_start,
-            num_keys,
-            k_row_stride,
-            v_row_stride,
-            scale_log2,
-            BLOCK_K,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            True,
-        )
+    for IS_TAIL in tl.static_range(2):
+        first, end = block_range(num_keys, BLOCK_K, IS_TAIL)
+        for key_block in tl.range(first, end, num_stages=1 if IS_TAIL else None):
+            key_start = key_block * BLOCK_K
+            acc = _grad_query_step(
+                query,
+                grad_output,
+                lse_log2,
+                delta_rows,
+                acc,
+                k,
+                v,
+                key_start,
+                num_keys,
+                k_row_stride,
+                v_row_stride,
+                scale_log2,
+                BLOCK_K,
+                HEAD_DIM,
+                HEAD_BLOCK,
+                IS_TAIL,
+            )
     _store_tile(grad_q, query_start, length, out_row_stride, acc * softmax_scale, BLOCK_Q, HEAD_DIM, HEAD_BLOCK)
 
 
@@ -345,7 +318,7 @@ def _grad_key_value_step(
     grad_value,
     grad_out,
     q,
-    softmax_lse,
+    lse_log2_in,
     delta,
     query_start,
     num_queries,
@@ -366,7 +339,7 @@ def _grad_key_value_step(
     grad_output = _load_tile(
         grad_out, query_start, num_queries, grad_out_row_stride, BLOCK_Q, HEAD_DIM, HEAD_BLOCK, IS_TAIL
     )
-    lse_log2 = tl.load(softmax_lse + rows, mask=rows < num_queries, other=0.0) * 1.4426950408889634
+    lse_log2 = tl.load(lse_log2_in + rows, mask=rows < num_queries, other=0.0)
     delta_rows = tl.load(delta + rows, mask=rows < num_queries, other=0.0)
     scores = tl.dot(key, tl.trans(query), input_precision="ieee") * scale_log2
     probs = tl.exp2(scores - lse_log2[None, :])
@@ -383,7 +356,7 @@ def _grad_key_value_kernel(
     q,
     k,
     v,
-    softmax_lse,
+    lse_log2_in,
     delta,
     grad_k,
     grad_v,
@@ -419,55 +392,36 @@ def _grad_key_value_kernel(
     v += start * v_row_stride + head * v_head_stride
     grad_k += start * grad_row_stride + head * HEAD_DIM
     grad_v += start * grad_row_stride + head * HEAD_DIM
-    softmax_lse += head * total_nnz + start
+    lse_log2_in += head * total_nnz + start
     delta += head * total_nnz + start
 
     key = _load_tile(k, key_start, length, k_row_stride, BLOCK_K, HEAD_DIM, HEAD_BLOCK, True)
     value = _load_tile(v, key_start, length, v_row_stride, BLOCK_K, HEAD_DIM, HEAD_BLOCK, True)
     grad_key = tl.zeros((BLOCK_K, HEAD_BLOCK), tl.float32)
     grad_value = tl.zeros((BLOCK_K, HEAD_BLOCK), tl.float32)
-    for query_block in range(0, num_queries // BLOCK_Q):
-        query_start = query_block * BLOCK_Q
-        grad_key, grad_value = _grad_key_value_step(
-            key,
-            value,
-            grad_key,
-            grad_value,
-            grad_out,
-            q,
-            softmax_lse,
-            delta,
-            query_start,
-            num_queries,
-            grad_out_row_stride,
-            q_row_stride,
-            scale_log2,
-            BLOCK_Q,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            False,
-        )
-    for query_block in tl.range(num_queries // BLOCK_Q, tl.cdiv(num_queries, BLOCK_Q), num_stages=1):
-        query_start = query_block * BLOCK_Q
-        grad_key, grad_value = _grad_key_value_step(
-            key,
-            value,
-            grad_key,
-            grad_value,
-            grad_out,
-            q,
-            softmax_lse,
-            delta,
-            query_start,
-            num_queries,
-            grad_out_row_stride,
-            q_row_stride,
-            scale_log2,
-            BLOCK_Q,
-            HEAD_DIM,
-            HEAD_BLOCK,
-            True,
-        )
+    for IS_TAIL in tl.static_range(2):
+        first, end = block_range(num_queries, BLOCK_Q, IS_TAIL)
+        for query_block in tl.range(first, end, num_stages=1 if IS_TAIL else None):
+            query_start = query_block * BLOCK_Q
+            grad_key, grad_value = _grad_key_value_step(
+                key,
+                value,
+                grad_key,
+                grad_value,
+                grad_out,
+                q,
+                lse_log2_in,
+                delta,
+                query_start,
+                num_queries,
+                grad_out_row_stride,
+                q_row_stride,
+                scale_log2,
+                BLOCK_Q,
+                HEAD_DIM,
+                HEAD_BLOCK,
+                IS_TAIL,
+            )
     _store_tile(grad_k, key_start, length, grad_row_stride, grad_key * softmax_scale, BLOCK_K, HEAD_DIM, HEAD_BLOCK)
     _store_tile(grad_v, key_start, length, grad_row_stride, grad_value, BLOCK_K, HEAD_DIM, HEAD_BLOCK)
 
@@ -501,7 +455,7 @@ def forward(
 
     Returns:
         out (total_nnz, num_heads, head_dim) in q's dtype and softmax_lse (num_heads, total_nnz) float32 (natural log);
-        both zero in slack rows.
+        both zero in slack rows, and NaN where the largest score of a row is 2^30 or more in units of log2.
     """
     total_nnz, num_heads, head_dim = q.shape
     q, k, v = (_aligned(tensor) for tensor in (q, k, v))
@@ -557,7 +511,8 @@ def backward(
         out, softmax_lse: as returned by `forward`.
 
     Returns:
-        grad_q, grad_k, grad_v, contiguous, in q's dtype; zero in slack rows.
+        grad_q, grad_k, grad_v, contiguous, in q's dtype; zero in slack rows. NaN where they depend on a row with a
+        softmax_lse of 2^16 or more: of its segment and head.
     """
     total_nnz, num_heads, head_dim = q.shape
     q, k, v, grad_out = (_aligned(tensor) for tensor in (q, k, v, grad_out))
@@ -566,7 +521,7 @@ def backward(
     if total_nnz == 0 or num_heads == 0:
         return grad_q, grad_k, grad_v
     head_block = max(16, triton.next_power_of_2(head_dim))
-    delta = torch.empty_like(softmax_lse)
+    delta, lse_log2 = torch.empty_like(softmax_lse), torch.empty_like(softmax_lse)
     scalars = (cu_seqlens.numel() - 1, num_heads, total_nnz, softmax_scale, softmax_scale * _LOG2_E)
     strides = (
         *_rows_and_heads(grad_out),
@@ -587,6 +542,7 @@ def backward(
             out,
             softmax_lse,
             delta,
+            lse_log2,
             grad_q,
             segment_of_slot,
             segments,
@@ -604,7 +560,7 @@ def backward(
             q,
             k,
             v,
-            softmax_lse,
+            lse_log2,
             delta,
             grad_k,
             grad_v,
