@@ -60,7 +60,7 @@ def headline(results: Path = RESULTS) -> str:
                 continue
             # A step has a backward; the full-length models know but that direction.
             whole = dense.get((row["preset"], other, row["dtype"], "forward" if case[2] == "forward" else BOTH))
-            beside = whole if other.startswith("dense") else found.get((*case, other))
+            beside = whole if other.startswith("dense") else found.get((case[0], case[1], case[2], other))
             if beside is not None:
                 per_cell = [float(each["median_ms"]) / int(each["cells"]) for each in (beside, row)]
                 ratios.append(per_cell[0] / per_cell[1])

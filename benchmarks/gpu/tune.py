@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +58,19 @@ def tune(op: str, device: torch.device, plan: Plan, tables: dict[str, Any]) -> I
                 candidates = known.candidates(precision, width)[: plan.candidates]
                 if len(candidates) == 1:
                     continue
-                rows: list[Row] = []
-                for config in candidates:
-                    row = _time_candidate(op, kernel, calls, config, tables, device, plan.seconds, _SAME[precision])
-                    where = {"op": op, "kernel": kernel, "architecture": here, "precision": precision, "width": width}
-                    rows.append({**where, **row})
+                where = {"op": op, "kernel": kernel, "architecture": here, "precision": precision, "width": width}
+                # All else runs with the configs chosen so far.
+                with overriding(tables={op: tables}):
+                    calls["forward"]()
+                    call = calls[known.direction]
+                    expected = _tensors(call())
+                    rows: list[Row] = [
+                        {
+                            **where,
+                            **_time_candidate((op, kernel), call, expected, config, device, plan, _SAME[precision]),
+                        }
+                        for config in candidates
+                    ]
                 good = [(row["median_ms"], number) for number, row in enumerate(rows) if row["correct"]]
                 if good:
                     best = min(good)[1]
@@ -72,32 +80,27 @@ def tune(op: str, device: torch.device, plan: Plan, tables: dict[str, Any]) -> I
 
 
 def _time_candidate(
-    op: str,
-    kernel: str,
-    calls: dict[str, Any],
+    kernel: tuple[str, str],
+    call: Callable[[], Any],
+    expected: Sequence[Tensor],
     config: dict[str, int],
-    tables: dict[str, Any],
     device: torch.device,
-    seconds: float,
+    plan: Plan,
     same: float,
 ) -> Row:
-    """One candidate in the call that launches its kernel; all else runs with the configs chosen so far."""
-    call = calls[OPS[op].kernels[kernel].direction]
+    """One candidate of an op's kernel in the call that launches it, and whether its results are those expected."""
     row: Row = {"config": " ".join(f"{name}={value}" for name, value in config.items()), "chosen": False}
-    with overriding(tables={op: tables}):
-        calls["forward"]()
-        expected = _tensors(call())
-        with overriding(configs={(op, kernel): config}):
-            try:
-                got = _tensors(call())
-                row["error"] = max(_difference(a, b) for a, b in zip(got, expected, strict=True))
-                row["correct"] = row["error"] <= same
-                if row["correct"]:
-                    times = milliseconds(call, device, seconds=seconds, least=3 if seconds else 1)
-                    row["median_ms"] = statistics.median(times)
-            except Exception as refused:
-                # Too much shared memory, too many registers: the launcher says which.
-                row |= {"correct": False, "refused": f"{type(refused).__name__}: {refused}".splitlines()[0]}
+    with overriding(configs={kernel: config}):
+        try:
+            got = _tensors(call())
+            row["error"] = max(_difference(a, b) for a, b in zip(got, expected, strict=True))
+            row["correct"] = row["error"] <= same
+            if row["correct"]:
+                times = milliseconds(call, device, seconds=plan.seconds, least=3 if plan.seconds else 1)
+                row["median_ms"] = statistics.median(times)
+        except Exception as refused:
+            # Too much shared memory, too many registers: the launcher says which.
+            row |= {"correct": False, "refused": f"{type(refused).__name__}: {refused}".splitlines()[0]}
     return row
 
 
