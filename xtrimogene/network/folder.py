@@ -85,15 +85,20 @@ class Checkpoint:
             ("dim", "encoder.norm.weight"),
             ("decoder_dim", "decoder.norm.weight"),
             ("num_features", "decoder.layers.0.projection"),
+            ("product_head", "product_head.gene_map.weight"),
         ):
             found[key] = shapes[name][0] if shapes.get(name) else None
         wrong = [
-            f"{key} is {getattr(config, key):,} there and {size:,} here"
+            f"{key} is {_number(getattr(config, key))} there and {size:,} here"
             for key, size in found.items()
             if size is not None and size != getattr(config, key)
         ]
         if wrong:
             raise ValueError(f"{path}: the tensors do not fit {CONFIG_FILE}: {'; '.join(wrong)}")
+
+
+def _number(size: int | None) -> str:
+    return "none" if size is None else f"{size:,}"
 
 
 def save(
