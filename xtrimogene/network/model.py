@@ -63,11 +63,7 @@ class XTrimoGeneNetwork(nn.Module):
             stabilizer=config.stabilizer,
         )
         # Last: the weights before it are those of the same seed without it.
-        self.product_head = (
-            None
-            if config.product_head is None
-            else ProductHead(config.dim, config.product_head, layer_norm_eps=config.layer_norm_eps)
-        )
+        self.product_head = None if config.product_head is None else ProductHead(config.dim, config.product_head)
 
     @property
     def checkpoint_activations(self) -> bool:

@@ -3,25 +3,58 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xtrimogene.network.pooling import pool
+
+
+class CellNorm(nn.Module):
+    """Each channel of the cells' vectors with mean 0 and variance 1 over cells, times `weight`, plus `bias`.
+
+    What cells have in common is five times what tells them apart, and a LayerNorm would leave it there. In training
+    the moments are those of the batch, as in batch norm (Ioffe and Szegedy 2015); in evaluation, and for a batch of one
+    cell, they are `mean` and `variance`, which settle sets. They are not averaged along the way: such averages
+    lag behind the weights, and predictions were wrong by orders of magnitude.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("variance", torch.ones(dim))
+
+    def settle(self, cells: Tensor) -> None:
+        """Take the moments of these cells (n, dim), n > 1, for evaluation."""
+        self.mean.copy_(cells.mean(dim=0))
+        self.variance.copy_(cells.var(dim=0, correction=0))
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """(n, dim) -> (n, dim)."""
+        if self.training and len(cells) > 1:
+            return F.batch_norm(cells, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        return (cells - self.mean) * (self.variance + self.eps).rsqrt() * self.weight + self.bias
 
 
 class ProductHead(nn.Module):
     """The term <W_g row_g, W_c norm(pooled_c)> of the prediction of gene g in cell c.
 
     row_g is the gene's row of the gene table, pooled_c the mean of the encoder's rows of the cell's tokens, norm a
-    LayerNorm, W_g and W_c linear maps (width, dim). The published decoder has no way to multiply what it knows of the
+    CellNorm, W_g and W_c linear maps (width, dim). The published decoder has no way to multiply what it knows of the
     gene by what it knows of the cell but its feed-forward and attention layers, which learn that product slowly; as a
     term of its own (the "MVC" decoder of scGPT, Cui et al. 2024) it is learned in minutes.
 
     The arithmetic is float32 (float64 for float64), under autocast too: it costs next to nothing.
     """
 
-    def __init__(self, dim: int, width: int, *, layer_norm_eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self.norm = CellNorm(dim)
         self.cell_map = nn.Linear(dim, width, bias=False)
         self.gene_map = nn.Linear(dim, width, bias=False)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import CPU_BACKENDS
@@ -16,10 +15,16 @@ from tests.xtrimogene.network.test_decoder import GENES, VOCABULARY, _double, _m
 from xtg_kernels import RaggedBatch, use_backend
 from xtrimogene.model import XTrimoGene
 from xtrimogene.network.masked_batch import MaskedBatch
+from xtrimogene.network.product_head import CellNorm
 
 
 def _product(width: int = 5, **overrides: object) -> XTrimoGene:
-    return _model(product_head=width, **overrides)
+    model = _model(product_head=width, **overrides)
+    assert model.product_head is not None
+    # Moments that no fresh model has, so that one that is left out is seen.
+    generator = torch.Generator().manual_seed(0)
+    model.product_head.norm.settle(torch.randn(9, model.config.dim, generator=generator) + 0.5)
+    return model
 
 
 def _terms(model: XTrimoGene, batch: RaggedBatch) -> Tensor:
@@ -31,7 +36,7 @@ def _terms(model: XTrimoGene, batch: RaggedBatch) -> Tensor:
     for tokens in rows:
         empty = len(tokens) <= 2 * model.config.depth_tokens
         pooled = tokens.new_zeros(model.config.dim) if empty else tokens.mean(0)
-        normed = F.layer_norm(pooled, pooled.shape, head.norm.weight, head.norm.bias, head.norm.eps)
+        normed = (pooled - head.norm.mean) / (head.norm.variance + 1e-5).sqrt() * head.norm.weight + head.norm.bias
         cell = head.cell_map.weight @ normed
         terms.append(torch.stack([(head.gene_map.weight @ row) @ cell for row in model.embedding.gene_table[:-1]]))
     return torch.stack(terms)
@@ -92,6 +97,24 @@ def test_the_triton_kernels_train_it_in_their_interpreter() -> None:
         grads.append([parameter.grad.clone() for parameter in model.parameters()])
     for got, want in zip(grads[1], grads[0], strict=True):
         assert (got - want).norm() <= 1e-4 * want.norm().clamp_min(1e-3)
+
+
+def test_the_norm_takes_the_moments_of_the_batch_in_training_and_settled_ones_in_evaluation() -> None:
+    norm = CellNorm(3).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0, -1.0]))
+        norm.bias.copy_(torch.tensor([0.0, 1.0, 2.0]))
+    cells = torch.randn(40, 3, dtype=torch.float64) * 3 + 7
+    wanted = (cells - cells.mean(0)) / (cells.var(0, correction=0) + 1e-5).sqrt() * norm.weight + norm.bias
+    torch.testing.assert_close(norm(cells), wanted)
+    assert torch.equal(norm.mean, torch.zeros(3))  # nothing is averaged along the way
+    norm.settle(cells)
+    # One cell has no moments of its own.
+    torch.testing.assert_close(norm(cells[:1]), wanted[:1])
+    norm.eval()
+    torch.testing.assert_close(norm(cells[:7]), wanted[:7])
+    norm.train()
+    torch.autograd.gradcheck(norm, cells[:5].requires_grad_())
 
 
 def test_autocast_leaves_the_term_in_float32() -> None:
