@@ -25,7 +25,7 @@ STABLE_TORCH_LIBRARY(xtg, m) {
   m.def(
       "favor_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor projection, Tensor out,"
       " Tensor context, Tensor key_sum, Tensor key_max, Tensor row_max, Tensor row_sum, Tensor cu_seqlens,"
-      " SymInt max_seqlen, Tensor cu_seqlens_q, SymInt max_seqlen_q, float eps)"
+      " SymInt max_seqlen, Tensor cu_seqlens_q, SymInt max_seqlen_q, float eps, bool per_cell)"
       " -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
   m.def("distinct_index(Tensor values, Tensor cu_seqlens) -> Tensor");
   m.def(

@@ -4,6 +4,10 @@ Every op has three overloads in namespace xtg: ``default`` (C++ on CPU tensors, 
 CPU where the extension was not built), ``reference`` (any device, any dtype) and ``triton`` (GPU tensors, or CPU
 tensors under TRITON_INTERPRET=1). The public functions check their arguments and choose the overload. The backend
 "varlen" is PyTorch's own attention for ragged_attention; the other ops then run as under "auto".
+
+Kernels know values and first derivatives. Whatever else is asked of an op comes from its reference, which PyTorch can
+differentiate like any other code: second derivatives from the reference of the backward; forward mode and the
+transforms of torch.func (jvp, grad, vmap, hessian) from the reference of the op, whatever the backend.
 """
 
 from __future__ import annotations
@@ -12,12 +16,17 @@ import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "varlen")
@@ -33,7 +42,7 @@ _backend = _checked_backend(os.environ.get("XTG_BACKEND", "auto"), "environment 
 
 
 def _load_extension() -> tuple[ModuleType | None, ImportError | None]:
-    # Absent (XTG_BUILD_CPP=0) and broken are two things: the first falls back, the second must be heard at first use.
+    # Absent and broken are two things: the first falls back, the second must be heard at first use.
     if importlib.util.find_spec("xtg_kernels._C") is None:
         return None, None
     try:
@@ -42,14 +51,48 @@ def _load_extension() -> tuple[ModuleType | None, ImportError | None]:
         return None, error
 
 
+def _source_tree() -> Path | None:
+    """The root of the source tree that this package was imported from; None for an installed one."""
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "setup.py").is_file() and (root / "csrc").is_dir() else None
+
+
+def _built_elsewhere(root: Path) -> Path | None:
+    """The first xtg_kernels on sys.path outside ``root`` that has the extension."""
+    for entry in map(Path, sys.path):
+        package = entry.resolve() / "xtg_kernels"
+        if package.parent != root and any((package / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
+            return package
+    return None
+
+
+def why_not_built() -> str:
+    """Why there is no extension, and what to do."""
+    root = _source_tree()
+    if root is None:
+        return "not built (installed with XTG_BUILD_CPP=0)"
+    elsewhere = _built_elsewhere(root)
+    instead = f"; or start Python in another folder, which then finds those of {elsewhere}" if elsewhere else ""
+    return (
+        f"not built for this Python in the source tree {root} that xtg_kernels comes from (make setup there, or python "
+        f"setup.py build_ext --inplace{instead})"
+    )
+
+
 _extension, _extension_error = _load_extension()
+if _extension is None and _extension_error is None and _source_tree() is not None and _backend == "auto":
+    # A clone hides the installed package from a Python that is started in it.
+    warnings.warn(f"C++ kernels {why_not_built()}. CPU tensors take the reference, many times slower.", stacklevel=2)
 _triton_installed = importlib.util.find_spec("triton") is not None
 _interpreting = os.environ.get("TRITON_INTERPRET") == "1"
 _fragment = torch.library.Library("xtg", "FRAGMENT")
+# Each op in plain PyTorch, with its rule of autocast; and those that have a derivative.
+_plain: dict[str, Callable[..., Any]] = {}
+_differentiable: set[str] = set()
 
 
 def extension() -> ModuleType | None:
-    """The compiled module, or None where it was not built (XTG_BUILD_CPP=0).
+    """The compiled module, or None where it was not built (``why_not_built``).
 
     Raises:
         ImportError: the loader's own error, where the file is there and does not load.
@@ -88,7 +131,7 @@ def cpp_reasons(tensors: dict[str, Tensor]) -> list[str]:
     if _extension_error is not None:
         reasons.append(f"the C++ extension failed to load: {_extension_error}")
     elif _extension is None:
-        reasons.append("the C++ extension was not built (XTG_BUILD_CPP=0, or no compiler)")
+        reasons.append(f"the C++ extension was {why_not_built()}")
     elsewhere = [f"{name} on {x.device}" for name, x in tensors.items() if x.device.type != "cpu"]
     if elsewhere:
         reasons.append(f"C++ kernels take CPU tensors, got {', '.join(elsewhere)}")
@@ -129,8 +172,10 @@ def refuse(op: str, backend: str, reasons: list[str]) -> None:
         raise ValueError(f"{op}: backend {backend!r} declines: " + "; ".join(reasons))
 
 
-def choose_overload(op: str, reasons: Callable[[str], list[str]]) -> Any:
+def choose_overload(op: str, reasons: Callable[[str], list[str]]) -> Callable[..., Any]:
     """The overload of ``torch.ops.xtg.<op>`` that runs now; ``reasons`` as for ``automatic_backend``.
+
+    Under forward mode or a transform of torch.func: the op in plain PyTorch.
 
     Raises:
         ValueError: a backend was asked for by name and declines; the message shows every reason.
@@ -141,8 +186,22 @@ def choose_overload(op: str, reasons: Callable[[str], list[str]]) -> Any:
         name = automatic_backend(reasons)
     else:
         refuse(op, name, reasons(name))
+    if op in _differentiable and is_transformed():
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                f"{op}: torch.compile cannot trace forward mode or torch.func through it; leave out torch.compile there"
+            )
+        return _plain[op]
     packet = getattr(torch.ops.xtg, op)
     return {"reference": packet.reference, "cpp": packet.default, "triton": packet.triton}[name]
+
+
+def is_transformed() -> bool:
+    """Whether a level of forward mode (torch.autograd.forward_ad) is open or a transform of torch.func is at work.
+
+    An op of torch.library drops tangents without a word, and torch.func cannot differentiate it.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 OVERLOADS = ("default", "reference", "triton")
@@ -165,6 +224,7 @@ def register_op(
     reference: Callable[..., Any],
     triton: str | None,
     fake: Callable[..., Any],
+    plain: Callable[..., Any] | None = None,
     flops: Callable[..., int] | None = None,
 ) -> None:
     """Enters one op into torch.library: its overloads, kernels, fake kernel and FLOP formula.
@@ -175,6 +235,7 @@ def register_op(
         reference: the kernel in plain PyTorch.
         triton: ``module:function`` of the Triton kernel, or None where plain PyTorch serves on the GPU too.
         fake: shapes and dtypes of the outputs.
+        plain: what PyTorch is to differentiate, where that is not the reference as it is.
         flops: formula for torch.utils.flop_counter, called with the raw arguments and ``out_val``.
     """
     if _extension is None:
@@ -182,6 +243,7 @@ def register_op(
         _fragment.impl(name, reference, "CPU")
     triton_kernel = reference if triton is None else _lazy(triton)
     _fragment.impl(name, triton_kernel, "CUDA")
+    _plain[name] = plain or reference
     for overload, kernel in (("reference", reference), ("triton", triton_kernel)):
         _fragment.define(f"{name}.{overload}{schema}")
         _fragment.impl(f"{name}.{overload}", kernel, "CompositeExplicitAutograd")
@@ -200,9 +262,69 @@ def register_autograd(
     name: str, setup_context: Callable[..., None], backward: Callable[[Any], Callable[..., Any]]
 ) -> None:
     """Autograd of an op: ``backward(op)`` makes the backward that calls the backward op ``op`` of the same overload."""
+    _differentiable.add(name)
     for overload, qualname in zip(OVERLOADS, overload_names(name), strict=True):
         backward_op = getattr(getattr(torch.ops.xtg, name + "_backward"), overload)
-        torch.library.register_autograd(qualname, backward(backward_op), setup_context=setup_context, lib=_fragment)
+        formula = backward(_differentiable_op(backward_op, _plain[name + "_backward"]))
+        torch.library.register_autograd(qualname, formula, setup_context=setup_context, lib=_fragment)
+
+
+def _differentiable_op(op: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward op that can be differentiated itself, for which it saves its arguments with create_graph=True only."""
+
+    def call(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            return plain(*args)
+        return _ByPlain.apply(op, plain, *args) if torch.is_grad_enabled() else op(*args)
+
+    return call
+
+
+class _ByPlain(torch.autograd.Function):
+    """An op, whose derivative is that of what it is in plain PyTorch."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(op: Any, plain: Callable[..., Any], *args: Any) -> Any:
+        return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.plain, *args = inputs
+        ctx.others = [None if isinstance(x, Tensor) else x for x in args]
+        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in args))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        args = [other if x is None else x for other, x in zip(ctx.others, ctx.saved_tensors, strict=True)]
+        return None, None, *pull_back(ctx.plain, args, ctx.needs_input_grad[2:], grads)
+
+
+def pull_back(
+    function: Callable[..., Any], args: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a function in plain PyTorch to those of its arguments that are needed (None for the others).
+
+    Args:
+        function: returns a tensor or a tuple of tensors.
+        args: its arguments.
+        needed: for each argument, whether its gradient is.
+        grads: the gradient of each tensor that it returns.
+    """
+    chosen = [i for i, need in enumerate(needed) if need]
+    if not chosen:
+        return (None,) * len(args)
+
+    def of_chosen(*tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(chosen, tensors, strict=True))
+        out = function(*(given.get(i, x) for i, x in enumerate(args)))
+        return out if isinstance(out, tuple) else (out,)
+
+    with torch.autocast(args[chosen[0]].device.type, enabled=False):
+        pull: Callable[..., tuple[Tensor, ...]] = torch.func.vjp(of_chosen, *(args[i] for i in chosen))[1]
+        found = dict(zip(chosen, pull(tuple(grads)), strict=True))
+    return tuple(found.get(i) for i in range(len(args)))
 
 
 def register_autocast(
@@ -217,12 +339,20 @@ def register_autocast(
             inside the op).
         instead_of_float16: where they go instead of float16.
     """
-    for overload, qualname in zip(OVERLOADS, overload_names(name), strict=True):
-        op = getattr(getattr(torch.ops.xtg, name), overload)
-        for device_type in ("cpu", "cuda"):
-            key = "AutocastCPU" if device_type == "cpu" else "AutocastCUDA"
+    plain = _plain[name]
+    of_plain = {}
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        for overload, qualname in zip(OVERLOADS, overload_names(name), strict=True):
+            op = getattr(getattr(torch.ops.xtg, name), overload)
             kernel = _autocast_kernel(op, device_type, dtype, tensors, instead_of_float16)
             _fragment.impl(qualname.removeprefix("xtg::"), kernel, key)
+        of_plain[device_type] = _autocast_kernel(plain, device_type, dtype, tensors, instead_of_float16)
+
+    def under_autocast(x: Tensor, *args: Any) -> Any:
+        in_use = x.device.type in of_plain and torch.is_autocast_enabled(x.device.type)
+        return (of_plain[x.device.type] if in_use else plain)(x, *args)
+
+    _plain[name] = under_autocast
 
 
 def _autocast_kernel(

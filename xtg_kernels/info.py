@@ -83,7 +83,7 @@ def info() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "extension": "not built (XTG_BUILD_CPP=0): every op runs on the reference backend"
+        "extension": f"{dispatch.why_not_built()}: CPU tensors take the reference"
         if extension is None
         else f"built with {extension.compiler} against torch {extension.torch_version}",
         "isa": None if extension is None else extension.active_isa(),

@@ -139,7 +139,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -
     """torch's own function, without what the backend "varlen" adds for slack rows."""
     if reasons := varlen.not_supported_reasons(q, k, v):
         return "; ".join(reasons)
-    varlen_attn: Any = varlen.torch_varlen.varlen_attn
+    varlen_attn: Any = varlen.torch_varlen().varlen_attn
     return lambda: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=q.shape[2] ** -0.5)
 
 

@@ -30,7 +30,7 @@ def favor_features(q: Tensor, k: Tensor, projection: Tensor, eps: float) -> tupl
         x = scale * x.transpose(0, 1)
         scores = torch.einsum("hnd,md->hnm", x, projection)
         half_norms = x.square().sum(-1, keepdim=True) / 2
-        found.append(ratio * ((scores - half_norms - scores.amax(dims, keepdim=True).detach()).exp() + eps))
+        found.append(ratio * ((scores - half_norms - scores.amax(dims, keepdim=True)).exp() + eps))
     return found[0], found[1]
 
 

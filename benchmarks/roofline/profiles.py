@@ -131,7 +131,12 @@ def bytes_without_model(config: XTrimoGeneConfig, op: str, direction: str, shape
         # float32 sums of chunks of tokens (a launch has 1,024 in each) come in, those of cells go out. In both
         # directions, though OPS has the kernel under forward only.
         parts = sum(-(-n // 1024) for n in shape.lengths) + len(shape.lengths)
-        return {"sum_parts": SINGLE * parts * config.num_features * config.decoder_dim}
+        sums = {"sum_parts": SINGLE * parts * config.num_features * config.decoder_dim}
+        if direction == "forward":
+            return sums
+        # For each head of a cell the projection, and a maximum, its row and a sum for every 32 keys.
+        found = (2 * SINGLE + INDEX) * config.decoder_heads * sum(-(-n // 32) for n in shape.lengths)
+        return sums | {"grad_key_max": found + HALF * len(shape.lengths) * config.num_features * config.decoder_dim}
     return {}
 
 

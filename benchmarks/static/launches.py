@@ -209,7 +209,7 @@ def _favor_rows(precision: str, width: int) -> list[Config]:
         (64, 16, 4, 2),
         (64, 16, 8, 2),
         (32, 16, 4, 2),
-        *_if_narrow(width, (64, 64, 2, 2)),
+        *_if_narrow(width, (64, 64, 2, 2), (32, 64, 4, 2)),
     )
     single = ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1))
     return _configs(*(half if precision == "half" else single), names="BLOCK_T BLOCK_F")
@@ -220,6 +220,10 @@ def _favor_sum_parts(precision: str, width: int) -> list[Config]:
     return _configs((max(1024 // width, 32), 4, 1), names="BLOCK_F")
 
 
+def _favor_key_max(precision: str, width: int) -> list[Config]:
+    return _favor_sum_parts("float32", width)
+
+
 def _favor_calls(dtype: torch.dtype, head_dim: int, lengths: Lengths, device: torch.device) -> dict[str, Call]:
     """As in a decoder, queries at all genes, with as many features as FAVOR+ takes, int(w ln w)."""
     heads = 2 if device.type == "cpu" else 8
@@ -228,11 +232,11 @@ def _favor_calls(dtype: torch.dtype, head_dim: int, lengths: Lengths, device: to
     grad_out = torch.randn((total, heads, head_dim), device=device).to(dtype)
     projection = torch.randn((int(head_dim * math.log(head_dim)), head_dim), device=device)
     cu_seqlens = offsets(lengths).to(device)
-    segments = (cu_seqlens, longest, cu_seqlens, longest, eps)
+    segments = (cu_seqlens, longest, cu_seqlens, longest, eps, False)
     saved: list[Tensor] = []
 
     def forward() -> list[Tensor]:
-        saved[:] = favor_attention.forward(q, k, v, projection, *segments, False)
+        saved[:] = favor_attention.forward(q, k, v, projection, *segments)
         return saved
 
     def backward() -> Sequence[Tensor]:
@@ -355,6 +359,8 @@ OPS = {
             "grad_query": Kernel("backward", _favor_rows, model.favor_grad_query),
             "grad_context": Kernel("backward", _favor_sums, model.favor_grad_context),
             "grad_key_value": Kernel("backward", _favor_rows, model.favor_grad_key_value),
+            # Once a segment and head.
+            "grad_key_max": Kernel("backward", _favor_key_max, has_dot=False, has_rows=False),
         },
         sizes={16: 16, 32: 32, 64: 64, 128: 128},
         usual=64,

@@ -48,12 +48,17 @@ void* aligned(std::vector<double>& x) {
   return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(x.data()) + 63) / 64 * 64);
 }
 
-void check_attention(const Kernels& kernels, int64_t head_dim, bool one_pass) {
+// Every seventh query is `size` times as large as the others.
+void check_attention(const Kernels& kernels, int64_t head_dim, bool one_pass, float size) {
   const std::vector<int32_t> cu_seqlens = {0, 0, 1, 63, 128, 128, 330};
   const int64_t batch = int64_t(cu_seqlens.size()) - 1, heads = 2, total = 333;
   const float scale = 0.3f;
   const int64_t row = 3 * heads * head_dim, n = total * heads * head_dim;
-  const auto qkv = normal(size_t(total * row)), grad_out = normal(size_t(n));
+  auto qkv = normal(size_t(total * row));
+  for (int64_t t = 0; t < total; t += 7)
+    for (int64_t d = 0; d < heads * head_dim; ++d) qkv[size_t(t * row + d)] *= size;
+  const auto grad_out = normal(size_t(n));
+  std::vector<float> large_max(size_t(heads * total), NAN), large_sum(large_max);
   std::vector<float> out(size_t(n), NAN), lse(size_t(heads * total), NAN), delta(lse), grad_q(out), grad_k(out), grad_v(out);
   AttentionArgs args{};
   args.dtype = DType::f32;
@@ -72,6 +77,8 @@ void check_attention(const Kernels& kernels, int64_t head_dim, bool one_pass) {
   args.grad_k = grad_k.data();
   args.grad_v = grad_v.data();
   args.one_pass_rows = one_pass ? 330 : 0;
+  args.large_max = size > 1.0f ? large_max.data() : nullptr;
+  args.large_sum = large_sum.data();
   auto scratch = poisoned(kernels.attention_scratch(args) + 64);
   const auto blocks = segment_blocks(cu_seqlens.data(), batch, heads, 1);
   const auto run = [&](auto kernel, const std::vector<SegmentBlock>& work) {
@@ -79,6 +86,7 @@ void check_attention(const Kernels& kernels, int64_t head_dim, bool one_pass) {
       for (int64_t h = 0; h < heads; ++h) kernel(args, block, h, aligned(scratch));
   };
   run(kernels.attention_forward, blocks);
+  if (args.large_max) run(kernels.attention_backward_large, blocks);
   if (one_pass) {
     run(kernels.attention_backward, whole_segments(cu_seqlens.data(), batch, 1, 330));
   } else {
@@ -96,12 +104,13 @@ void check_attention(const Kernels& kernels, int64_t head_dim, bool one_pass) {
       for (int64_t i = cu_seqlens[size_t(c)]; i < cu_seqlens[size_t(c) + 1]; ++i) {
         const int64_t begin = cu_seqlens[size_t(c)], end = cu_seqlens[size_t(c) + 1];
         std::vector<double> probs(size_t(end - begin)), grad_probs(probs);
-        double sum = 0, mean = 0;
+        double sum = 0, mean = 0, largest = -INFINITY;
         for (int64_t j = begin; j < end; ++j) {
-          double score = 0;
-          for (int64_t d = 0; d < head_dim; ++d) score += at(0, i, h, d) * at(1, j, h, d);
-          sum += probs[size_t(j - begin)] = std::exp(scale * score);
+          double& score = probs[size_t(j - begin)] = 0;
+          for (int64_t d = 0; d < head_dim; ++d) score += scale * at(0, i, h, d) * at(1, j, h, d);
+          largest = max_of(largest, score);
         }
+        for (double& p : probs) sum += p = std::exp(p - largest);
         for (int64_t j = begin; j < end; ++j) {
           const double p = probs[size_t(j - begin)] /= sum;
           double& grad = grad_probs[size_t(j - begin)];
@@ -126,7 +135,8 @@ void check_attention(const Kernels& kernels, int64_t head_dim, bool one_pass) {
     return x;
   };
   const std::string name = std::string(kernels.name) + " ragged_attention, head_dim " + std::to_string(head_dim) +
-                           (one_pass ? ", backward in one pass" : ", backward in two passes");
+                           (one_pass ? ", backward in one pass" : ", backward in two passes") +
+                           (size > 1.0f ? ", large scores" : "");
   expect(relative_error(used(out), want_out) < 2e-6, name + ": out");
   expect(relative_error(used(grad_q), want_q) < 3e-6, name + ": grad_q");
   expect(relative_error(used(grad_k), want_k) < 3e-6, name + ": grad_k");
@@ -175,6 +185,7 @@ void check_favor(const Kernels& kernels, int64_t head_dim, int64_t num_features,
     part = {p, p + padded_features * padded_dim, p + padded_features * (padded_dim + 1), NAN, NAN};
     p = part.context_of_eps + padded_dim;
   }
+  std::vector<FavorKeyPart> key_parts(static_cast<size_t>(2 * heads));
   for (int64_t h = 0; h < heads; ++h) {
     float *context_h = &context[size_t(h * num_features * head_dim)], *key_sum_h = &key_sum[size_t(h * num_features)];
     kernels.favor_context(args, {0, 0, split}, h, parts[0], aligned(scratch));
@@ -187,18 +198,22 @@ void check_favor(const Kernels& kernels, int64_t head_dim, int64_t num_features,
     kernels.favor_backward_query(args, {0, 64, total_q - 64}, h, parts[1], aligned(scratch));
     kernels.favor_sum(args, parts, 2, 1, 0.0f, &grad_context[size_t(h * num_features * head_dim)],
                       &grad_key_sum[size_t(h * num_features)]);
-    kernels.favor_backward_key(args, {0, 0, used}, h, aligned(scratch));
+    kernels.favor_backward_key(args, {0, 0, split}, h, key_parts[size_t(h)], aligned(scratch));
+    kernels.favor_backward_key(args, {0, split, used - split}, h, key_parts[size_t(heads + h)], aligned(scratch));
+    kernels.favor_backward_key_max(args, key_parts.data(), 2, h, 1);
   }
 
   const double scale = std::pow(double(head_dim), -0.25);
   std::vector<double> want_out(q.size()), want_q(q.size()), want_k(k.size()), want_v(k.size());
-  const auto exponentials = [&](const float* x, double* largest) {  // relative to the largest score where it is NaN
+  // Relative to the largest score where that is NaN; the feature that has the largest.
+  const auto exponentials = [&](const float* x, double* largest, int64_t* largest_feature) {
     std::vector<double> scores(static_cast<size_t>(num_features));
     double half_norm = 0, row_largest = -INFINITY;
     for (int64_t d = 0; d < head_dim; ++d) half_norm += scale * scale * x[d] * x[d] / 2;
     for (int64_t f = 0; f < num_features; ++f) {
       double& score = scores[size_t(f)] = 0;
       for (int64_t d = 0; d < head_dim; ++d) score += scale * x[d] * projection[size_t(f * head_dim + d)];
+      if (score > row_largest) *largest_feature = f;
       row_largest = max_of(row_largest, score);
     }
     if (std::isnan(*largest)) *largest = row_largest;
@@ -208,21 +223,29 @@ void check_favor(const Kernels& kernels, int64_t head_dim, int64_t num_features,
   for (int64_t h = 0; h < heads; ++h) {
     const auto at = [&](int64_t t) { return size_t(t * row + h * head_dim); };
     double largest = -INFINITY;
+    int64_t largest_row = 0, largest_feature = 0, row_feature = 0;
     for (int64_t j = 0; j < used; ++j) {
       double row_largest = NAN;
-      exponentials(&k[at(j)], &row_largest);
-      largest = max_of(largest, row_largest);
+      exponentials(&k[at(j)], &row_largest, &row_feature);
+      if (!(row_largest > largest)) continue;
+      largest = row_largest;
+      largest_row = j;
+      largest_feature = row_feature;
     }
     std::vector<std::vector<double>> key_features;
     std::vector<double> sums_of(static_cast<size_t>(num_features * (head_dim + 1))), grad_of(sums_of.size());
     for (int64_t j = 0; j < used; ++j) {
-      key_features.push_back(exponentials(&k[at(j)], &largest));
+      key_features.push_back(exponentials(&k[at(j)], &largest, &row_feature));
       for (int64_t f = 0; f < num_features; ++f)
         for (int64_t d = 0; d <= head_dim; ++d)
           sums_of[size_t(f * (head_dim + 1) + d)] +=
               (key_features.back()[size_t(f)] + eps) * (d < head_dim ? v[at(j) + size_t(d)] : 1.0f);
     }
-    // What the gradient of features times projection gives a row of q or k.
+    // What a maximum passes on: to the score of one feature.
+    const auto pass_on = [&](double sum, int64_t feature, double* grad) {
+      for (int64_t d = 0; d < head_dim; ++d) grad[d] -= scale * sum * projection[size_t(feature * head_dim + d)];
+    };
+    // What the gradient of features times projection gives a row of q or k; returns the sum over features.
     const auto project = [&](const std::vector<double>& grad_scores, const float* x, double* grad) {
       double sum = 0;
       for (int64_t f = 0; f < num_features; ++f) {
@@ -231,10 +254,11 @@ void check_favor(const Kernels& kernels, int64_t head_dim, int64_t num_features,
           grad[d] += scale * grad_scores[size_t(f)] * projection[size_t(f * head_dim + d)];
       }
       for (int64_t d = 0; d < head_dim; ++d) grad[d] -= scale * scale * sum * x[d];
+      return sum;
     };
     for (int64_t i = 0; i < total_q; ++i) {
       double row_largest = NAN, denominator = 0, delta = 0;
-      auto features = exponentials(&q[at(i)], &row_largest);
+      auto features = exponentials(&q[at(i)], &row_largest, &row_feature);
       for (int64_t f = 0; f < num_features; ++f)
         denominator += (features[size_t(f)] + eps) * sums_of[size_t(f * (head_dim + 1) + head_dim)];
       for (int64_t d = 0; d < head_dim; ++d) {
@@ -252,8 +276,9 @@ void check_favor(const Kernels& kernels, int64_t head_dim, int64_t num_features,
         }
         features[size_t(f)] *= grad_feature;
       }
-      project(features, &q[at(i)], &want_q[at(i)]);
+      pass_on(project(features, &q[at(i)], &want_q[at(i)]), row_feature, &want_q[at(i)]);
     }
+    double key_sum_of_grads = 0;
     for (int64_t j = 0; j < used; ++j) {
       auto features = key_features[size_t(j)];
       for (int64_t f = 0; f < num_features; ++f) {
@@ -264,8 +289,9 @@ void check_favor(const Kernels& kernels, int64_t head_dim, int64_t num_features,
         }
         features[size_t(f)] *= grad_feature;
       }
-      project(features, &k[at(j)], &want_k[at(j)]);
+      key_sum_of_grads += project(features, &k[at(j)], &want_k[at(j)]);
     }
+    pass_on(key_sum_of_grads, largest_feature, &want_k[at(largest_row)]);
   }
   const auto used_rows = [&](std::vector<float> x) {
     std::fill(x.begin() + used * row, x.end(), 0.0f);
@@ -609,7 +635,8 @@ int main() {
   for (const std::string& isa : available_isas()) {
     use_isa(isa);
     for (int64_t head_dim : {8, 20, 64})
-      for (bool one_pass : {false, true}) check_attention(active_kernels(), head_dim, one_pass);
+      for (bool one_pass : {false, true})
+        for (float size : {1.0f, 1e9f}) check_attention(active_kernels(), head_dim, one_pass, size);
     check_favor(active_kernels(), 16, 44, 1e-4);
     check_favor(active_kernels(), 20, 101, 1e-2);
     check_favor(active_kernels(), 64, 266, 1e-4);

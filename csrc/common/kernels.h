@@ -54,9 +54,14 @@ struct AttentionArgs {
   Operand grad_out;
   const float* grad_lse;  // (num_heads, total_nnz) or null
   float* delta;           // (num_heads, total_nnz), written by backward_query, read by backward_key
+  // (num_heads, total_nnz), written by backward_large where softmax_lse is_large; null where it is so nowhere.
+  float *large_max, *large_sum;
   int64_t one_pass_rows;  // longest segment that goes to `attention_backward`
   void *grad_q, *grad_k, *grad_v;  // contiguous
 };
+
+// Whether softmax_lse, a float, has too few digits behind the point for the backward. NaN counts.
+static inline bool is_large(float softmax_lse) { return !(softmax_lse > -160.0f && softmax_lse < 160.0f); }
 
 struct FavorArgs {
   DType dtype;  // f32 or bf16
@@ -86,6 +91,13 @@ struct FavorPart {
   float* context_of_eps;  // (head_dim,), padded
   float key_sum_of_eps;
   float key_max;  // the stabiliser that the sums are relative to, in units of log2
+};
+
+// What one chunk of keys and one head add to the gradient that goes through key_max.
+struct FavorKeyPart {
+  float score;           // the largest
+  int64_t row, feature;  // and where it comes first, by rows and then by features
+  double grad_sum;       // of the gradients of all scores
 };
 
 struct EmbeddingArgs {
@@ -169,6 +181,8 @@ struct Kernels {
   // Whether attention_backward takes this type; the other two always do.
   bool (*attention_one_pass)(DType);
   void (*attention_backward)(const AttentionArgs&, const SegmentBlock& segment, int64_t head, void* scratch);
+  // What the others need of queries with a large softmax_lse: runs before them.
+  void (*attention_backward_large)(const AttentionArgs&, const SegmentBlock&, int64_t head, void* scratch);
   void (*attention_backward_query)(const AttentionArgs&, const SegmentBlock&, int64_t head, void* scratch);
   void (*attention_backward_key)(const AttentionArgs&, const SegmentBlock&, int64_t head, void* scratch);
   size_t (*favor_scratch)(const FavorArgs&);
@@ -178,7 +192,10 @@ struct Kernels {
                     float* context, float* key_sum);
   void (*favor_query)(const FavorArgs&, const RowChunk& queries, int64_t head, void* scratch);
   void (*favor_backward_query)(const FavorArgs&, const RowChunk& queries, int64_t head, FavorPart& part, void* scratch);
-  void (*favor_backward_key)(const FavorArgs&, const RowChunk& keys, int64_t head, void* scratch);
+  void (*favor_backward_key)(const FavorArgs&, const RowChunk& keys, int64_t head, FavorKeyPart& part, void* scratch);
+  // Gives grad_k what goes through the key_max of some heads; parts[chunk * num_heads + head] are those of one segment.
+  void (*favor_backward_key_max)(const FavorArgs&, const FavorKeyPart* parts, int64_t chunks, int64_t first_head,
+                                 int64_t heads);
   int64_t value_block;  // distinct values of one unit of embedding work
   size_t (*embedding_scratch)(const EmbeddingArgs&);
   void (*embedding_forward)(const EmbeddingArgs&, int64_t first, int64_t count, void* scratch);

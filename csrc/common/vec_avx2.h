@@ -48,8 +48,8 @@ struct VecAvx2 {
     const __m256 keep = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane));
     return _mm256_blendv_ps(set1(fill), x, keep);
   }
-  static reg select_positive(reg gate, reg x, reg y) {
-    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(gate, zero(), _CMP_GT_OQ));
+  static reg where_greater(reg a, reg b, reg x, reg y) {
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
   }
   static float sum(reg x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

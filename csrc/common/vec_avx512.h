@@ -45,14 +45,18 @@ struct VecAvx512 {
   static reg keep_first(reg x, int n, float fill) {
     return _mm512_mask_mov_ps(set1(fill), __mmask16((1u << n) - 1u), x);
   }
-  static reg select_positive(reg gate, reg x, reg y) {
-    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(gate, zero(), _CMP_GT_OQ), x);
+  static reg where_greater(reg a, reg b, reg x, reg y) {
+    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), x);
   }
   static float sum(reg x) { return _mm512_reduce_add_ps(x); }
   static float maximum(reg x) { return _mm512_reduce_max_ps(x); }
   static constexpr bool scaling_underflows = true;
   static reg fraction(reg x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
   static reg scale_by_floor(reg y, reg x) { return _mm512_scalef_ps(y, x); }
+  // The same, but 0 where the factor is below the normal numbers.
+  static reg scale_or_flush(reg y, reg x) {
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-126.0f), _CMP_NLT_UQ), y, x);
+  }
   static void transpose(reg* x) {
     reg a[16];
 #pragma GCC unroll 8

@@ -40,8 +40,8 @@ struct VecScalar {
     for (int i = 0; i < width; ++i) x[i] = i < n ? x[i] : fill;
     return x;
   }
-  // x where gate > 0, else y.
-  static reg select_positive(reg gate, reg x, reg y) { return gate > 0.0f ? x : y; }
+  // x where a > b, else y.
+  static reg where_greater(reg a, reg b, reg x, reg y) { return a > b ? x : y; }
   static float sum(reg x) { return (x[0] + x[1]) + (x[2] + x[3]); }
   static float maximum(reg x) { return max_of(max_of(x[0], x[1]), max_of(x[2], x[3])); }
   static reg floor(reg x) {
@@ -50,7 +50,7 @@ struct VecScalar {
     const reg nearest = (x + magic) - magic;
     return nearest > x ? nearest - 1.0f : nearest;
   }
-  static constexpr bool scaling_underflows = false;  // scale_by_floor takes x in [-126, 128)
+  static constexpr bool scaling_underflows = false;  // scale_by_floor takes x in [-127, 128)
   static reg fraction(reg x) { return x - floor(x); }
   // y * 2^floor(x).
   static reg scale_by_floor(reg y, reg x) {

@@ -52,7 +52,7 @@ static inline void embed_bins(const EmbeddingArgs& args, const EmbeddingScratch&
     const auto value = V::set1(args.values[args.first_token[first + u]]);
     for (int64_t j = 0; j < ld; j += V::width) {
       const auto pre = V::fma(value, V::load(args.w1 + j), V::load(args.b1 + j));
-      V::store(s.hidden + u * ld + j, V::select_positive(pre, pre, V::mul(pre, V::set1(kLeakySlope))));
+      V::store(s.hidden + u * ld + j, V::where_greater(pre, V::zero(), pre, V::mul(pre, V::set1(kLeakySlope))));
     }
   }
   product<V, DotFloat<V>>(count, ld, bins, s.hidden, ld, args.w2_transposed, ld, s.logits, ld, false);
@@ -173,7 +173,7 @@ void embedding_backward(const EmbeddingArgs& args, int64_t first, int64_t count,
       const auto grad_hidden = V::fma(V::set1(args.alpha), grad_logits, V::load(s.grad_hidden + u * ld + j));
       // hidden has the sign of its argument, so it tells the slope.
       const auto hidden = V::load(s.hidden + u * ld + j);
-      const auto grad_pre = V::select_positive(hidden, grad_hidden, V::mul(grad_hidden, V::set1(kLeakySlope)));
+      const auto grad_pre = V::where_greater(hidden, V::zero(), grad_hidden, V::mul(grad_hidden, V::set1(kLeakySlope)));
       V::store(grads.b1 + j, V::add(V::load(grads.b1 + j), grad_pre));
       V::store(grads.w1 + j, V::fma(value, grad_pre, V::load(grads.w1 + j)));
     }
@@ -185,7 +185,7 @@ void embedding_backward(const EmbeddingArgs& args, int64_t first, int64_t count,
     for (int64_t j = 0; j < ld; j += V::width) {
       const auto w1 = V::load(args.w1 + j);
       const auto hidden = V::load(s.hidden + u * ld + j);
-      V::store(s.d_hidden + u * ld + j, V::select_positive(hidden, w1, V::mul(w1, V::set1(kLeakySlope))));
+      V::store(s.d_hidden + u * ld + j, V::where_greater(hidden, V::zero(), w1, V::mul(w1, V::set1(kLeakySlope))));
     }
   product<V, Dot>(count, ld, bins, s.d_hidden, ld, args.w2_transposed, ld, s.d_logits, ld, false);
   for (int64_t u = 0; u < count; ++u) {

@@ -77,14 +77,20 @@ struct Parts {
   }
 };
 
+// Which chunks are those of the segments that have some: of the i-th, chunks [first[i], first[i + 1]).
+std::vector<int64_t> first_chunks(const std::vector<RowChunk>& chunks) {
+  std::vector<int64_t> first;
+  for (int64_t i = 0; i < int64_t(chunks.size()); ++i)
+    if (i == 0 || chunks[size_t(i)].segment != chunks[size_t(i - 1)].segment) first.push_back(i);
+  first.push_back(int64_t(chunks.size()));
+  return first;
+}
+
 // Adds up the parts of each segment and head into sums (batch, num_heads, num_features[, head_dim]), relative to key_max
 // (batch, num_heads) in units of log2.
 void add_parts(const FavorArgs& args, const Kernels& kernels, const std::vector<RowChunk>& chunks, const Parts& parts,
                const float* key_max, float* context, float* key_sum) {
-  std::vector<int64_t> first;  // chunk of each segment that has one
-  for (int64_t i = 0; i < int64_t(chunks.size()); ++i)
-    if (i == 0 || chunks[size_t(i)].segment != chunks[size_t(i - 1)].segment) first.push_back(i);
-  first.push_back(int64_t(chunks.size()));
+  const std::vector<int64_t> first = first_chunks(chunks);
   const int64_t heads = args.num_heads;
   for_each_unit((int64_t(first.size()) - 1) * heads, 0, [&](int64_t unit, void*) {
     const int64_t begin = first[size_t(unit / heads)], head = unit % heads;
@@ -185,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> favor_attention_backward(
     const Tensor& grad_out_in, const Tensor& q_in, const Tensor& k_in, const Tensor& v_in, const Tensor& projection_in,
     const Tensor& out_in, const Tensor& context_in, const Tensor& key_sum_in, const Tensor& key_max_in,
     const Tensor& row_max_in, const Tensor& row_sum_in, const Tensor& cu_seqlens_in, int64_t /*max_seqlen*/,
-    const Tensor& cu_seqlens_q_in, int64_t /*max_seqlen_q*/, double eps) {
+    const Tensor& cu_seqlens_q_in, int64_t /*max_seqlen_q*/, double eps, bool per_cell) {
   const Tensor q = last_contiguous(q_in), k = last_contiguous(k_in), v = last_contiguous(v_in);
   const Tensor grad_out = last_contiguous(grad_out_in), out = torch::stable::contiguous(out_in);
   const Tensor projection = torch::stable::contiguous(projection_in);
@@ -235,9 +241,18 @@ std::tuple<Tensor, Tensor, Tensor> favor_attention_backward(
     add_parts(args, kernels, queries, parts, nullptr, args.grad_context, args.grad_key_sum);
   }
   const auto keys = segments.chunks(segments.keys, kFavorRows);
-  for_each_unit(int64_t(keys.size()) * heads, scratch, [&](int64_t unit, void* space) {
-    kernels.favor_backward_key(args, keys[size_t(unit / heads)], unit % heads, space);
+  std::vector<FavorKeyPart> parts(keys.size() * size_t(heads));
+  for_each_unit(int64_t(parts.size()), scratch, [&](int64_t unit, void* space) {
+    kernels.favor_backward_key(args, keys[size_t(unit / heads)], unit % heads, parts[size_t(unit)], space);
   });
+  // Without eps every stabiliser cancels.
+  if (args.eps != 0.0f) {
+    const std::vector<int64_t> first = first_chunks(keys);
+    const int64_t together = per_cell ? heads : 1;
+    for (size_t i = 0; i + 1 < first.size(); ++i)
+      for (int64_t h = 0; h < heads; h += together)
+        kernels.favor_backward_key_max(args, &parts[size_t(first[i] * heads)], first[i + 1] - first[i], h, together);
+  }
   return {grad_q, grad_k, grad_v};
 }
 

@@ -5,10 +5,13 @@
 // of context and key_sum under a running key_max, which are added up for each segment and head; queries meet the context
 // under a running row_max. Backward: queries give grad_q and parts of grad_context and grad_key_sum, keys then grad_k
 // and grad_v. Features are recomputed from scores. Scores, maxima and half norms count in units of log2.
+// Both maxima pass gradient on: all exponents of a query are relative to row_max, so the feature that is its maximum gets
+// the sum of its scores' gradients, negative; key_max likewise, for all keys of a segment and head, or of a segment.
 // What eps adds to every feature is never added to a feature: it multiplies sums that all features have in common.
 // The same words as in xtg_kernels/ops/favor_attention/reference.py and triton_kernel.py.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <type_traits>
 
@@ -20,8 +23,7 @@
 
 namespace xtg {
 
-constexpr double kLog2EDouble = 1.4426950408889634;
-constexpr float kNoFeature = -1e30f;  // exp2 of it vanishes: where a block has columns but no tokens
+constexpr float kNoFeature = -INFINITY;  // a half norm, negative: of a block's columns that hold no token
 
 template <class V, class T>
 struct FavorTile {
@@ -71,6 +73,7 @@ struct FavorScratch {
   float* context_sum;               // (padded_dim,): of all features, or over the tokens of a block
   double* wide_sum;                 // (padded_dim,)
   float *half_norms, *row_max, *row_sum, *minus_delta, *grad_sum;  // (columns,); half_norms are negative
+  float *largest, *largest_feature;  // (columns,): the largest score so far, and the first feature that has it
   size_t bytes;
 
   FavorScratch(const FavorArgs& args, void* base) {
@@ -102,6 +105,8 @@ struct FavorScratch {
     row_sum = cursor.take<float>(columns);
     minus_delta = cursor.take<float>(columns);
     grad_sum = cursor.take<float>(columns);
+    largest = cursor.take<float>(columns);
+    largest_feature = cursor.take<float>(columns);
     bytes = cursor.used;
   }
 };
@@ -165,7 +170,9 @@ static inline void half_norms_of_columns(const FavorShape<V, T>& shape, const Fa
     // Four sums: a half norm is common to all features of a token, so that its error does not average out.
     typename V::reg sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
     for (int64_t p = 0; p < shape.steps; ++p) sums[p % 4] = Dot::square(sums[p % 4], s.right_x + p * columns + j);
-    V::store(s.half_norms + j, times(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3]))));
+    const auto half_norm = times(V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
+    // Finite where the square overflows, or even its product is NaN: the feature is then 0, unless its score is NaN.
+    V::store(s.half_norms + j, V::max(half_norm, V::set1(-FLT_MAX)));
   }
   for (int64_t j = count; j < columns; ++j) s.half_norms[j] = kNoFeature;
 }
@@ -350,7 +357,11 @@ void favor_sum(const FavorArgs& args, const FavorPart* parts, int64_t count, int
   clear(key_sum, args.num_features);
   for (int64_t i = 0; i < count; ++i) {
     const FavorPart& part = parts[i * stride];
-    const float factor = std::exp2(part.key_max - key_max);
+    float rest = part.key_max - key_max;
+    // key_max was rounded after it was found. Where that is more than its last digits its key's half norm, about its
+    // square, leaves nothing of any feature, and the factor must not make NaN of that. Without eps nothing says so.
+    if (args.eps != 0.0f && rest > 1.0f) rest = 1.0f;
+    const float factor = std::exp2(rest);
     for (int64_t f = 0; f < args.num_features; ++f) {
       add_row<V>(part.context + f * padded_dim, factor, dim, context + f * dim);
       add_row<V>(part.context_of_eps, args.eps, dim, context + f * dim);
@@ -433,17 +444,22 @@ void favor_query(const FavorArgs& args, const RowChunk& queries, int64_t head, v
   });
 }
 
-// Gradients with respect to the scores of a block, times scale and projection, are in acc; those with respect to the half
-// norms, negative, in s.grad_sum: the gradient of x is written to dst.
+// Gradients with respect to the scores of a block, times scale and projection, are in acc, their sums in s.grad_sum: the
+// gradient of x, to which they come through scores and half norms, is written to dst. If each row has a maximum of its
+// own, s.largest_feature has that.
 template <class V, class T>
 static inline void store_projected(const FavorArgs& args, const FavorShape<V, T>& shape, const FavorScratch<V, T>& s,
                                    const float* acc, const Operand& x, int64_t first, int64_t count, int64_t columns,
-                                   int64_t head, void* dst) {
+                                   int64_t head, bool row_maxima, void* dst) {
   transpose_to_rows(shape, s, acc, columns);
-  for (int64_t r = 0; r < count; ++r)
+  for (int64_t r = 0; r < count; ++r) {
+    if (row_maxima)
+      add_row<V>(args.projection + int64_t(s.largest_feature[r]) * shape.dim, float(-shape.scale * s.grad_sum[r]),
+                 shape.dim, s.rows + r * shape.padded_dim);
     store_sum<V>(s.rows + r * shape.padded_dim, 1.0f, rows_of<T>(x, first + r, head),
                  float(-shape.scale * shape.scale * double(s.grad_sum[r])), shape.dim,
                  static_cast<T*>(dst) + ((first + r) * args.num_heads + head) * shape.dim);
+  }
 }
 
 template <class V, class T>
@@ -477,7 +493,8 @@ void favor_backward_query(const FavorArgs& args, const RowChunk& queries, int64_
     clear(s.context_sum, shape.padded_dim);
     for (int64_t r = 0; r < columns; ++r) {
       s.minus_delta[r] = s.grad_sum[r] = 0.0f;
-      s.row_max[r] = 0.0f;
+      s.row_max[r] = s.largest_feature[r] = 0.0f;
+      s.largest[r] = -INFINITY;
       if (r >= count) continue;
       const T* grad = rows_of<T>(args.grad_out, first + r, head);
       const T* out = static_cast<const T*>(args.out) + ((first + r) * args.num_heads + head) * shape.dim;
@@ -498,9 +515,15 @@ void favor_backward_query(const FavorArgs& args, const RowChunk& queries, int64_
         const auto row_max = V::load(s.row_max + j), half_norm = V::load(s.half_norms + j);
         const auto minus_delta = V::load(s.minus_delta + j);
         auto grad_sum = V::load(s.grad_sum + j);
+        auto largest = V::load(s.largest + j), largest_feature = V::load(s.largest_feature + j);
+        auto feature = V::set1(float(f0));
         const auto grad_score = [&](int64_t f) {
           const int64_t at = f * Tile::columns + j;
-          const auto x = exponential<V, accurate>(V::load(s.scores + at), row_max, half_norm);
+          const auto score = V::load(s.scores + at);
+          largest_feature = V::where_greater(score, largest, feature, largest_feature);
+          largest = V::max(score, largest);
+          feature = V::add(feature, V::set1(1.0f));
+          const auto x = exponential<V, accurate>(score, row_max, half_norm);
           const auto grad = V::fma(V::set1(key_sum[f0 + f]), minus_delta, V::load(s.grad_features + at));
           float* lanes = s.lanes + (f0 + f) * V::width;
           V::store(lanes, V::fma(x, minus_delta, V::load(lanes)));
@@ -516,11 +539,14 @@ void favor_backward_query(const FavorArgs& args, const RowChunk& queries, int64_
         }
         if (f < features) Dot::store_rows(s.right_grad_scores, Tile::columns, f, j, grad_score(f), V::zero());
         V::store(s.grad_sum + j, grad_sum);
+        V::store(s.largest + j, largest);
+        V::store(s.largest_feature + j, largest_feature);
       }
       product_with_rows(shape, s, f0, features, columns, !chain_starts);
       product_with_features(shape, f0, features, s.projection_t, s.right_grad_scores, columns, s.acc_a);
     }
-    store_projected(args, shape, s, s.acc_a, args.q, first, count, columns, head, args.grad_q);
+    // Without eps the maximum cancels.
+    store_projected(args, shape, s, s.acc_a, args.q, first, count, columns, head, args.eps != 0.0f, args.grad_q);
   });
   add_row<V>(s.sums, 1.0f, sums, part.context);
   part.key_sum_of_eps = float(key_sum_of_eps);
@@ -528,8 +554,31 @@ void favor_backward_query(const FavorArgs& args, const RowChunk& queries, int64_
   for (int64_t f = 0; f < shape.features; ++f) part.key_sum[f] = V::sum(V::load(s.lanes + f * V::width));
 }
 
+// Brings part up to date with the scores (features of a block, columns) of a block of tokens. The largest one is looked
+// for where it can be larger than what was found before, which is seldom.
 template <class V, class T>
-void favor_backward_key(const FavorArgs& args, const RowChunk& keys, int64_t head, void* scratch) {
+static inline void update_largest(const FavorScratch<V, T>& s, int64_t first, int64_t count, int64_t first_feature,
+                                  int64_t features, FavorKeyPart& part) {
+  using Tile = FavorTile<V, T>;
+  auto maximum = V::set1(-INFINITY);
+  for (int64_t j = 0; j < count; j += V::width) {
+    auto column_max = V::load(s.scores + j);
+    for (int64_t f = 1; f < features; ++f) column_max = V::max(column_max, V::load(s.scores + f * Tile::columns + j));
+    maximum = V::max(maximum, V::keep_first(column_max, int(min_of<int64_t>(count - j, V::width)), -INFINITY));
+  }
+  const float largest = V::maximum(maximum);
+  if (!(largest >= part.score)) return;
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t f = 0; f < features; ++f)
+      if (s.scores[f * Tile::columns + r] == largest) {
+        // An equal score of an earlier block of features comes first unless its row is a later one.
+        if (largest > part.score || first + r < part.row) part = {largest, first + r, first_feature + f, part.grad_sum};
+        return;
+      }
+}
+
+template <class V, class T>
+void favor_backward_key(const FavorArgs& args, const RowChunk& keys, int64_t head, FavorKeyPart& part, void* scratch) {
   using Tile = FavorTile<V, T>;
   using Dot = typename Tile::Dot;
   constexpr bool accurate = std::is_same_v<T, float>;
@@ -547,6 +596,7 @@ void favor_backward_key(const FavorArgs& args, const RowChunk& keys, int64_t hea
   pack_left_transposed<V, Dot>(grad_context, shape.dim, shape.features, shape.dim, 1.0, s.context_t,
                                shape.feature_steps);
   sum_over_features(shape, s, grad_context);
+  part = {-INFINITY, keys.first, 0, 0.0};
   for_each_token_block<V, T>(keys, [&](int64_t first, int64_t count, int64_t columns) {
     pack_columns(shape, args.k, first, count, columns, head, s.right_x);
     pack_columns(shape, args.v, first, count, columns, head, s.right_y);
@@ -556,6 +606,7 @@ void favor_backward_key(const FavorArgs& args, const RowChunk& keys, int64_t hea
       const int64_t features = min_of(Tile::features, shape.features - f0);
       product_with_columns(shape, f0, features, s.projection, s.right_x, columns, s.scores);
       product_with_columns(shape, f0, features, s.context, s.right_y, columns, s.grad_features);
+      if (args.eps != 0.0f) update_largest(s, first, count, f0, features, part);
       for (int64_t j = 0; j < columns; j += V::width) {
         const auto half_norm = V::load(s.half_norms + j);
         auto grad_sum = V::load(s.grad_sum + j);
@@ -579,12 +630,33 @@ void favor_backward_key(const FavorArgs& args, const RowChunk& keys, int64_t hea
       product_with_features(shape, f0, features, s.context_t, s.right_features, columns, s.acc_a);
       product_with_features(shape, f0, features, s.projection_t, s.right_grad_scores, columns, s.acc_b);
     }
-    store_projected(args, shape, s, s.acc_b, args.k, first, count, columns, head, args.grad_k);
+    for (int64_t r = 0; r < count; ++r) part.grad_sum += s.grad_sum[r];
+    store_projected(args, shape, s, s.acc_b, args.k, first, count, columns, head, false, args.grad_k);
     transpose_to_rows(shape, s, s.acc_a, columns);
     for (int64_t r = 0; r < count; ++r)
       store_sum<V>(s.rows + r * shape.padded_dim, 1.0f, s.context_sum, args.eps, shape.dim,
                    static_cast<T*>(args.grad_v) + ((first + r) * args.num_heads + head) * shape.dim);
   });
+}
+
+template <class V, class T>
+void favor_backward_key_max(const FavorArgs& args, const FavorKeyPart* parts, int64_t chunks, int64_t first_head,
+                            int64_t heads) {
+  const FavorShape<V, T> shape(args);
+  const FavorKeyPart* largest = parts + first_head;
+  int64_t largest_head = first_head;
+  double grad_sum = 0.0;
+  for (int64_t h = first_head; h < first_head + heads; ++h)
+    for (int64_t i = 0; i < chunks; ++i) {
+      const FavorKeyPart& part = parts[i * args.num_heads + h];
+      grad_sum += part.grad_sum;
+      if (!(part.score > largest->score)) continue;
+      largest = &part;
+      largest_head = h;
+    }
+  T* row = static_cast<T*>(args.grad_k) + (largest->row * args.num_heads + largest_head) * shape.dim;
+  store_sum<V>(args.projection + largest->feature * shape.dim, float(-shape.scale * grad_sum), row, 1.0f, shape.dim,
+               row);
 }
 
 }  // namespace xtg

@@ -108,6 +108,15 @@ std::tuple<Tensor, Tensor, Tensor> ragged_attention_backward(
   args.grad_k = grad_k.data_ptr();
   args.grad_v = grad_v.data_ptr();
   const Kernels& kernels = active_kernels();
+  std::unique_ptr<void, AlignedFree> large;
+  for (int64_t i = 0; i < args.num_heads * args.total_nnz && !large; ++i)
+    if (is_large(args.softmax_lse[i])) large = aligned_scratch(size_t(2 * args.num_heads * args.total_nnz) * sizeof(float));
+  if (large) {
+    args.large_max = static_cast<float*>(large.get());
+    args.large_sum = args.large_max + args.num_heads * args.total_nnz;
+    run_blocks(kernels, kernels.attention_backward_large, args,
+               segment_blocks(cu, batch, args.num_heads, torch::stable::get_num_threads()));
+  }
   // Which way a segment goes is decided by its length alone: its bits must not depend on threads or batch mates.
   const int64_t one_pass = kernels.attention_one_pass(args.dtype) ? kOnePassRows : 0;
   const auto segments = whole_segments(cu, batch, 1, one_pass);

@@ -4,7 +4,8 @@
 // past; out = acc / row_sum, softmax_lse = row_max + log(row_sum). The backward recomputes probs from scores and
 // softmax_lse, without atomics: in one pass that owns a whole segment and head (five products of each pair of blocks), or
 // in two that share a long segment among threads (seven products): one owns query blocks and sums grad_q over key blocks,
-// the other owns key blocks and sums grad_k and grad_v over query blocks.
+// the other owns key blocks and sums grad_k and grad_v over query blocks. Scores may have any size. Where softmax_lse has
+// too few digits for that, a pass before the others finds row_max, row_sum and delta of these rows once more.
 // The same words as in xtg_kernels/ops/ragged_attention/reference.py and triton_kernel.py.
 #pragma once
 
@@ -62,6 +63,7 @@ struct AttentionScratch {
   float *acc_a, *acc_b;             // (stationary, padded_dim)
   float *row_max, *row_sum;         // (stationary,), (stationary, V::width): the sums stay spread over the lanes
   float *minus_lse, *delta;         // of the queries: stationary or streaming; minus_lse in units of log2
+  float* score_base;                // what is taken from the scores of a query before they are scaled
   // One-pass backward only: stationary keys as right operand, and grad_q of the whole segment.
   elem* right_e;
   float* acc_q;
@@ -88,6 +90,7 @@ struct AttentionScratch {
     row_sum = cursor.take<float>(stationary * V::width);
     minus_lse = cursor.take<float>(max_of(Tile::max_rows, Tile::panel));
     delta = cursor.take<float>(max_of(Tile::max_rows, Tile::panel));
+    score_base = cursor.take<float>(max_of(Tile::max_rows, Tile::panel));
     right_e = args.one_pass_rows ? cursor.take<elem>(stationary * shape.padded_dim) : nullptr;
     acc_q = args.one_pass_rows ? cursor.take<float>(args.one_pass_rows * shape.padded_dim) : nullptr;
     bytes = cursor.used;
@@ -197,14 +200,36 @@ static inline void pack_panel(const AttentionShape<V, T>& shape, const Operand& 
              round_up(count, Tile::column_multiple), shape.dim, dst, shape.padded_dim);
 }
 
+// Scores times softmax_scale, in units of log2. A score s becomes s * near - row_max with one rounding, where row_max has
+// been rounded itself: from kFar on this would leave a remainder that no exponential can take. Scores of that size differ
+// by 64 and more where they differ at all, so that only those equal to the largest count, and any larger factor will do: by
+// a power of two the product is exact, and no remainder is left.
+struct ScoreScale {
+  static constexpr float kFar = 1073741824.0f;  // 2^30
+  float near, far;
+  explicit ScoreScale(float softmax_scale) : near(softmax_scale * kLog2E), far(std::ldexp(1.0f, exponent_of(near))) {
+    if (near < 0.0f) far = -far;
+  }
+  static int exponent_of(float x) {
+    int exponent;
+    std::frexp(x, &exponent);
+    return exponent;
+  }
+  // The factor of a row, by its row_max.
+  float of(float row_max) const { return std::fabs(row_max) >= kFar ? far : near; }
+  // row_max by its own factor, in natural units.
+  double natural(float row_max) const {
+    return kLn2Double * (std::fabs(row_max) >= kFar ? double(row_max) * near / far : double(row_max));
+  }
+};
+
 // Raw scores of some rows to probs relative to the row_max so far; factors bring each row's older sums to it.
-// row_max counts in units of log2: scale_log2 = softmax_scale * log2(e). Columns n.. of probs are zero. Row maxima are
-// reduced for V::width rows at once, by a transposition: a reduction inside one register would stall every row.
+// row_max counts in units of log2. Columns n.. of probs are zero. Row maxima are reduced for V::width rows at once, by a
+// transposition: a reduction inside one register would stall every row.
 template <class V, class Dot, bool accurate, bool negative_scale, class Columns>
 static inline void softmax_rows(const float* scores, int64_t ld, int64_t rows, Columns n, int64_t columns,
-                                float scale_log2, bool first, float* row_max, float* row_sum, float* factors,
-                                typename Dot::elem* probs, int64_t probs_ld) {
-  const auto scale = V::set1(scale_log2);
+                                const ScoreScale& score_scale, bool first, float* row_max, float* row_sum,
+                                float* factors, typename Dot::elem* probs, int64_t probs_ld) {
   for (int64_t group = 0; group < rows; group += V::width) {
     const int64_t end = min_of<int64_t>(group + V::width, rows);
     typename V::reg maxima[V::width];
@@ -222,13 +247,16 @@ static inline void softmax_rows(const float* scores, int64_t ld, int64_t rows, C
     V::transpose(maxima);
     for (int step = V::width / 2; step > 0; step /= 2)
       for (int i = 0; i < step; ++i) maxima[i] = V::max(maxima[i], maxima[i + step]);
-    const auto block_max = V::mul(maxima[0], V::set1(negative_scale ? -scale_log2 : scale_log2));
+    const auto near_max = V::mul(maxima[0], V::set1(negative_scale ? -score_scale.near : score_scale.near));
+    const auto far_max = V::mul(maxima[0], V::set1(negative_scale ? -score_scale.far : score_scale.far));
+    const auto size = V::max(V::sub(V::zero(), near_max), near_max);
+    const auto block_max = V::where_greater(V::set1(ScoreScale::kFar), size, near_max, far_max);
     const auto old_max = V::load(row_max + group);
     const auto new_max = first ? block_max : V::max(old_max, block_max);
     V::store(row_max + group, new_max);
     V::store(factors + group, first ? V::set1(1.0f) : exp2<V, true>(V::sub(old_max, new_max)));
     for (int64_t r = group; r < end; ++r) {
-      const auto shift = V::set1(-row_max[r]);
+      const auto shift = V::set1(-row_max[r]), scale = V::set1(score_scale.of(row_max[r]));
       auto sum = first ? V::zero() : V::mul(V::load(row_sum + r * V::width), V::set1(factors[r]));
       const auto prob = [&](int64_t j) {
         return exp2<V, accurate>(V::fma(V::load(scores + r * ld + j), scale, shift));
@@ -259,7 +287,7 @@ void attention_forward(const AttentionArgs& args, const SegmentBlock& block, int
   constexpr bool accurate = std::is_same_v<T, float>;
   const Shape shape(args);
   const AttentionScratch<V, T> s(args, scratch);
-  const float scale_log2 = args.softmax_scale * kLog2E;
+  const ScoreScale scale(args.softmax_scale);
   const int64_t first_row = block.begin + block.first;
   NextHead<V, T> next_head(args, block, head);
 
@@ -279,10 +307,10 @@ void attention_forward(const AttentionArgs& args, const SegmentBlock& block, int
         const int64_t columns = round_up(g.count, Tile::column_multiple);
         const auto softmax = [&](auto negative_scale, auto n) {
           softmax_rows<V, Dot, accurate, decltype(negative_scale)::value>(
-              s.scores, Tile::key_block, g.rows, n, columns, scale_log2, g.first, s.row_max + g.row,
+              s.scores, Tile::key_block, g.rows, n, columns, scale, g.first, s.row_max + g.row,
               s.row_sum + g.row * V::width, s.factors, s.probs, Shape::block_steps);
         };
-        if (scale_log2 < 0.0f)
+        if (scale.near < 0.0f)
           softmax(std::true_type{}, g.count);
         else
           with_columns<Tile::key_block>(g.count, [&](auto n) { softmax(std::false_type{}, n); });
@@ -304,15 +332,27 @@ void attention_forward(const AttentionArgs& args, const SegmentBlock& block, int
   for (int64_t r = 0; r < block.rows; ++r) {
     const float row_sum = V::sum(V::load(s.row_sum + r * V::width));
     store_row<V>(s.acc_a + r * shape.padded_dim, shape.dim, 1.0f / row_sum, out + r * args.num_heads * shape.dim);
-    softmax_lse[r] = (s.row_max[r] + std::log2(row_sum)) * kLn2;
+    softmax_lse[r] = float(scale.natural(s.row_max[r]) + std::log(double(row_sum)));
   }
 }
 
-// delta = rowsum(grad_out * out) - grad_lse of some rows.
+// The two products of the backward: stationary rows of q (or k) and grad_out (or v) with a block of the others.
+template <class V, class T>
+static inline void scores_and_grad_probs(const AttentionShape<V, T>& shape, const AttentionScratch<V, T>& s, const Step& g) {
+  using Tile = AttentionTile<V, T>;
+  const int64_t columns = round_up(g.count, Tile::column_multiple), slot = g.slot * Tile::key_block * shape.steps;
+  product<V, typename Tile::Dot>(g.rows, columns, shape.steps, s.left_a + g.row * shape.steps, shape.steps,
+                                 s.right_a + slot, columns, s.scores, Tile::key_block, false);
+  product<V, typename Tile::Dot>(g.rows, columns, shape.steps, s.left_b + g.row * shape.steps, shape.steps,
+                                 s.right_b + slot, columns, s.grad_probs, Tile::key_block, false);
+}
+
+// delta = rowsum(grad_out * out) - grad_lse of some rows, but for those that attention_backward_large has seen to.
 template <class V, class T>
 static inline void write_delta(const AttentionArgs& args, int64_t first_row, int64_t rows, int64_t head) {
   const int64_t dim = args.head_dim, lse_row = head * args.total_nnz + first_row;
   for (int64_t r = 0; r < rows; ++r) {
+    if (args.large_max && is_large(args.softmax_lse[lse_row + r])) continue;
     const T* a = rows_of<T>(args.grad_out, first_row + r, head);
     const T* b = static_cast<const T*>(args.out) + ((first_row + r) * args.num_heads + head) * dim;
     auto sum = V::zero();
@@ -324,13 +364,90 @@ static inline void write_delta(const AttentionArgs& args, int64_t first_row, int
   }
 }
 
+// s.score_base, s.minus_lse and s.delta of a query.
+template <class V, class T>
+static inline void load_query(const AttentionArgs& args, const AttentionScratch<V, T>& s, int64_t lse_row, int64_t at) {
+  const bool large = args.large_max && is_large(args.softmax_lse[lse_row]);
+  s.score_base[at] = large ? args.large_max[lse_row] : 0.0f;
+  s.minus_lse[at] = large ? -std::log2(args.large_sum[lse_row]) : -args.softmax_lse[lse_row] * kLog2E;
+  s.delta[at] = args.delta[lse_row];
+}
+
+// Calls f with whether scores have a base.
+template <class F>
+static inline void with_base(const AttentionArgs& args, F f) {
+  if (args.large_max)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
+
+template <class V, bool accurate, bool has_base>
+static inline typename V::reg prob_of(typename V::reg score, typename V::reg base, typename V::reg scale,
+                                      typename V::reg minus_lse) {
+  return exp2<V, accurate>(V::fma(has_base ? V::sub(score, base) : score, scale, minus_lse));
+}
+
+// The raw row_max, row_sum and delta of the queries of a block whose softmax_lse is large. A prob of 1 comes out as 1 here
+// and later, and the delta beside it as the same number as its grad_prob: their difference is 0, whatever a query or key of
+// any size makes of it. So delta is the sum of probs times grad_probs, not that of grad_out times out.
+template <class V, class T>
+void attention_backward_large(const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
+  using Tile = AttentionTile<V, T>;
+  using Dot = typename Tile::Dot;
+  const AttentionShape<V, T> shape(args);
+  const AttentionScratch<V, T> s(args, scratch);
+  const int64_t first_row = block.begin + block.first, lse_row = head * args.total_nnz + first_row;
+  const auto large = [&](int64_t r) { return is_large(args.softmax_lse[lse_row + r]); };
+  bool any = false;
+  for (int64_t r = 0; r < block.rows; ++r) any |= large(r);
+  if (!any) return;
+  const float scale_log2 = args.softmax_scale * kLog2E, sign = scale_log2 < 0.0f ? -1.0f : 1.0f;
+  float *largest = args.large_max + lse_row, *row_sum = args.large_sum + lse_row, *delta = args.delta + lse_row;
+  pack_left(Dot{}, rows_of<T>(args.q, first_row, head), args.q.row_stride, block.rows, shape.dim, s.left_a, shape.steps);
+  pack_left(Dot{}, rows_of<T>(args.grad_out, first_row, head), args.grad_out.row_stride, block.rows, shape.dim, s.left_b,
+            shape.steps);
+  for_each_step<V, T>(
+      block.rows, block.length,
+      [&](int64_t first, int64_t count) {
+        pack_panel_transposed<V, T>(shape, args.k, block.begin + first, count, head, s.right_a);
+        pack_panel_transposed<V, T>(shape, args.v, block.begin + first, count, head, s.right_b);
+      },
+      [&](const Step& g) { scores_and_grad_probs<V, T>(shape, s, g); },
+      [&](const Step& g) {
+        for (int64_t r = 0; r < g.rows; ++r) {
+          if (!large(g.row + r)) continue;
+          const float* scores = s.scores + r * Tile::key_block;
+          const float* grad_probs = s.grad_probs + r * Tile::key_block;
+          float new_max = g.first ? scores[0] : largest[g.row + r];
+          for (int64_t j = 0; j < g.count; ++j)
+            if (sign * scores[j] > sign * new_max) new_max = scores[j];
+          const float factor = g.first ? 0.0f : std::exp2((largest[g.row + r] - new_max) * scale_log2);
+          const auto base = V::set1(new_max), scale = V::set1(scale_log2);
+          auto sum = V::zero(), grad_sum = V::zero();
+          for_each_vector<V>(g.count, [&](int64_t j, int valid) {
+            // The same exponential as in the passes that follow.
+            constexpr bool accurate = std::is_same_v<T, float>;
+            const auto p = prob_of<V, accurate, true>(V::load(scores + j), base, scale, V::zero());
+            sum = V::add(sum, V::keep_first(p, valid, 0.0f));
+            grad_sum = V::add(grad_sum, V::keep_first(V::mul(p, V::load(grad_probs + j)), valid, 0.0f));
+          });
+          row_sum[g.row + r] = (g.first ? 0.0f : row_sum[g.row + r] * factor) + V::sum(sum);
+          delta[g.row + r] = (g.first ? 0.0f : delta[g.row + r] * factor) + V::sum(grad_sum);
+          largest[g.row + r] = new_max;
+        }
+      },
+      [](const Step&) {});
+  for (int64_t r = 0; r < block.rows; ++r)
+    if (large(r)) delta[r] = delta[r] / row_sum[r] - (args.grad_lse ? args.grad_lse[lse_row + r] : 0.0f);
+}
+
 // grad_q of one query block; also writes delta = rowsum(grad_out * out) - grad_lse of its rows.
 template <class V, class T>
 void attention_backward_query(const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
   using Tile = AttentionTile<V, T>;
   using Shape = AttentionShape<V, T>;
   using Dot = typename Shape::Dot;
-  constexpr bool accurate = std::is_same_v<T, float>;
   const Shape shape(args);
   const AttentionScratch<V, T> s(args, scratch);
   const float scale_log2 = args.softmax_scale * kLog2E;
@@ -339,10 +456,7 @@ void attention_backward_query(const AttentionArgs& args, const SegmentBlock& blo
   const int64_t lse_row = head * args.total_nnz + first_row;
 
   write_delta<V, T>(args, first_row, block.rows, head);
-  for (int64_t r = 0; r < block.rows; ++r) {
-    s.delta[r] = args.delta[lse_row + r];
-    s.minus_lse[r] = -args.softmax_lse[lse_row + r] * kLog2E;
-  }
+  for (int64_t r = 0; r < block.rows; ++r) load_query(args, s, lse_row + r, r);
   pack_left(Dot{}, rows_of<T>(args.q, first_row, head), args.q.row_stride, block.rows, shape.dim, s.left_a, shape.steps);
   pack_left(Dot{}, rows_of<T>(args.grad_out, first_row, head), args.grad_out.row_stride, block.rows, shape.dim, s.left_b,
             shape.steps);
@@ -353,29 +467,28 @@ void attention_backward_query(const AttentionArgs& args, const SegmentBlock& blo
         pack_panel_transposed<V, T>(shape, args.v, block.begin + first, count, head, s.right_b);
         pack_panel<V, T>(shape, args.k, block.begin + first, count, head, s.right_c);
       },
-      [&](const Step& g) {
-        const int64_t columns = round_up(g.count, Tile::column_multiple);
-        product<V, Dot>(g.rows, columns, shape.steps, s.left_a + g.row * shape.steps, shape.steps, s.right_a + g.slot * Tile::key_block * shape.steps,
-                  columns, s.scores, Tile::key_block, false);
-        product<V, Dot>(g.rows, columns, shape.steps, s.left_b + g.row * shape.steps, shape.steps, s.right_b + g.slot * Tile::key_block * shape.steps,
-                  columns, s.grad_probs, Tile::key_block, false);
-      },
+      [&](const Step& g) { scores_and_grad_probs<V, T>(shape, s, g); },
       [&](const Step& g) {
         const int64_t columns = round_up(g.count, Tile::column_multiple);
         const auto scale = V::set1(scale_log2);
-        with_columns<Tile::key_block>(columns, [&](auto n) {
+        const auto grad_scores = [&](auto n, auto has_base) {
           for (int64_t r = 0; r < g.rows; ++r) {
-            const auto minus_lse = V::set1(s.minus_lse[g.row + r]);
+            const auto minus_lse = V::set1(s.minus_lse[g.row + r]), base = V::set1(s.score_base[g.row + r]);
             const auto delta = V::set1(s.delta[g.row + r]);
             const float* scores = s.scores + r * Tile::key_block;
             const float* grad_probs = s.grad_probs + r * Tile::key_block;
             for_each_vector<V>(n, [&](int64_t j, int) {
-              const auto p = exp2<V, accurate>(V::fma(V::load(scores + j), scale, minus_lse));
+              constexpr bool accurate = std::is_same_v<T, float>;
+              const auto p =
+                  prob_of<V, accurate, decltype(has_base)::value>(V::load(scores + j), base, scale, minus_lse);
               auto ds = V::mul(p, V::sub(V::load(grad_probs + j), delta));
               if (j + V::width > g.count) ds = V::keep_first(ds, int(max_of<int64_t>(g.count - j, 0)), 0.0f);
               Dot::store(s.grad_scores + r * Shape::block_steps, j, ds);
             });
           }
+        };
+        with_base(args, [&](auto has_base) {
+          with_columns<Tile::key_block>(columns, [&](auto n) { grad_scores(n, has_base); });
         });
       },
       [&](const Step& g) {
@@ -400,19 +513,11 @@ static inline void pack_query_panel(const AttentionArgs& args, const AttentionSh
   pack_panel<V, T>(shape, args.grad_out, begin, count, head, s.right_d);
   const int64_t lse_row = head * args.total_nnz + begin;
   for (int64_t j = 0; j < round_up(count, AttentionTile<V, T>::column_multiple); ++j) {
-    s.minus_lse[j] = j < count ? -args.softmax_lse[lse_row + j] * kLog2E : 0.0f;
-    s.delta[j] = j < count ? args.delta[lse_row + j] : 0.0f;
+    if (j < count)
+      load_query(args, s, lse_row + j, j);
+    else
+      s.score_base[j] = s.minus_lse[j] = s.delta[j] = 0.0f;
   }
-}
-
-template <class V, class T>
-static inline void key_scores(const AttentionShape<V, T>& shape, const AttentionScratch<V, T>& s, const Step& g) {
-  using Tile = AttentionTile<V, T>;
-  const int64_t columns = round_up(g.count, Tile::column_multiple), slot = g.slot * Tile::key_block * shape.steps;
-  product<V, typename Tile::Dot>(g.rows, columns, shape.steps, s.left_a + g.row * shape.steps, shape.steps,
-                                 s.right_a + slot, columns, s.scores, Tile::key_block, false);
-  product<V, typename Tile::Dot>(g.rows, columns, shape.steps, s.left_b + g.row * shape.steps, shape.steps,
-                                 s.right_b + slot, columns, s.grad_probs, Tile::key_block, false);
 }
 
 template <class V, class T>
@@ -423,13 +528,15 @@ static inline void key_softmax(const AttentionArgs& args, const AttentionScratch
   const auto scale = V::set1(args.softmax_scale * kLog2E);
   const float* minus_lse = s.minus_lse + g.slot * Tile::key_block;
   const float* delta = s.delta + g.slot * Tile::key_block;
-  with_columns<Tile::key_block>(round_up(g.count, Tile::column_multiple), [&](auto n) {
+  const float* base = s.score_base + g.slot * Tile::key_block;
+  const auto probs_and_grad_scores = [&](auto n, auto has_base) {
     for (int64_t r = 0; r < g.rows; ++r) {
       const float* scores = s.scores + r * Tile::key_block;
       const float* grad_probs = s.grad_probs + r * Tile::key_block;
       for_each_vector<V>(n, [&](int64_t j, int) {
         constexpr bool accurate = std::is_same_v<T, float>;
-        auto p = exp2<V, accurate>(V::fma(V::load(scores + j), scale, V::load(minus_lse + j)));
+        auto p = prob_of<V, accurate, decltype(has_base)::value>(V::load(scores + j), V::load(base + j), scale,
+                                                                 V::load(minus_lse + j));
         auto ds = V::mul(p, V::sub(V::load(grad_probs + j), V::load(delta + j)));
         if (j + V::width > g.count) {
           const int valid = int(max_of<int64_t>(g.count - j, 0));
@@ -440,6 +547,10 @@ static inline void key_softmax(const AttentionArgs& args, const AttentionScratch
         Dot::store(s.grad_scores + r * Shape::block_steps, j, ds);
       });
     }
+  };
+  with_base(args, [&](auto has_base) {
+    with_columns<Tile::key_block>(round_up(g.count, Tile::column_multiple),
+                                  [&](auto n) { probs_and_grad_scores(n, has_base); });
   });
 }
 
@@ -484,7 +595,7 @@ void attention_backward_key(const AttentionArgs& args, const SegmentBlock& block
   for_each_step<V, T>(
       block.rows, block.length,
       [&](int64_t first, int64_t count) { pack_query_panel<V, T>(args, shape, s, block.begin + first, count, head); },
-      [&](const Step& g) { key_scores<V, T>(shape, s, g); }, [&](const Step& g) { key_softmax<V, T>(args, s, g); },
+      [&](const Step& g) { scores_and_grad_probs<V, T>(shape, s, g); }, [&](const Step& g) { key_softmax<V, T>(args, s, g); },
       [&](const Step& g) { key_sums<V, T>(shape, s, g); });
   store_key_gradients<V, T>(args, shape, s, first_row, block.rows, head);
 }
@@ -507,7 +618,7 @@ void attention_backward(const AttentionArgs& args, const SegmentBlock& segment, 
         [&](int64_t first, int64_t count) {
           pack_query_panel<V, T>(args, shape, s, segment.begin + first, count, head);
         },
-        [&](const Step& g) { key_scores<V, T>(shape, s, g); }, [&](const Step& g) { key_softmax<V, T>(args, s, g); },
+        [&](const Step& g) { scores_and_grad_probs<V, T>(shape, s, g); }, [&](const Step& g) { key_softmax<V, T>(args, s, g); },
         [&](const Step& g) {
           key_sums<V, T>(shape, s, g);
           product<V, Dot, true>(g.count, shape.padded_dim, g.rows, s.grad_scores, Tile::key_block,

@@ -119,8 +119,8 @@ def plain_favor(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q_s, k_s = (scale * x.transpose(0, 1) for x in (q[start_q:end_q], k[start:end]))
         q_scores, k_scores = q_s @ projection.T, k_s @ projection.T
         q_norms, k_norms = (x.square().sum(-1, keepdim=True) / 2 for x in (q_s, k_s))
-        key_max = k_scores.amax((0, 1, 2) if case.stabilizer == "cell" else (1, 2), keepdim=True).detach()
-        row_max = q_scores.amax(-1, keepdim=True).detach()
+        key_max = k_scores.amax((0, 1, 2) if case.stabilizer == "cell" else (1, 2), keepdim=True)
+        row_max = q_scores.amax(-1, keepdim=True)
         query_features = (q_scores - q_norms - row_max).exp() + case.eps
         key_features = (k_scores - k_norms - key_max).exp() + case.eps
         context = key_features.mT @ v[start:end].transpose(0, 1)

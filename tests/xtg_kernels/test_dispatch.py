@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -170,8 +171,67 @@ print(info.info()["extension"]); info.main()
 def test_without_the_extension_everything_runs_on_the_reference(copied_package: Path) -> None:
     done = python(USE.format(folder=str(copied_package.parent)))
     assert done.returncode == 0, done.stderr
-    assert "not built (XTG_BUILD_CPP=0): every op runs on the reference backend" in done.stdout
+    assert "not built (installed with XTG_BUILD_CPP=0): CPU tensors take the reference" in done.stdout
     assert "ragged_attention float32: reference" in done.stdout
+    assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_source_tree_without_the_extension_says_so(copied_package: Path, tmp_path: Path, installed: bool) -> None:
+    """A clone that hides the installed package: one line at import names what is hidden, and so does info."""
+    (tmp_path / "setup.py").touch()
+    (tmp_path / "csrc").mkdir()
+    hidden = tmp_path / "site" / "xtg_kernels"
+    hidden.mkdir(parents=True)
+    if installed:
+        (hidden / f"_C{EXTENSION_SUFFIXES[0]}").touch()
+    used = USE.format(folder=str(tmp_path)).replace(
+        "import sys\n", f"import sys\nsys.path.insert(0, {str(hidden.parent)!r})\n"
+    )
+    done = python(used)
+    assert done.returncode == 0, done.stderr
+    reason = f"not built for this Python in the source tree {tmp_path} that xtg_kernels comes from (make setup there"
+    warned = [line for line in done.stderr.splitlines() if "UserWarning" in line]
+    assert len(warned) == 1
+    for said in (warned[0], done.stdout.splitlines()[0]):
+        assert reason in said
+        assert (str(hidden) in said) == installed
+    assert f"not cpp: the C++ extension was {reason}" in done.stdout
+    assert "Warning" not in python(used, XTG_BACKEND="reference").stderr
+
+
+HIDE = """
+import sys
+finders = sys.meta_path[:]
+class Hider:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] not in {hidden!r}:
+            return next((spec for f in finders if (spec := f.find_spec(name, path, target)) is not None), None)
+sys.meta_path[:] = [Hider]
+"""
+NOT_NEEDED = ("anndata", "h5py", "tqdm", "huggingface_hub", "scipy", "pandas", "yaml", "safetensors", "xtrimogene")
+
+
+@pytest.mark.parametrize("hidden", [NOT_NEEDED, (*NOT_NEEDED, "triton")], ids=["torch, numpy and triton", "no triton"])
+def test_the_ops_need_no_package_of_cells(hidden: tuple[str, ...]) -> None:
+    """With torch, numpy and Triton alone, and on a CPU without Triton, every op runs."""
+    used = USE.replace("assert xtg_kernels.__file__.startswith({folder!r})\n", "").format(folder=str(PACKAGE.parent))
+    done = python(HIDE.format(hidden=hidden) + used, TRITON_INTERPRET="")
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_is_light() -> None:
+    """Neither the compiler of torch nor a kernel of Triton is loaded before it is asked for."""
+    late = ("torch._dynamo", "torch._inductor", "torch.nn.attention.varlen")
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import xtg_kernels
+new = set(sys.modules) - before
+print([name for name in new if name.startswith({late!r}) or name.endswith("triton_kernel")])
+"""
+    assert python(code).stdout.strip() == "[]"
 
 
 def test_an_extension_that_does_not_load_says_why_at_first_use(copied_package: Path) -> None:

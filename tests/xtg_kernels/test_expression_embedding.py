@@ -155,18 +155,21 @@ def test_a_mask_id_is_an_ordinary_value(name: str) -> None:
     assert bool(out[5].isnan().all())
 
 
-def test_gradcheck_of_the_reference() -> None:
-    lengths = [3, 0, 4]
-    values = torch.tensor([0.5, 1.5, 0.5, 2.0, 0.25, 2.0, 0.1], dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("by_cell", [False, True])
+@pytest.mark.parametrize("with_genes", [False, True])
+def test_gradcheck_of_the_reference(with_genes: bool, by_cell: bool) -> None:
+    """Some values come again in their cell; with cells the last row is slack."""
+    values = torch.tensor([0.5, 1.5, 0.5, 2.0, 0.25, 2.0, 0.1, 0.7], dtype=torch.float64, requires_grad=True)
     weights = [w.detach().double().requires_grad_() for w in weights_of(4, 3)]
-    gene_ids = torch.tensor([0, 3, 3, 0, 1, 2, 0])
+    keywords = {"gene_ids": torch.tensor([0, 3, 3, 0, 1, 2, 0, 1])} if with_genes else {}
+    cells = {"cu_seqlens": cu_seqlens_of([3, 0, 4])} if by_cell else {}
 
     def function(values: Tensor, *weights: Tensor) -> Tensor:
-        return expression_embedding(
-            values, *weights[:5], alpha=0.6, gene_ids=gene_ids, gene_table=weights[5], cu_seqlens=cu_seqlens_of(lengths)
-        )
+        table = {"gene_table": weights[5]} if with_genes else {}
+        return expression_embedding(values, *weights[:5], alpha=0.6, **keywords, **table, **cells)
 
-    assert torch.autograd.gradcheck(function, (values, *weights))
+    leaves = (values, *weights) if with_genes else (values, *weights[:5])
+    assert torch.autograd.gradcheck(function, leaves)
 
 
 @needs_cpp

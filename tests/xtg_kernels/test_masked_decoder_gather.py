@@ -184,9 +184,10 @@ def test_edges_and_slack(name: str, cells: Cells, slack: int) -> None:
         assert relative_error(got, want) < 1e-6, what
 
 
+@pytest.mark.parametrize("masked", [None, (2, 1, 0)], ids=["no masked genes", "masked genes"])
 @pytest.mark.parametrize("asked", [None, (5, 0, 3)], ids=["all genes", "asked genes"])
-def test_gradcheck_of_the_reference(asked: tuple[int, ...] | None) -> None:
-    cells = random_cells(6, [3, 0, 2], [2, 1, 0], asked)
+def test_gradcheck_of_the_reference(asked: tuple[int, ...] | None, masked: tuple[int, ...] | None) -> None:
+    cells = random_cells(6, [3, 0, 2], masked, asked)
     leaves = [x.detach().double().requires_grad_() for x in leaves_of(cells, 3)]
     indices, keywords = cells.indices(dtype=torch.int64)
     assert torch.autograd.gradcheck(lambda *rows: masked_decoder_gather(*rows, *indices, **keywords), leaves)

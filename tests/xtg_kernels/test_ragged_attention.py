@@ -142,14 +142,15 @@ def test_lse_and_its_gradient(name: str) -> None:
     assert relative_error(lse_alone, exact_alone) < 4e-6
 
 
-def test_gradcheck_of_the_reference() -> None:
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("softmax_scale", [None, 0.7, 0.0, -0.5])
+def test_gradcheck_of_the_reference(softmax_scale: float | None, return_lse: bool) -> None:
     qkv = packed_qkv([0, 3, 1, 5], 2, 3, torch.float64, slack=1).detach()
     qkv[-1] = 0.5
     q, k, v = (x.clone().requires_grad_() for x in qkv.unbind(1))
     cu_seqlens = cu_seqlens_of([0, 3, 1, 5])
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: ragged_attention(q, k, v, cu_seqlens, 5, softmax_scale=0.7, return_lse=True), (q, k, v)
-    )
+    keywords = {"softmax_scale": softmax_scale, "return_lse": return_lse}
+    assert torch.autograd.gradcheck(lambda q, k, v: ragged_attention(q, k, v, cu_seqlens, 5, **keywords), (q, k, v))
 
 
 @pytest.mark.parametrize("softmax_scale", [0.0, -0.5, 3.0])
@@ -179,6 +180,67 @@ def test_large_scores_do_not_overflow(name: str) -> None:
     assert bool(lse.isfinite().all())
 
 
+@pytest.mark.parametrize("large", ["q", "k"])
+@pytest.mark.parametrize("size", [1e6, 1e9, 3e9, 1e10, 1e15, 1e30, 1e36])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_scores_of_any_size(name: str, dtype: torch.dtype, size: float, large: str) -> None:
+    """Numbers of one channel and of one row are far larger than all others: the largest score takes everything, and no
+    gradient of a row that is decided comes out as the rounding error of its neighbour's size."""
+    lengths = [33, 300]
+    qkv = packed_qkv(lengths, 2, 16, dtype).detach()
+    part = 0 if large == "q" else 1
+    qkv[5, part, 0, 3] = size
+    qkv[100, part, 1] *= size
+    grad_out = torch.randn(qkv[:, 0].shape, generator=torch.Generator().manual_seed(8)).to(dtype)
+    with implementation(name):
+        out, lse, grad = run(qkv.requires_grad_(), lengths, grad_out)
+    exact = qkv.detach().double().requires_grad_()
+    exact_out = plain_attention(*exact.unbind(1), lengths)
+    (exact_grad,) = torch.autograd.grad(exact_out, exact, grad_out.double())
+    plain_out = plain_attention(*qkv.unbind(1), lengths)
+    (plain_grad,) = torch.autograd.grad(plain_out, qkv, grad_out)
+    # Probabilities of 0 and 1, which plain PyTorch has exactly, take one rounding here.
+    rounding = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    assert relative_error(out, exact_out) <= max(2 * relative_error(plain_out, exact_out), rounding)
+    for i in range(3):
+        error, plain_error = (relative_error(x[:, i], exact_grad[:, i]) for x in (grad, plain_grad))
+        assert error <= max(3 * plain_error, rounding), "qkv"[i]
+    assert bool(lse.isfinite().all())
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_equal_scores_of_any_size_share(name: str) -> None:
+    """Every key twice, the queries so large that half a unit of the last place of a score is far more than 128."""
+    qkv = packed_qkv([70, 70], 1, 16, torch.float32).detach()
+    qkv[35:70, 1], qkv[105:, 1] = qkv[:35, 1], qkv[70:105, 1]
+    qkv[:, 0] *= 1e12
+    grad_out = torch.randn((140, 1, 16), generator=torch.Generator().manual_seed(9))
+    with implementation(name):
+        out, _, grad = run(qkv.requires_grad_(), [70, 70], grad_out)
+    exact = qkv.detach().double().requires_grad_()
+    exact_out = plain_attention(*exact.unbind(1), [70, 70])
+    (exact_grad,) = torch.autograd.grad(exact_out, exact, grad_out.double())
+    assert relative_error(out, exact_out) < 2e-6
+    for i in (1, 2):
+        assert relative_error(grad[:, i], exact_grad[:, i]) < 4e-6, "qkv"[i]
+    # What equal keys give a query is equal and of opposite sign.
+    assert grad[:, 0].norm() < 1e-6 * grad_out.norm()
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_scores_that_overflow_give_nan_in_their_row_alone(name: str) -> None:
+    qkv = packed_qkv([40], 1, 16, torch.float32).detach()
+    qkv[:, 1] = qkv[:, 1].abs()
+    qkv[7, 0] = 3e38
+    with implementation(name):
+        out, _, _ = run(qkv.requires_grad_(), [40], torch.ones((40, 1, 16)))
+    bad = out.isnan().flatten(1).any(1)
+    assert bad.nonzero().flatten().tolist() == [7]
+    exact_out = plain_attention(*qkv.detach().double().unbind(1), [40])
+    assert relative_error(out[~bad], exact_out[~bad]) < 2e-6
+
+
 @needs_cpp
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
@@ -186,6 +248,7 @@ def test_same_bits_for_any_thread_count_and_batch(isa: str, dtype: torch.dtype) 
     """A cell has the same bits alone, among others, and on one thread or two; forward and gradients."""
     lengths = [200, 0, 37, 513, 1]
     qkv = packed_qkv(lengths, 3, 20, dtype)
+    qkv.data[210, :2] *= 100  # a cell whose backward is another one does not change that of the others
     grad_out = torch.randn(qkv[:, 0].shape, generator=torch.Generator().manual_seed(5)).to(dtype)
     with implementation(f"cpp-{isa}"):
         with threads(1):

@@ -184,11 +184,11 @@ def test_offsets_past_2_to_the_31(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     dense = torch.randn((270, 1, 64))
     rows.copy_(dense)
     projection, cu_seqlens = torch.randn((20, 16)), cu_seqlens_of([260, 10])
-    segments = (cu_seqlens, 260, cu_seqlens, 260, 1e-4)
+    segments = (cu_seqlens, 260, cu_seqlens, 260, 1e-4, False)
     found = []
     for x in (rows, dense):
         q, k, v, grad_out = x.split(16, dim=2)
-        saved = triton_kernel.forward(q, k, v, projection, *segments, False)
+        saved = triton_kernel.forward(q, k, v, projection, *segments)
         found.append((saved[0], *triton_kernel.backward(grad_out, q, k, v, projection, *saved, *segments)))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
@@ -225,9 +225,9 @@ def test_values_of_one_sign_lose_no_digits() -> None:
 def test_opcheck() -> None:
     case = Case.random([(10, 4), (0, 3), (15, 20)], 1, 16, 20, torch.float32, device=DEVICE)
     q, k, v = (x.detach().requires_grad_() for x in (case.q, case.k, case.v))
-    segments = (case.cu_seqlens, 15, case.cu_seqlens_q, 20, 1e-4)
-    torch.library.opcheck(torch.ops.xtg.favor_attention.triton, (q, k, v, case.projection, *segments, True))
+    segments = (case.cu_seqlens, 15, case.cu_seqlens_q, 20, 1e-4, True)
+    torch.library.opcheck(torch.ops.xtg.favor_attention.triton, (q, k, v, case.projection, *segments))
     q, k, v = (x.detach() for x in (q, k, v))
-    saved = torch.ops.xtg.favor_attention.triton(q, k, v, case.projection, *segments, False)
+    saved = torch.ops.xtg.favor_attention.triton(q, k, v, case.projection, *segments)
     args = (torch.randn_like(saved[0]), q, k, v, case.projection, *saved, *segments)
     torch.library.opcheck(torch.ops.xtg.favor_attention_backward.triton, args)

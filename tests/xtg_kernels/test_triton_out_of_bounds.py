@@ -112,10 +112,10 @@ def run_favor(guard: Guard, lengths: list[tuple[int, int]], slack: int, head_dim
     k, v = (guard(_random(i, int(keys.sum()) + slack, 2, head_dim)) for i in range(2))
     q, grad_out = (guard(_random(2 + i, int(queries.sum()) + slack, 2, head_dim)) for i in range(2))
     projection = guard(_random(4, features, head_dim))
-    segments = (cu_seqlens, int(keys.max()), cu_seqlens_q, int(queries.max()), 1e-3)
+    segments = (cu_seqlens, int(keys.max()), cu_seqlens_q, int(queries.max()), 1e-3, True)
     patches = {"work_list": guarded_work_list(guard), "_scaled": guarded_projection, "_CHUNK": 32}
     with mock.patch.multiple(triton_kernel, **patches):
-        saved = triton_kernel.forward(q, k, v, projection, *segments, True)
+        saved = triton_kernel.forward(q, k, v, projection, *segments)
         grads = triton_kernel.backward(grad_out, q, k, v, projection, *saved, *segments)
     return [saved[0], *grads]
 

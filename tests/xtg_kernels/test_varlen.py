@@ -122,6 +122,32 @@ def test_under_compile() -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_second_derivatives_are_refused() -> None:
+    """Also of a sum, whose gradient is a constant: torch would drop the term without a word."""
+    q, k, v = qkv_of(12)
+    cu_seqlens = cu_seqlens_of([5, 7])
+    (grad,) = torch.autograd.grad(ragged_attention(q, k, v, cu_seqlens, 7).sum(), q, create_graph=True)
+    penalised = grad.square().sum() + q.sum()
+    with pytest.raises(NotImplementedError, match=r'"varlen" has first derivatives only; .* use_backend\("auto"\)'):
+        penalised.backward()
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_forward_mode_is_the_reference() -> None:
+    q, k, v = (x.detach() for x in qkv_of(12))
+    cu_seqlens = cu_seqlens_of([5, 7])
+
+    def call(q: Tensor) -> Tensor:
+        return ragged_attention(q, k, v, cu_seqlens, 7)
+
+    got = torch.func.jvp(call, (q,), (q,))
+    with use_backend("reference"):
+        want = torch.func.jvp(call, (q,), (q,))
+    assert want[1].any()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_other_ops_run_as_usual() -> None:
     weights = [torch.randn(shape) for shape in ((5,), (5,), (5, 5), (5,), (5, 3))]
     values = torch.rand(4)
@@ -154,7 +180,7 @@ def test_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     older = varlen._lacking(SimpleNamespace(varlen_attn=lambda q, k, v, cu_q, cu_k, max_q, max_k: None))
     assert ["takes no return_aux" in older[0], "takes no scale" in older[1]] == [True, True]
     assert varlen._lacking(torch_varlen) == []
-    monkeypatch.setattr(varlen, "_torch_lacks", older)
+    monkeypatch.setattr(varlen, "_torch_lacks", lambda: tuple(older))
     assert varlen.not_supported_reasons(fine, fine, fine)[:2] == older
 
 

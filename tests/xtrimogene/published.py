@@ -63,8 +63,8 @@ class FastAttention(nn.Module):
         c = q.shape[-1] ** -0.25
         q_scores, k_scores = (c * x @ self.projection_matrix.T for x in (q, k))
         q_norms, k_norms = ((c * x).square().sum(-1, keepdim=True) / 2 for x in (q, k))
-        q_max = q_scores.detach().amax(-1, keepdim=True)
-        k_max = k_scores.detach().amax((-1, -2) if self.stabilizer == "head" else (-1, -2, -3), keepdim=True)
+        q_max = q_scores.amax(-1, keepdim=True)
+        k_max = k_scores.amax((-1, -2) if self.stabilizer == "head" else (-1, -2, -3), keepdim=True)
         q_features = (q_scores - q_norms - q_max).exp() + self.eps
         k_features = (k_scores - k_norms - k_max).exp() + self.eps
         return q_features @ (k_features.mT @ v) / (q_features @ k_features.sum(-2)[..., None])

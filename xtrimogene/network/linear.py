@@ -5,6 +5,8 @@ that the system hands out page by page: on a machine with AMX that takes as long
 rows go through in blocks, and a block's memory is the one that the last block freed.
 In float32 this is also the way around MKL, which is slow on some CPUs.
 
+A backward with create_graph=True is PyTorch's own, of the same layers written plainly: that can be differentiated.
+
 The oneDNN ops of PyTorch that it takes are internal ones, made for torch.compile. They are used only where they exist
 and give the right numbers on a small example (asked once in a process); otherwise the same blocks go through
 torch.nn.functional.linear.
@@ -22,8 +24,9 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from xtg_kernels.dispatch import is_transformed, pull_back
 
 # Where one is None, it is a bias that a layer does not have.
 Operand = TypeVar("Operand", Tensor, Tensor | None)
@@ -105,7 +108,7 @@ def _onednn_linear(weight: Tensor, bias: Tensor | None, activation: str) -> Call
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    """F.linear(x, weight, bias), plus residual if given, with gradients to all, by blocks of rows; differentiable once.
+    """F.linear(x, weight, bias), plus residual if given, with gradients to all, by blocks of rows.
 
     x (rows, in), weight (out, in) and bias (out,) or None, of one dtype on the CPU. residual (rows, out) of that dtype
     or a wider one, which the result then has.
@@ -129,7 +132,7 @@ def norm_linear(
 
     x (rows, in) and norm_weight, norm_bias (in,) of one dtype, weight (parts * out, in) and bias (parts * out,) of that
     one or a narrower one, which the parts (rows, out) have; all on the CPU. Gradients to all five tensors; only x is
-    kept for the backward. Differentiable once.
+    kept for the backward.
     """
     return _NormLinear.apply(x, norm_weight, norm_bias, eps, weight, bias, parts, rows)
 
@@ -141,7 +144,7 @@ def norm_feed_forward(
 
     x (rows, dim) and norm_weight, norm_bias (dim,) of one dtype, w1 (ffn_dim, dim), b1 (ffn_dim,), w2 (dim, ffn_dim)
     and b2 (dim,) of that one or a narrower one; all on the CPU. Gradients to all; x and the hidden rows before the GELU
-    are kept for the backward. Differentiable once.
+    are kept for the backward.
     """
     return _FeedForward.apply(x, norm_weight, norm_bias, eps, w1, b1, w2, b2, 0.0, "gelu", torch.is_grad_enabled())
 
@@ -161,7 +164,7 @@ def feed_forward(
     x (rows, dim), w1 (ffn_dim, dim), b1 (ffn_dim,) or None, w2 (dim, ffn_dim), b2 (dim,) or None, of one dtype on the
     CPU; activation "relu", "gelu" or "gelu_tanh". One (rows, ffn_dim) tensor is kept for the backward: with relu the
     dropped-out hidden rows, which are positive where the gradient passes; with the others the rows before the
-    activation, which is computed again. Differentiable once.
+    activation, which is computed again.
 
     Raises ValueError for dropout after another activation than relu: its mask would have to be kept too.
     """
@@ -180,21 +183,24 @@ class _Linear(torch.autograd.Function):
                 out[block] = layer(x[block])
             else:
                 torch.add(residual[block], layer(x[block]), out=out[block])
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight, bias)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
+        grad_residual = grad_out if ctx.needs_input_grad[3] else None
+        if torch.is_grad_enabled():
+            grads = pull_back(F.linear, (x, weight, bias), ctx.needs_input_grad[:3], (grad_out.to(x.dtype),))
+            return *grads, grad_residual
         layer, grad_x = row_linear(weight.t(), None), x.new_empty(x.shape)
-        grads = _LinearGrads(weight, ctx.needs_input_grad[1:3])
+        sums = _LinearGrads(weight, ctx.needs_input_grad[1:3])
         for block in row_blocks(len(x), len(weight), x.dtype):
             grad_rows = grad_out[block].to(x.dtype)
             if ctx.needs_input_grad[0]:
                 grad_x[block] = layer(grad_rows)
-            grads.add(grad_rows, x[block])
-        return grad_x if ctx.needs_input_grad[0] else None, *grads.sums(), grad_out if ctx.needs_input_grad[3] else None
+            sums.add(grad_rows, x[block])
+        return grad_x if ctx.needs_input_grad[0] else None, *sums.sums(), grad_residual
 
 
 class _FeedForward(torch.autograd.Function):
@@ -227,14 +233,30 @@ class _FeedForward(torch.autograd.Function):
                 out[block] = rows
             else:
                 torch.add(x[block], rows, out=out[block])
-        ctx.save_for_backward(x, norm_weight, norm_bias, hidden, w1, w2)
+        ctx.save_for_backward(x, norm_weight, norm_bias, w1, b1, w2, b2, hidden)
         ctx.eps, ctx.dropout, ctx.activation = eps, dropout, activation
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, hidden, w1, w2 = ctx.saved_tensors
+        x, norm_weight, norm_bias, w1, b1, w2, b2, hidden = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def plain(x: Tensor, *weights: Tensor) -> Tensor:
+                norm_weight, norm_bias, w1, b1, w2, b2 = weights
+                rows = x if norm_weight is None else F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, ctx.eps)
+                rows = F.linear(rows.to(w1.dtype), w1, b1)
+                # What ReLU and dropout let through is where they left something.
+                if ctx.activation == "relu":
+                    rows = rows * (hidden > 0).to(rows.dtype) / (1 - ctx.dropout)
+                else:
+                    rows = activate(rows, ctx.activation)
+                out = F.linear(rows, w2, b2)
+                return (out if norm_weight is None else x + out).to(grad_out.dtype)
+
+            args, needed = (x, norm_weight, norm_bias, w1, b1, w2, b2), ctx.needs_input_grad
+            grads = pull_back(plain, args, (*needed[:3], *needed[4:8]), (grad_out,))
+            return *grads[:3], None, *grads[3:], None, None, None
         norm = _RowNorm.given(norm_weight, norm_bias, ctx.eps)
         linear1, linear2 = row_linear(w1.t(), None), row_linear(w2.t(), None)
         needs_grad_x = ctx.needs_input_grad[0] or norm is not None
@@ -284,24 +306,33 @@ class _NormLinear(torch.autograd.Function):
             wide = layer(norm(x[block]).to(weight.dtype))
             for out, part in zip(outs, wide.chunk(parts, dim=1), strict=True):
                 out[block] = part
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight, rows)
-        ctx.eps = eps
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight, bias, rows)
+        ctx.eps, ctx.parts = eps, parts
         return outs if rows is None else (*outs, x.index_select(0, rows))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outs: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, weight, rows = ctx.saved_tensors
+        x, norm_weight, norm_bias, weight, bias, rows = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def plain(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Any:
+                normed = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, ctx.eps)
+                outs = F.linear(normed.to(weight.dtype), weight, bias).chunk(ctx.parts, dim=1)
+                return outs if rows is None else (*outs, x.index_select(0, rows))
+
+            args, needed = (x, norm_weight, norm_bias, weight, bias), ctx.needs_input_grad
+            grads = pull_back(plain, args, (*needed[:3], *needed[4:6]), grad_outs)
+            return *grads[:3], None, *grads[3:], None, None
         grad_parts = grad_outs if rows is None else grad_outs[:-1]
         norm, layer = _RowNorm(norm_weight, norm_bias, ctx.eps), row_linear(weight.t(), None)
-        grad_x, grads = x.new_empty(x.shape), _LinearGrads(weight, ctx.needs_input_grad[4:6])
+        grad_x, sums = x.new_empty(x.shape), _LinearGrads(weight, ctx.needs_input_grad[4:6])
         for block in row_blocks(len(x), len(weight), weight.dtype):
             grad_rows = torch.cat([grad_part[block] for grad_part in grad_parts], dim=1)
-            grads.add(grad_rows, norm(x[block]).to(weight.dtype))
+            sums.add(grad_rows, norm(x[block]).to(weight.dtype))
             grad_x[block] = norm.backward(layer(grad_rows).to(x.dtype))
         if rows is not None:
             grad_x.index_add_(0, rows, grad_outs[-1])
-        return grad_x, *norm.sums(), None, *grads.sums(), None, None
+        return grad_x, *norm.sums(), None, *sums.sums(), None, None
 
 
 class _RowNorm:
@@ -361,9 +392,10 @@ class _LinearGrads:
 
 
 def untouched(x: Tensor, modules: Sequence[nn.Module], kinds: tuple[type[nn.Module], ...] = ()) -> bool:
-    """Whether these modules may be computed without calling them: a plain CPU tensor, no tracing, nobody replaced or
-    hooked a module or its weights. kinds are the classes, beside PyTorch's own, that the caller knows."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+    """Whether these modules may be computed without calling them: a plain CPU tensor, no tracing, no forward mode or
+    torch.func, nobody replaced or hooked a module or its weights. kinds are the classes, beside PyTorch's own, that the
+    caller knows."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu" or is_transformed():
         return False
     return all(
         type(module) in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList, *kinds)

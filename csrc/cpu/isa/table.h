@@ -49,6 +49,9 @@ static constexpr Kernels kernel_table(const char* name) {
         attention_backward<V, decltype(e)>(args, segment, head, scratch);
     });
   };
+  t.attention_backward_large = [](const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
+    with_type(args.dtype, [&](auto e) { attention_backward_large<V, decltype(e)>(args, block, head, scratch); });
+  };
   t.attention_backward_query = [](const AttentionArgs& args, const SegmentBlock& block, int64_t head, void* scratch) {
     with_type(args.dtype, [&](auto e) { attention_backward_query<V, decltype(e)>(args, block, head, scratch); });
   };
@@ -73,8 +76,15 @@ static constexpr Kernels kernel_table(const char* name) {
     with_feature_type(args.dtype,
                       [&](auto e) { favor_backward_query<V, decltype(e)>(args, queries, head, part, scratch); });
   };
-  t.favor_backward_key = [](const FavorArgs& args, const RowChunk& keys, int64_t head, void* scratch) {
-    with_feature_type(args.dtype, [&](auto e) { favor_backward_key<V, decltype(e)>(args, keys, head, scratch); });
+  t.favor_backward_key = [](const FavorArgs& args, const RowChunk& keys, int64_t head, FavorKeyPart& part,
+                            void* scratch) {
+    with_feature_type(args.dtype, [&](auto e) { favor_backward_key<V, decltype(e)>(args, keys, head, part, scratch); });
+  };
+  t.favor_backward_key_max = [](const FavorArgs& args, const FavorKeyPart* parts, int64_t chunks, int64_t first_head,
+                                int64_t heads) {
+    with_feature_type(args.dtype, [&](auto e) {
+      favor_backward_key_max<V, decltype(e)>(args, parts, chunks, first_head, heads);
+    });
   };
   t.value_block = kValueBlock;
   t.embedding_scratch = [](const EmbeddingArgs& args) { return embedding_scratch(args); };

@@ -139,8 +139,8 @@ def test_bytes_are_those_of_what_the_ops_take_and_give() -> None:
     taken["expression_embedding", "backward"] = _size([grad_rows, *arguments, *embedded]) - _size([table])
 
     q, k, v, grad_out = (_on_meta(half, 2 * positions, heads, 10) for _ in range(4))
-    projection, segments = _on_meta(single, 23, 10), (bounds, positions, bounds, positions, 1e-4)
-    kept = ops.favor_attention(q, k, v, projection, *segments, False)
+    projection, segments = _on_meta(single, 23, 10), (bounds, positions, bounds, positions, 1e-4, False)
+    kept = ops.favor_attention(q, k, v, projection, *segments)
     grads = ops.favor_attention_backward(grad_out, q, k, v, projection, *kept, *segments)
     taken["favor_attention", "forward"] = _size([q, k, v, projection, *segments, *kept])
     taken["favor_attention", "backward"] = _size([grad_out, q, k, v, projection, *kept, *segments, *grads])
@@ -197,7 +197,8 @@ def test_no_floor_is_above_the_model(resident: int, architecture: str, cells: in
 
 
 def test_kernels_without_a_model_count_for_their_bytes() -> None:
-    """Two cells of 52 positions and 7 tokens: gradients in and the table's out; sums of chunks in, of cells out."""
+    """Two cells of 52 positions and 7 tokens: gradients in and the table's out; sums of chunks in, of cells out; what
+    two blocks of keys have found of their maximum for each of two heads, and the projection for each."""
     embedding = Shape((3, 4), 128, 2, H100)
     favor = Shape((52, 52), 16, 2, H100)
     found = {
@@ -211,7 +212,7 @@ def test_kernels_without_a_model_count_for_their_bytes() -> None:
     assert {where: moved for where, moved in found.items() if moved} == {
         ("expression_embedding", "backward"): {"grad_gene_table": 2 * 24 * (7 + 53) + 4 * 7},
         ("favor_attention", "forward"): sums,
-        ("favor_attention", "backward"): sums,
+        ("favor_attention", "backward"): sums | {"grad_key_max": 12 * 2 * 2 * 2 + 2 * 2 * 23 * 20},
     }
     named = {(op, kernel) for (op, _), kernels in found.items() for kernel in kernels}
     for op, spec in OPS.items():

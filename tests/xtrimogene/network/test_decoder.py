@@ -109,16 +109,18 @@ def test_savings_equal_the_plain_network_in_float64(stabilizer: str, depth_token
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("by_blocks", [False, True])
+@pytest.mark.parametrize("stabilizer", ["head", "cell"])
 @pytest.mark.parametrize("decoder_layers", [1, 3])
 def test_savings_equal_the_plain_network_in_float32(
-    backend: str, by_blocks: bool, decoder_layers: int, monkeypatch: pytest.MonkeyPatch
+    backend: str, by_blocks: bool, stabilizer: str, decoder_layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by_blocks:
         _go_by_blocks(monkeypatch)
+    model = _model(decoder_layers=decoder_layers, stabilizer=stabilizer)
     with use_backend(backend):
-        _assert_equal_to_the_plain_network(_model(decoder_layers=decoder_layers), _masked(), 1e-5)
+        _assert_equal_to_the_plain_network(model, _masked(), 1e-5)
         # A batch of one cell shares no rows between cells.
-        _assert_equal_to_the_plain_network(_model(decoder_layers=decoder_layers), _masked(cells=1), 1e-5)
+        _assert_equal_to_the_plain_network(model, _masked(cells=1), 1e-5)
 
 
 def _go_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

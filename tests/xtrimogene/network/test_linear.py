@@ -382,6 +382,72 @@ def test_gradcheck_of_the_training_functions() -> None:
     assert torch.autograd.gradcheck(linear.linear, leaves[:3])
 
 
+# Ours, the plain layers, and which of x, w1, b1, w2, b2 and a residual they take.
+TRAINING: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[int]]] = {
+    **{
+        name: (
+            functools.partial(linear.feed_forward, activation=name),
+            functools.partial(_plain_feed_forward, activation=name),
+            [0, 1, 2, 3, 4],
+        )
+        for name in ("relu", "gelu", "gelu_tanh")
+    },
+    "dropout": (
+        lambda *leaves: linear.feed_forward(*leaves, 0.4),
+        lambda x, w1, b1, w2, b2: F.linear(F.dropout(F.relu(F.linear(x, w1, b1)), 0.4), w2, b2),
+        [0, 1, 2, 3, 4],
+    ),
+    "no bias": (
+        lambda x, w1, w2: linear.feed_forward(x, w1, None, w2, None),
+        lambda x, w1, w2: _plain_feed_forward(x, w1, None, w2, None),
+        [0, 1, 3],
+    ),
+    "linear": (linear.linear, F.linear, [0, 1, 2]),
+    "linear, with a residual": (
+        linear.linear,
+        lambda x, w1, b1, residual: F.linear(x, w1, b1) + residual,
+        [0, 1, 2, 5],
+    ),
+}
+
+
+def _penalty(function: Callable[..., Tensor | tuple[Tensor, ...]], leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """Gradients of a gradient penalty, where the gradient of the outputs is in part a constant, as that of a sum is."""
+    torch.manual_seed(3)
+    outs = function(*leaves)
+    total = torch.stack([out.sum() + out[:3].square().sum() for out in (outs if isinstance(outs, tuple) else (outs,))])
+    grads = torch.autograd.grad(total.sum(), leaves, create_graph=True, allow_unused=True)
+    squares = torch.stack([x.square().sum() for x in grads if x is not None])
+    return torch.autograd.grad(squares.sum(), leaves, allow_unused=True)
+
+
+@pytest.mark.parametrize("function", [*TRAINING, *PRE_NORM])
+@pytest.mark.parametrize("rows", [5, 150])
+def test_second_derivatives_are_those_of_the_plain_layers(
+    function: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(linear, "_MIN_UNITS", 1)
+    leaves = [*_leaves(rows, 16, 40, torch.float64), torch.ones((rows, 40), dtype=torch.float64, requires_grad=True)]
+    if function in PRE_NORM:
+        leaves = [x.detach().double().requires_grad_() for x in _pre_norm_leaves(rows, torch.float32, torch.float32)]
+    ours, plain, used = (TRAINING | PRE_NORM)[function]
+    got, want = (_penalty(f, [leaves[i] for i in used]) for f in (ours, plain))
+    for a, b in zip(got, want, strict=True):
+        assert (a is None or not a.any()) == (b is None or not b.any())
+        assert a is None or b is None or _error(a, b) < 1e-12
+
+
+def test_forward_mode_and_torch_func_are_left_to_the_modules() -> None:
+    x = torch.zeros(3)
+    assert linear.untouched(x, ())
+    with torch.autograd.forward_ad.dual_level():
+        assert not linear.untouched(x, ())
+    asked = []
+    torch.func.vmap(lambda row: asked.append(linear.untouched(row, ())) or row)(x)
+    assert asked == [False]
+
+
 def test_layers_without_bias_train() -> None:
     x, w1, _, w2, _ = _leaves(70, 16, 40, torch.float32)
     for activation in ("relu", "gelu"):

@@ -103,6 +103,25 @@ def _backward(op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
     return backward
 
 
+def _each_by_itself(distinct: Tensor | None) -> Tensor | None:
+    """Every token in use as a distinct value: PyTorch would have a shared row depend on the first token alone."""
+    if distinct is None:
+        return None
+    return torch.where(distinct >= 0, torch.arange(distinct.numel(), device=distinct.device), -1)
+
+
+def _plain(*args: Any) -> Tensor:
+    given = [*args]
+    given[-1] = _each_by_itself(given[-1])
+    return reference.forward(*given)
+
+
+def _plain_backward(*args: Any) -> tuple[Tensor, ...]:
+    given = [*args]
+    given[-2] = _each_by_itself(given[-2])
+    return reference.backward(*given)
+
+
 def _distinct_count(values: Tensor, distinct: Tensor | None) -> int:
     if distinct is None:
         return values.numel()
@@ -160,12 +179,19 @@ def _flops_backward(
 
 _HOME = "xtg_kernels.ops.expression_embedding.triton_kernel"
 dispatch.register_op(
-    "expression_embedding", SCHEMA, reference=reference.forward, triton=f"{_HOME}:forward", fake=_fake, flops=_flops
+    "expression_embedding",
+    SCHEMA,
+    reference=reference.forward,
+    plain=_plain,
+    triton=f"{_HOME}:forward",
+    fake=_fake,
+    flops=_flops,
 )
 dispatch.register_op(
     "expression_embedding_backward",
     BACKWARD_SCHEMA,
     reference=reference.backward,
+    plain=_plain_backward,
     triton=f"{_HOME}:backward",
     fake=_fake_backward,
     flops=_flops_backward,

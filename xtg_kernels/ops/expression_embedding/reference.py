@@ -64,9 +64,9 @@ def forward(
     rows = (bin_weights @ table)[row]
     if gene_ids is not None and gene_table is not None:
         rows = rows + gene_table[gene_ids[in_use].long()].to(dtype)
-    out = bin_table.new_zeros((values.numel(), bin_table.shape[1]))
-    out[in_use] = rows.to(out.dtype)
-    return out
+    out = rows.new_zeros((values.numel(), bin_table.shape[1]))
+    out[in_use] = rows
+    return out.to(bin_table.dtype)
 
 
 def backward(

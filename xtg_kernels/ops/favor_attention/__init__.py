@@ -41,7 +41,8 @@ def favor_attention(
     row_max is the largest score of the query, key_max the largest score of the keys of this segment and head, or of all
     heads of the segment. (The published code takes the maximum over the batch, so that a cell depends on its batch
     mates; at batch size 1 it equals ``stabilizer="cell"``.) eps makes key_max visible in the result, so the two are
-    different functions. To the gradient both maxima are constants, as in the published code.
+    different functions. Both maxima pass gradient on, to the first of equal largest scores (of a query by features, of
+    keys by rows and then features, with "cell" by heads before both).
 
     Args:
         q: (total_q, num_heads, head_dim), float32 or bfloat16 (float64: reference backend).

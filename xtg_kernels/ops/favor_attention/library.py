@@ -11,9 +11,9 @@ from torch import Tensor
 from xtg_kernels import dispatch
 from xtg_kernels.ops.favor_attention import reference
 
-_SEGMENTS = "Tensor cu_seqlens, SymInt max_seqlen, Tensor cu_seqlens_q, SymInt max_seqlen_q, float eps"
+_SEGMENTS = "Tensor cu_seqlens, SymInt max_seqlen, Tensor cu_seqlens_q, SymInt max_seqlen_q, float eps, bool per_cell"
 SCHEMA = (
-    f"(Tensor q, Tensor k, Tensor v, Tensor projection, {_SEGMENTS}, bool per_cell)"
+    f"(Tensor q, Tensor k, Tensor v, Tensor projection, {_SEGMENTS})"
     " -> (Tensor out, Tensor context, Tensor key_sum, Tensor key_max, Tensor row_max, Tensor row_sum)"
 )
 BACKWARD_SCHEMA = (
@@ -62,7 +62,7 @@ def _fake_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, projection, cu_seqlens, ctx.max_seqlen, cu_seqlens_q, ctx.max_seqlen_q, ctx.eps, _ = inputs
+    q, k, v, projection, cu_seqlens, ctx.max_seqlen, cu_seqlens_q, ctx.max_seqlen_q, ctx.eps, ctx.per_cell = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(q, k, v, projection, *output, cu_seqlens, cu_seqlens_q)
 
@@ -70,10 +70,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
     def backward(ctx: Any, grad_out: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
         *tensors, cu_seqlens, cu_seqlens_q = ctx.saved_tensors
-        grads = op(grad_out, *tensors, cu_seqlens, ctx.max_seqlen, cu_seqlens_q, ctx.max_seqlen_q, ctx.eps)
+        segments = (cu_seqlens, ctx.max_seqlen, cu_seqlens_q, ctx.max_seqlen_q)
+        grads = op(grad_out, *tensors, *segments, ctx.eps, ctx.per_cell)
         return *grads, *[None] * 7
 
     return backward
+
+
+def _plain_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward as a function of grad_out, q, k and v: what the forward has kept of them is made again."""
+    segments = others[6:]
+    kept = reference.forward(q, k, v, projection, *segments)
+    return reference.backward(grad_out, q, k, v, projection, *kept, *segments)
 
 
 def _rows(cu_seqlens: Tensor, cu_seqlens_q: Tensor) -> int:
@@ -133,6 +143,7 @@ dispatch.register_op(
     "favor_attention_backward",
     BACKWARD_SCHEMA,
     reference=reference.backward,
+    plain=_plain_backward,
     triton=f"{_HOME}:backward",
     fake=_fake_backward,
     flops=_flops_backward,

@@ -9,6 +9,9 @@ and features are padded to whole blocks, never to a power of two.
 Scores live in base 2 (the projection carries log2 e, and exp2 is what the hardware has); key_max and row_max are
 natural logarithms, and what uses the ones that are stored agrees with the backward to the last bit. What eps adds to
 every feature is never added to a feature: it multiplies sums that all features have in common.
+
+Both maxima pass gradient on, to the first of the largest scores: a query's program finds it among its own; for the keys
+every program tells its largest score, and a kernel of its own gives the first row that has it its share at the end.
 """
 
 from __future__ import annotations
@@ -405,6 +408,8 @@ def _grad_query_step(
     row_max,
     rest,
     delta,
+    largest,
+    largest_feature,
     grad_sum,
     acc,
     projection,
@@ -417,19 +422,23 @@ def _grad_query_step(
     HEAD_BLOCK: tl.constexpr,
     IS_TAIL: tl.constexpr,
 ):
-    """Add one block of features' share of grad_q (still without its scale) to acc, and to the half norms' gradient."""
+    """Add one block of features' share of grad_q (still without its scale) to acc, and to the half norms' gradient;
+    keep the first feature that has the largest score."""
     features = feature_start + tl.arange(0, BLOCK_F)
     tile = _load_tile(projection, feature_start, num_features, HEAD_DIM, BLOCK_F, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
     scores = tl.dot(query, tl.trans(tile), input_precision="ieee")
-    exponentials = tl.exp2(scores - row_max[:, None] - rest[:, None])
     if IS_TAIL:
-        exponentials = tl.where((features < num_features)[None, :], exponentials, 0.0)
+        scores = tl.where((features < num_features)[None, :], scores, float("-inf"))
+    block_largest, at = tl.max(scores, 1, return_indices=True)
+    largest_feature = tl.where(block_largest > largest, feature_start + at, largest_feature)
+    largest = tl.maximum(largest, block_largest)
+    exponentials = tl.exp2(scores - row_max[:, None] - rest[:, None])
     sums = tl.load(key_sum + features, mask=features < num_features, other=0.0)
     context_tile = _load_tile(context, feature_start, num_features, HEAD_DIM, BLOCK_F, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
     grad_features = tl.dot(grad_output, tl.trans(context_tile), input_precision="ieee")
     grad_scores = exponentials * (grad_features - delta[:, None] * sums[None, :])
     acc = tl.dot(grad_scores.to(tile.dtype), tile, acc, input_precision="ieee")
-    return grad_sum + tl.sum(grad_scores, 1), acc
+    return largest, largest_feature, grad_sum + tl.sum(grad_scores, 1), acc
 
 
 @triton.jit(do_not_specialize=["batch_size", "num_heads", "num_features", "total_q"])
@@ -489,16 +498,20 @@ def _grad_query_kernel(
     rest = tl.log2(tl.load(row_sum_in + row_offset + rows, mask=rows < length, other=1.0))
     if HAS_EPS:
         rest += _half_norms(query, half_norm_scale)
+    largest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    largest_feature = tl.zeros((BLOCK_T,), tl.int32)
     grad_sum = tl.zeros((BLOCK_T,), tl.float32)
     acc = tl.zeros((BLOCK_T, HEAD_BLOCK), tl.float32)
     for block in range(0, num_features // BLOCK_F):
         feature_start = block * BLOCK_F
-        grad_sum, acc = _grad_query_step(
+        largest, largest_feature, grad_sum, acc = _grad_query_step(
             query,
             grad_output,
             row_max,
             rest,
             delta,
+            largest,
+            largest_feature,
             grad_sum,
             acc,
             projection,
@@ -513,12 +526,14 @@ def _grad_query_kernel(
         )
     for block in tl.range(num_features // BLOCK_F, tl.cdiv(num_features, BLOCK_F), num_stages=1):
         feature_start = block * BLOCK_F
-        grad_sum, acc = _grad_query_step(
+        largest, largest_feature, grad_sum, acc = _grad_query_step(
             query,
             grad_output,
             row_max,
             rest,
             delta,
+            largest,
+            largest_feature,
             grad_sum,
             acc,
             projection,
@@ -531,6 +546,11 @@ def _grad_query_kernel(
             HEAD_BLOCK,
             True,
         )
+    if HAS_EPS:
+        # Without eps the maximum cancels.
+        channels = tl.arange(0, HEAD_BLOCK)[None, :]
+        pointers = projection + largest_feature[:, None] * HEAD_DIM + channels
+        acc -= grad_sum[:, None] * tl.load(pointers, mask=channels < HEAD_DIM, other=0.0).to(tl.float32)
     result = _grad_of_row(query, grad_sum, acc, half_norm_scale)
     result = tl.where(num_features > 0, result, 0.0)
     _store_tile(grad_q, query_start, length, out_row_stride, result, BLOCK_T, HEAD_DIM, HEAD_BLOCK)
@@ -706,6 +726,7 @@ def _grad_key_value_step(
     value,
     key_max,
     half_norms,
+    largest,
     grad_sum,
     grad_key,
     grad_value,
@@ -719,11 +740,14 @@ def _grad_key_value_step(
     HEAD_BLOCK: tl.constexpr,
     IS_TAIL: tl.constexpr,
 ):
-    """Add one block of features' share to grad_key (still without its scale), grad_value and the half norms' gradient.
-    Past the last feature grad_context, grad_key_sum and the projection load as zero: nothing is added."""
+    """Add one block of features' share to grad_key (still without its scale), grad_value and the half norms' gradient;
+    keep the largest scores."""
     features = feature_start + tl.arange(0, BLOCK_F)
     tile = _load_tile(projection, feature_start, num_features, HEAD_DIM, BLOCK_F, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
     scores = tl.dot(key, tl.trans(tile), input_precision="ieee")
+    if IS_TAIL:
+        scores = tl.where((features < num_features)[None, :], scores, float("-inf"))
+    largest = tl.maximum(largest, tl.max(scores, 1))
     exponentials = tl.exp2(scores - key_max - half_norms[:, None])
     grad_tile = _load_tile(grad_context, feature_start, num_features, HEAD_DIM, BLOCK_F, HEAD_DIM, HEAD_BLOCK, IS_TAIL)
     grad_value = tl.dot(exponentials.to(grad_tile.dtype), grad_tile, grad_value, input_precision="ieee")
@@ -731,7 +755,7 @@ def _grad_key_value_step(
     grad_features = tl.dot(value, tl.trans(grad_tile), input_precision="ieee")
     grad_scores = exponentials * (grad_features + sums[None, :])
     grad_key = tl.dot(grad_scores.to(tile.dtype), tile, grad_key, input_precision="ieee")
-    return grad_sum + tl.sum(grad_scores, 1), grad_key, grad_value
+    return largest, grad_sum + tl.sum(grad_scores, 1), grad_key, grad_value
 
 
 @triton.jit(do_not_specialize=["batch_size", "num_heads", "num_features"])
@@ -745,6 +769,9 @@ def _grad_key_value_kernel(
     grad_context_sum,
     grad_k,
     grad_v,
+    part_largest,
+    part_row,
+    part_grad_sum,
     segment_of_slot,
     segments,
     cu_seqlens_q,
@@ -758,6 +785,7 @@ def _grad_key_value_kernel(
     v_row_stride,
     v_head_stride,
     grad_row_stride,
+    HAS_EPS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -781,16 +809,18 @@ def _grad_key_value_kernel(
     value = _load_tile(v, key_start, length, v_row_stride, BLOCK_T, HEAD_DIM, HEAD_BLOCK, True)
     key_max = tl.load(key_max_in + group, mask=has_queries, other=0.0) * 1.4426950408889634
     half_norms = _half_norms(key, half_norm_scale)
+    largest = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     grad_sum = tl.zeros((BLOCK_T,), tl.float32)
     grad_key = tl.zeros((BLOCK_T, HEAD_BLOCK), tl.float32)
     grad_value = tl.zeros((BLOCK_T, HEAD_BLOCK), tl.float32)
     for block in range(0, num_features // BLOCK_F):
         feature_start = block * BLOCK_F
-        grad_sum, grad_key, grad_value = _grad_key_value_step(
+        largest, grad_sum, grad_key, grad_value = _grad_key_value_step(
             key,
             value,
             key_max,
             half_norms,
+            largest,
             grad_sum,
             grad_key,
             grad_value,
@@ -806,11 +836,12 @@ def _grad_key_value_kernel(
         )
     for block in tl.range(num_features // BLOCK_F, tl.cdiv(num_features, BLOCK_F), num_stages=1):
         feature_start = block * BLOCK_F
-        grad_sum, grad_key, grad_value = _grad_key_value_step(
+        largest, grad_sum, grad_key, grad_value = _grad_key_value_step(
             key,
             value,
             key_max,
             half_norms,
+            largest,
             grad_sum,
             grad_key,
             grad_value,
@@ -830,6 +861,87 @@ def _grad_key_value_kernel(
     grad_key = tl.where(has_queries, _grad_of_row(key, grad_sum, grad_key, half_norm_scale), 0.0)
     _store_tile(grad_k, key_start, length, grad_row_stride, grad_key, BLOCK_T, HEAD_DIM, HEAD_BLOCK)
     _store_tile(grad_v, key_start, length, grad_row_stride, grad_value, BLOCK_T, HEAD_DIM, HEAD_BLOCK)
+    if HAS_EPS:
+        part = tl.program_id(0)
+        rows = key_start + tl.arange(0, BLOCK_T)
+        block_largest, at = tl.max(tl.where(rows < length, largest, float("-inf")), 0, return_indices=True)
+        tl.store(part_largest + part, block_largest)
+        # NaN among the scores may point past the segment.
+        tl.store(part_row + part, tl.minimum(key_start + at, length - 1))
+        tl.store(part_grad_sum + part, tl.sum(tl.where(rows < length, grad_sum, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["num_heads", "num_features"])
+def _grad_key_max_kernel(
+    k,
+    projection,
+    part_largest,
+    part_row,
+    part_grad_sum,
+    grad_k,
+    segments,
+    cu_seqlens_q,
+    num_heads,
+    num_features,
+    k_row_stride,
+    k_head_stride,
+    grad_row_stride,
+    PER_CELL: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """Gives grad_k what goes through the key_max of one segment and head, or of one segment; a part is what a program
+    of _grad_key_value_kernel has found in ROWS rows."""
+    group = tl.program_id(0)
+    segment = group if PER_CELL else group // num_heads
+    start = tl.load(segments + segment * 3).to(tl.int64)
+    length = tl.load(segments + segment * 3 + 1)
+    num_queries = tl.load(cu_seqlens_q + segment + 1) - tl.load(cu_seqlens_q + segment)
+    if (length == 0) | (num_queries == 0):
+        return
+    parts_of_head = tl.cdiv(length, ROWS)
+    # Parts lie as the programs that made them ran: those of a segment together, head by head.
+    first = tl.load(segments + segment * 3 + 2) * num_heads
+    count = parts_of_head * num_heads
+    if not PER_CELL:
+        first += group % num_heads * parts_of_head
+        count = parts_of_head
+    largest = tl.full((BLOCK_F,), float("-inf"), tl.float32)
+    largest_part = tl.zeros((BLOCK_F,), tl.int32)
+    grad_sums = tl.zeros((BLOCK_F,), tl.float32)
+    for offset in range(0, count, BLOCK_F):
+        parts = offset + tl.arange(0, BLOCK_F)
+        found = tl.load(part_largest + first + parts, mask=parts < count, other=float("-inf"))
+        largest_part = tl.where(found > largest, parts, largest_part)
+        largest = tl.maximum(largest, found)
+        grad_sums += tl.load(part_grad_sum + first + parts, mask=parts < count, other=0.0)
+    # Each lane has the first of its own parts.
+    part = tl.min(tl.where(largest == tl.max(largest, 0), largest_part, count - 1), 0)
+    grad_sum = tl.sum(grad_sums, 0)
+    row = start + tl.load(part_row + first + part)
+    head = (part // parts_of_head if PER_CELL else group % num_heads).to(tl.int64)
+
+    channels = tl.arange(0, HEAD_BLOCK)
+    key = tl.load(k + row * k_row_stride + head * k_head_stride + channels, mask=channels < HEAD_DIM, other=0.0)
+    key = key.to(tl.float32)
+    score = float("-inf")
+    feature = 0
+    for block in range(0, tl.cdiv(num_features, BLOCK_F)):
+        feature_start = block * BLOCK_F
+        features = feature_start + tl.arange(0, BLOCK_F)
+        tile = _load_tile(projection, feature_start, num_features, HEAD_DIM, BLOCK_F, HEAD_DIM, HEAD_BLOCK, True)
+        scores = tl.sum(tile.to(tl.float32) * key[None, :], 1)
+        block_largest, at = tl.max(tl.where(features < num_features, scores, float("-inf")), 0, return_indices=True)
+        feature = tl.where(block_largest > score, feature_start + at, feature)
+        score = tl.maximum(score, block_largest)
+    pointers = grad_k + row * grad_row_stride + head * HEAD_DIM + channels
+    grad = tl.load(pointers, mask=channels < HEAD_DIM, other=0.0).to(tl.float32)
+    row_of_projection = tl.load(projection + feature * HEAD_DIM + channels, mask=channels < HEAD_DIM, other=0.0)
+    # The projection carries log2 e.
+    grad -= 0.6931471805599453 * grad_sum * row_of_projection.to(tl.float32)
+    tl.store(pointers, grad.to(grad_k.dtype.element_ty), mask=channels < HEAD_DIM)
 
 
 def _scaled(projection: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
@@ -1012,12 +1124,13 @@ def backward(
     cu_seqlens_q: Tensor,
     max_seqlen_q: int,
     eps: float,
+    per_cell: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward` to q, k and v, contiguous, in q's dtype; features are recomputed from scores.
 
     Args:
         grad_out: (total_q, num_heads, head_dim), gradient of out.
-        q, k, v, projection, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q, eps: as given to `forward`.
+        q, k, v, projection, cu_seqlens, max_seqlen, cu_seqlens_q, max_seqlen_q, eps, per_cell: as given to `forward`.
         out, context, key_sum, key_max, row_max, row_sum: as returned by `forward`.
     """
     total_q, num_heads, head_dim = q.shape
@@ -1087,6 +1200,9 @@ def backward(
         grad_context, grad_key_sum, _ = _sum_parts(parts, None, cu_seqlens, batch_size, num_heads, eps, False)
         config = _configs("grad_key_value", q.dtype, head_block, q.device)
         segment_of_slot, segments, num_slots = work_list(cu_seqlens, k.shape[0], config["BLOCK_T"])
+        part_largest, part_grad_sum = (_empty(q, num_slots * num_heads) for _ in range(2))
+        part_row = torch.empty((num_slots * num_heads,), dtype=torch.int32, device=q.device)
+        found = (part_largest, part_row, part_grad_sum)
         _grad_key_value_kernel[(num_slots * num_heads,)](
             k,
             v,
@@ -1097,6 +1213,7 @@ def backward(
             grad_context.sum(2),
             grad_k,
             grad_v,
+            *found,
             segment_of_slot,
             segments,
             cu_seqlens_q,
@@ -1106,7 +1223,27 @@ def backward(
             *_rows_and_heads(k),
             *_rows_and_heads(v),
             grad_k.stride(0),
+            HAS_EPS=eps != 0.0,
             **constants,
             **config,
         )
+        if batch_size and eps:
+            rows = config["BLOCK_T"]
+            config = _configs("grad_key_max", q.dtype, head_block, q.device)
+            _grad_key_max_kernel[(batch_size if per_cell else batch_size * num_heads,)](
+                k,
+                scaled,
+                *found,
+                grad_k,
+                segments,
+                cu_seqlens_q,
+                num_heads,
+                num_features,
+                *_rows_and_heads(k),
+                grad_k.stride(0),
+                PER_CELL=per_cell,
+                ROWS=rows,
+                **constants,
+                **config,
+            )
     return grad_q, grad_k, grad_v

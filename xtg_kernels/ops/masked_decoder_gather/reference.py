@@ -69,7 +69,7 @@ def forward(
     rows = (table[genes].to(dtype) + added[source].to(dtype)).to(table.dtype)
     if out_genes is None:
         return rows.view(-1, num_genes, dim)
-    out = table.new_zeros((out_genes.numel(), dim))
+    out = rows.new_zeros((out_genes.numel(), dim))
     out[: rows.shape[0]] = rows
     return out
 

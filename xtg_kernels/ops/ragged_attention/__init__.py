@@ -83,8 +83,9 @@ def ragged_attention(
     if dispatch.current_backend() == "varlen":
         lse_with_gradient = return_lse and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         dispatch.refuse("ragged_attention", "varlen", varlen.not_supported_reasons(q, k, v, lse_with_gradient))
-        out, softmax_lse = varlen.attention(q, k, v, cu_seqlens, max_seqlen, float(softmax_scale))
-        return (out, softmax_lse) if return_lse else out
+        if not dispatch.is_transformed():
+            out, softmax_lse = varlen.attention(q, k, v, cu_seqlens, max_seqlen, float(softmax_scale))
+            return (out, softmax_lse) if return_lse else out
     op = dispatch.choose_overload("ragged_attention", lambda backend: library.not_supported_reasons(backend, q, k, v))
     out, softmax_lse = op(q, k, v, cu_seqlens, max_seqlen, float(softmax_scale))
     return (out, softmax_lse) if return_lse else out

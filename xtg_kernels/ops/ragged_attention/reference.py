@@ -2,7 +2,7 @@
 
 Full softmax attention inside each segment. The tiled kernels (csrc/cpu/ragged_attention.h, triton_kernel.py) compute
 the same quantities block by block: a query block keeps a running row_max and row_sum while the key blocks of its
-segment stream past, and the backward recomputes probs from scores and softmax_lse.
+segment stream past, and the backward recomputes probs from scores and softmax_lse, or once more where that is large.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out (total_nnz, num_heads, head_dim) and softmax_lse (num_heads, total_nnz), the natural log of the row sums."""
     dtype = _compute_dtype(q)
-    out = q.new_zeros(q.shape)
-    softmax_lse = q.new_zeros((q.shape[1], q.shape[0]), dtype=_lse_dtype(q))
     bounds = cu_seqlens.tolist()
+    slack = q.shape[0] - bounds[-1]
+    outs, lses = [], []
     for start, end in itertools.pairwise(bounds):
         if start == end:
             continue
@@ -32,12 +32,15 @@ def forward(
         q_s, k_s, v_s = (x[segment].transpose(0, 1).to(dtype) for x in (q, k, v))  # (num_heads, length, head_dim)
         scores = softmax_scale * (q_s @ k_s.mT)
         row_max = scores.amax(dim=-1, keepdim=True)
-        row_sum = (scores - row_max).exp().sum(dim=-1, keepdim=True)
-        lse = row_max + row_sum.log()
-        probs = (scores - lse).exp()
-        out[segment] = (probs @ v_s).transpose(0, 1).to(out.dtype)
-        softmax_lse[:, segment] = lse.squeeze(-1).to(softmax_lse.dtype)
-    return out, softmax_lse
+        exponentials = (scores - row_max).exp()
+        row_sum = exponentials.sum(dim=-1, keepdim=True)
+        # Not by softmax_lse: beside a large score its fraction has no digits left.
+        probs = exponentials / row_sum
+        outs.append((probs @ v_s).transpose(0, 1).to(q.dtype))
+        lses.append((row_max + row_sum.log()).squeeze(-1).to(_lse_dtype(q)))
+    outs.append(q.new_zeros((slack, *q.shape[1:])))
+    lses.append(q.new_zeros((q.shape[1], slack), dtype=_lse_dtype(q)))
+    return torch.cat(outs), torch.cat(lses, dim=1)
 
 
 def backward(
@@ -52,7 +55,7 @@ def backward(
     max_seqlen: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to q, k and v; probs are recomputed from scores and softmax_lse."""
+    """Gradients to q, k and v; probs are recomputed from scores."""
     dtype = _compute_dtype(q)
     grad_q, grad_k, grad_v = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     bounds = cu_seqlens.tolist()
@@ -60,13 +63,15 @@ def backward(
         if start == end:
             continue
         segment = slice(start, end)
-        q_s, k_s, v_s, out_s, grad_s = (x[segment].transpose(0, 1).to(dtype) for x in (q, k, v, out, grad_out))
-        delta = (grad_s * out_s).sum(dim=-1, keepdim=True)
+        q_s, k_s, v_s, grad_s = (x[segment].transpose(0, 1).to(dtype) for x in (q, k, v, grad_out))
+        scores = softmax_scale * (q_s @ k_s.mT)
+        exponentials = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+        probs = exponentials / exponentials.sum(dim=-1, keepdim=True)
+        grad_probs = grad_s @ v_s.mT
+        # The kernels take rowsum(grad_out * out), which is the same number but for its last digits.
+        delta = (probs * grad_probs).sum(dim=-1, keepdim=True)
         if grad_lse is not None:
             delta = delta - grad_lse[:, segment, None].to(dtype)
-        scores = softmax_scale * (q_s @ k_s.mT)
-        probs = (scores - softmax_lse[:, segment, None].to(dtype)).exp()
-        grad_probs = grad_s @ v_s.mT
         grad_scores = softmax_scale * probs * (grad_probs - delta)
         grad_q[segment] = (grad_scores @ k_s).transpose(0, 1).to(q.dtype)
         grad_k[segment] = (grad_scores.mT @ q_s).transpose(0, 1).to(k.dtype)

@@ -7,16 +7,21 @@ the output and one over each gradient.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
-try:
-    from torch.nn.attention import varlen as torch_varlen
-except ImportError:
-    torch_varlen = None  # type: ignore[assignment]
+
+def torch_varlen() -> Any:
+    """torch.nn.attention.varlen, or None; imported when it is asked for, since it brings all of torch._dynamo along."""
+    try:
+        from torch.nn.attention import varlen
+    except ImportError:
+        return None
+    return varlen
 
 
 def _lacking(module: Any) -> list[str]:
@@ -31,12 +36,14 @@ def _lacking(module: Any) -> list[str]:
     ]
 
 
-_torch_lacks = _lacking(torch_varlen)
+@functools.cache
+def _torch_lacks() -> tuple[str, ...]:
+    return tuple(_lacking(torch_varlen()))
 
 
 def not_supported_reasons(q: Tensor, k: Tensor, v: Tensor, lse_with_gradient: bool = False) -> list[str]:
     """Every reason why torch's varlen attention cannot take these arguments; empty when it can."""
-    reasons = list(_torch_lacks)
+    reasons = list(_torch_lacks())
     tensors = {"q": q, "k": k, "v": v}
     elsewhere = [f"{name} on {x.device}" for name, x in tensors.items() if x.device.type != "cuda"]
     if elsewhere:
@@ -69,7 +76,8 @@ def attention(
         nothing = (q + k + v).masked_fill(torch.ones_like(slack), 0.0)
         return nothing, torch.zeros((q.shape[1], q.shape[0]), device=q.device)
     q, k, v = (_ZeroGradient.apply(x, slack) for x in (q, k, v))
-    out, softmax_lse = torch_varlen.varlen_attn(
+    module = torch_varlen()
+    out, softmax_lse = module.varlen_attn(
         q,
         k,
         v,
@@ -77,7 +85,7 @@ def attention(
         cu_seqlens,
         max_seqlen,
         max_seqlen,
-        return_aux=torch_varlen.AuxRequest(lse=True),
+        return_aux=module.AuxRequest(lse=True),
         scale=softmax_scale,
     )
     return out.masked_fill(slack, 0.0), softmax_lse.detach().masked_fill(slack[None, :, 0, 0], 0.0)
@@ -91,14 +99,28 @@ def _autocast_dtype(x: Tensor) -> torch.dtype:
 
 
 class _ZeroGradient(torch.autograd.Function):
-    """x as it is, with a gradient that is zero in the marked rows, whatever comes back there."""
+    """x as it is, with a gradient that is zero in the marked rows, whatever comes back there; differentiable once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
-        ctx.save_for_backward(rows)
+        ctx.save_for_backward(x, rows)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        return grads[0].masked_fill(rows, 0.0), None
+        x, rows = ctx.saved_tensors
+        return _NoDerivative.apply(grads[0].masked_fill(rows, 0.0), x), None
+
+
+class _NoDerivative(torch.autograd.Function):
+    """grad as it is. It depends on x, which torch's varlen attention does not say: its derivative is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError(
+            'ragged_attention: backend "varlen" has first derivatives only; take second ones under use_backend("auto")'
+        )
