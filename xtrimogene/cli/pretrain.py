@@ -9,6 +9,8 @@ from pathlib import Path
 from xtrimogene.cli.messages import show_error, tell
 from xtrimogene.cli.options import Commands, fields_of, set_threads
 
+# The names of xtrimogene.training.config.RECIPES, which would bring torch along.
+RECIPES = ("small", "published")
 _CHANGE = re.compile(r"[a-z_][a-z_0-9]*(\.[a-z_0-9]+)?=")
 
 
@@ -17,7 +19,7 @@ def add_to(commands: Commands) -> None:
     command = commands.add_parser(
         "pretrain",
         help="train a model on many cells",
-        usage="%(prog)s --data PATH [PATH ...] --output DIR [--config FILE] [key=value ...] [--resume]",
+        usage="%(prog)s --data PATH [PATH ...] --output DIR [--recipe NAME] [--config FILE] [key=value ...] [--resume]",
         description="Train the masked auto-encoder on the cells of h5ad files, zarr stores and folders of them. The "
         "config is a YAML file with the keys of PretrainConfig; key=value changes single ones (model.dim=64 one of a "
         "section); checkpoint=DIR begins with the weights of a model. SIGTERM and SIGINT save a checkpoint and stop; "
@@ -27,7 +29,13 @@ def add_to(commands: Commands) -> None:
         "it began; 143 or 130 stopped by SIGTERM or SIGINT, with a checkpoint of the steps made.",
     )
     command.set_defaults(run=_run, smaller="; try a smaller batch_cells and a larger accumulate", changes=[])
-    command.add_argument("--config", metavar="FILE", help="YAML file of PretrainConfig's keys (default: its defaults)")
+    command.add_argument("--config", metavar="FILE", help="YAML file of PretrainConfig's keys, over the recipe's")
+    command.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="keys to begin with: small, for up to a million cells, or published (default: small; with --config or "
+        "checkpoint=DIR published, since what they leave out has always been that)",
+    )
     command.add_argument("--data", required=True, nargs="+", metavar="PATH", help="cells: .h5ad, .zarr, or folders")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make: log, checkpoints, model")
     command.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
@@ -47,6 +55,14 @@ def take_changes(arguments: argparse.Namespace, rest: list[str]) -> None:
         words[:] = [word for word in words if word not in changes]
 
 
+def _recipe(arguments: argparse.Namespace) -> str:
+    """The recipe asked for, else the one that fits what else is given."""
+    if arguments.recipe is not None:
+        return str(arguments.recipe)
+    begun = arguments.config is not None or any(change.startswith("checkpoint=") for change in arguments.changes)
+    return "published" if begun else "small"
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from xtrimogene.training.config import PretrainConfig
     from xtrimogene.training.pretrain import pretrain
@@ -56,7 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
     set_threads(arguments)
     try:
         report = pretrain(
-            PretrainConfig.from_yaml(arguments.config, arguments.changes),
+            PretrainConfig.from_yaml(arguments.config, arguments.changes, recipe=_recipe(arguments)),
             arguments.data,
             arguments.output,
             resume=arguments.resume,
