@@ -38,6 +38,12 @@ ROOMS = {
         "xtrimogene.progress",
         "xtg_kernels",
     },
+    "xtrimogene.evaluation": {
+        "xtrimogene.cells",
+        "xtrimogene.inference",
+        "xtrimogene.network",
+        "xtrimogene.progress",
+    },
     "xtrimogene.model": {"xtrimogene.inference", "xtrimogene.hub", "xtrimogene.network"},
     "xtrimogene.interop": {"xtrimogene.model", "xtrimogene.network", "xtg_kernels"},
     "xtrimogene.dropin": {"xtrimogene.interop"},

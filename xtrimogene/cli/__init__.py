@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from xtrimogene.cli import bench, convert, embed, genes, init, pretrain
+from xtrimogene.cli import bench, convert, embed, evaluate, genes, init, pretrain
 from xtrimogene.cli.messages import check_json, show_error, show_warning
 from xtrimogene.cli.options import add_telling_options
 
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         help="show the version, with the commit where it is known, and exit",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for command in (embed, genes, convert, pretrain, init, bench):
+    for command in (embed, genes, convert, pretrain, evaluate, init, bench):
         command.add_to(commands)
     for each in commands.choices.values():
         add_telling_options(each)

@@ -58,7 +58,7 @@ class Components:
         cells = whole.astype(np.float64)
         mean = np.asarray(cells.mean(axis=0)).ravel()
         count = min(count, *cells.shape)
-        width = min(count + 10, *cells.shape)
+        width = min(count + 30, *cells.shape)
         axes = np.random.default_rng(seed).normal(size=(cells.shape[1], width))
         for _ in range(8):
             rows, _ = np.linalg.qr(_centred(cells, mean, axes))
@@ -98,8 +98,8 @@ class Bars:
         genes = np.concatenate([each.genes for each in maskings])
         values = np.concatenate([each.values for each in maskings])
         num_genes = whole.shape[1]
-        means = np.bincount(genes, weights=values, minlength=num_genes)
-        means /= np.maximum(np.bincount(genes, minlength=num_genes), 1)
+        sums, counts = np.bincount(genes, weights=values, minlength=num_genes), np.bincount(genes, minlength=num_genes)
+        means = sums / counts.clip(min=1)
         components = Components.of(whole, COMPONENTS)
         depth = [depth_numbers(each.seen) for each in maskings]
         coordinates = [components.coordinates(each.seen, each) for each in maskings]

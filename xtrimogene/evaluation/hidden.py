@@ -1,4 +1,4 @@
-"""HiddenGenes: masked cells as matrices: what is seen of each cell, what it holds, and which of its genes are hidden."""
+"""HiddenGenes: masked cells as matrices: what is seen of each cell, what it holds, which of its genes are hidden."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ class HiddenGenes:
     predictions: Values | None = None
 
     @classmethod
-    def of(
-        cls, batches: Iterable[MaskedBatch], num_genes: int, model: XTrimoGeneNetwork | None = None
-    ) -> HiddenGenes:
+    def of(cls, batches: Iterable[MaskedBatch], num_genes: int, model: XTrimoGeneNetwork | None = None) -> HiddenGenes:
         """From masked batches on the CPU; a model predicts where it is, in its present dtype and mode."""
         seen, whole, cells, genes, values, predictions, first = [], [], [], [], [], [], 0
         for masked in batches:
@@ -54,9 +52,12 @@ class HiddenGenes:
             shown = batch.values.numpy()[is_gene]
             own = ~np.isin(row * num_genes + column, rows * num_genes + chosen)
             seen.append(sparse.csr_matrix((shown, (row, column)), shape=shape))
-            both = np.concatenate([shown[own], true]), (
-                np.concatenate([row[own], rows]),
-                np.concatenate([column[own], chosen]),
+            both = (
+                np.concatenate([shown[own], true]),
+                (
+                    np.concatenate([row[own], rows]),
+                    np.concatenate([column[own], chosen]),
+                ),
             )
             whole.append(sparse.csr_matrix(both, shape=shape, dtype=np.float32))
             whole[-1].eliminate_zeros()
@@ -79,7 +80,7 @@ class HiddenGenes:
 
 
 def is_hidden(masked: MaskedBatch, num_genes: int) -> npt.NDArray[np.bool_]:
-    """(total_chosen,) whether each chosen gene is hidden from the encoder; the others show their value or a random one."""
+    """(total_chosen,) whether each chosen gene is hidden from the encoder; others show their value or a random one."""
 
     def numbers(ids: torch.Tensor, cu_seqlens: torch.Tensor) -> npt.NDArray[np.int64]:
         cells = np.repeat(np.arange(masked.batch_size), cu_seqlens.diff().numpy())

@@ -205,10 +205,7 @@ def _decode(
     if gene_ids is not None:
         genes["asked_ids"] = torch.from_numpy(gene_ids).to(device).repeat(cells)
         genes["asked_cu_seqlens"] = torch.arange(cells + 1, dtype=torch.int32, device=device) * len(gene_ids)
-    if embeddings:
-        numbers = network.decoder.normed(network.decode(batch, **genes))
-    else:
-        numbers = network.predict(batch, **genes)
+    numbers = network.decoder.normed(network.decode(batch, **genes)) if embeddings else network.predict(batch, **genes)
     numbers = numbers.unflatten(0, (cells, -1))
     if gene_ids is None:
         numbers = numbers[:, : network.config.num_genes]  # without the depth tokens

@@ -85,8 +85,8 @@ class PretrainConfig:
                     steps between two checkpoints, and how many of the newest stay
     tensorboard     also write TensorBoard events, where the package is installed
 
-    The defaults are the recipe "published" (Gong et al., NeurIPS 2023; AdamW, rate 1e-4, no weight decay, clipping at 1)
-    but for what a batch of 1,024 cells on many GPUs asks for: batch, length and, with it, warm-up are scaled down.
+    The defaults are the recipe "published" (Gong et al., NeurIPS 2023; AdamW, rate 1e-4, no weight decay, clipping at
+    1) but for what a batch of 1,024 cells on many GPUs asks for: batch, length and, with it, warm-up are scaled down.
     from_dict and from_yaml begin with the recipe "small" where they are asked to.
 
     Raises ValueError, naming the key, the expected and the given value, for a value that no run can have.

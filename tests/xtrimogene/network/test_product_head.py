@@ -204,5 +204,5 @@ def test_the_fresh_gene_table_has_the_spread_that_is_asked_for() -> None:
     plain, small = _model(), _model(gene_std=0.05)
     torch.testing.assert_close(small.embedding.gene_table, 0.05 * plain.embedding.gene_table)
     assert torch.equal(small.embedding.bin_table, plain.embedding.bin_table)
-    with pytest.raises(ValueError, match="config gene_std: expected a number > 0, got 0.0"):
+    with pytest.raises(ValueError, match=r"config gene_std: expected a number > 0, got 0\.0"):
         _model(gene_std=0.0)

@@ -54,7 +54,9 @@ def test_a_recipe_is_what_the_given_keys_leave_out(tmp_path: Path) -> None:
     one = PretrainConfig.from_yaml(None, ["model.dim=32"], recipe="small")
     assert one.model_config(9) == XTrimoGeneConfig.preset("tiny", num_genes=9, **sizes, dim=32)
     # A term that a recipe has can be taken away, and what a run has written is what it was.
-    assert PretrainConfig.from_yaml(None, ["model.product_head=null"], recipe="small").model_config(9).product_head is None
+    assert (
+        PretrainConfig.from_yaml(None, ["model.product_head=null"], recipe="small").model_config(9).product_head is None
+    )
     changed.to_yaml(tmp_path / "again.yaml")
     assert PretrainConfig.from_yaml(tmp_path / "again.yaml") == changed
 
@@ -62,9 +64,7 @@ def test_a_recipe_is_what_the_given_keys_leave_out(tmp_path: Path) -> None:
 def test_a_recipe_leaves_sizes_without_preset_and_checkpoints_alone() -> None:
     sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "decoder_dim": 8, "decoder_layers": 1, "decoder_heads": 2}
     config = PretrainConfig.from_dict({"model": sizes}, recipe="small")
-    assert config.model_config(5) == XTrimoGeneConfig(
-        num_genes=5, **sizes, dropout=0.0, product_head=64, gene_std=0.05
-    )
+    assert config.model_config(5) == XTrimoGeneConfig(num_genes=5, **sizes, dropout=0.0, product_head=64, gene_std=0.05)
     tuned = PretrainConfig.from_dict({"checkpoint": "folder"}, recipe="small")
     assert (tuned.learning_rate, tuned.model) == (5e-3, PretrainConfig().model)
     with pytest.raises(ValueError, match="recipe: expected one of published, small, got 'big'"):
