@@ -1,4 +1,4 @@
-"""checkpoint_folder: where a model lies on disk, by its path, its name in the package or its name on the Hugging Face Hub.
+"""checkpoint_folder: where a model lies on disk, by its path, or by its name in the package or on the Hugging Face Hub.
 
 Models in the package: pbmc-tiny, see its card in xtrimogene/models/pbmc-tiny.
 """
@@ -15,8 +15,8 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def checkpoint_folder(path_or_name: str | Path, files: tuple[str, ...], **download: Any) -> Path:
-    """The path as it is where something is there, else the model of that name in the package, else the local copy of the
-    files of a Hub model "owner/name".
+    """The path as it is where something is there, else the model of that name in the package, else the local copy of
+    the files of a Hub model "owner/name".
 
     Options are those of huggingface_hub.snapshot_download. Raises FileNotFoundError where neither is to be had.
     """

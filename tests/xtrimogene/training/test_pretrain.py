@@ -264,9 +264,12 @@ def test_a_product_head_ends_with_the_moments_of_training_cells_and_resumes_bit_
     changes: dict[str, Any] = {"model": {**MODEL, "product_head": 4, "dropout": 0.0}}
     run(path, tmp_path / "whole", **changes)
     model = XTrimoGene.from_pretrained(tmp_path / "whole" / "model")
-    with TrainingCells(
-        path, model.vocabulary, masking=config().masking, min_genes=3, validation_share=0.1, batch_cells=8
-    ) as stream, torch.no_grad():
+    with (
+        TrainingCells(
+            path, model.vocabulary, masking=config().masking, min_genes=3, validation_share=0.1, batch_cells=8
+        ) as stream,
+        torch.no_grad(),
+    ):
         pooled = torch.cat([model.embed_batch(masked.batch) for masked in stream.iterate(0)])
         norm = model.product_head.norm
         torch.testing.assert_close(norm.mean, pooled.mean(0))
