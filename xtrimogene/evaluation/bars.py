@@ -194,9 +194,10 @@ class _Ridge:
             expressed, weighted = columns.astype(np.float64), columns.astype(np.float64)
             expressed.data = np.full(columns.nnz, nonzero - zero)
             weighted.data = nonzero * (columns.data - means[of_gene]) + zero * means[of_gene]
-            # What all cells would give if the gene were zero everywhere, and what expressing cells change.
+            # What all cells would give if the gene were zero everywhere, and what expressing cells change. Of the sums
+            # the former is nothing: standardised features add up to 0.
             squares += zero * products.sum(axis=0) + expressed.T @ products
-            sums += weighted.T @ z - zero * np.outer(means, z.sum(axis=0))
+            sums += weighted.T @ z
         coefficients = np.empty_like(sums)
         for start in range(0, len(means), _BLOCK):
             block = slice(start, start + _BLOCK)
