@@ -45,6 +45,12 @@ ROOMS = {
         "xtrimogene.writing",
         "xtg_kernels",
     },
+    "xtrimogene.evaluation": {
+        "xtrimogene.cells",
+        "xtrimogene.inference",
+        "xtrimogene.network",
+        "xtrimogene.progress",
+    },
     "xtrimogene.model": {"xtrimogene.inference", "xtrimogene.hub", "xtrimogene.network"},
     "xtrimogene.interop": {"xtrimogene.model", "xtrimogene.network", "xtg_kernels"},
     "xtrimogene.dropin": {"xtrimogene.interop"},

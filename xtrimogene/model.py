@@ -89,10 +89,11 @@ class XTrimoGene(XTrimoGeneNetwork, PyTorchModelHubMixin, library_name="xtrimoge
         local_files_only: bool = False,
         token: str | bool | None = None,
     ) -> XTrimoGene:
-        """Load a checkpoint folder, or a model of the Hugging Face Hub by its "owner/name"; float32, evaluation mode.
+        """Load a checkpoint folder, the model "pbmc-tiny" of the package, or one of the Hugging Face Hub by its
+        "owner/name"; float32, evaluation mode.
 
-        A folder that exists is read without any network. Weights come from model.safetensors only; nothing is
-        unpickled.
+        A folder that exists, and the model of the package, are read without any network. Weights come from
+        model.safetensors only; nothing is unpickled.
 
         Raises FileNotFoundError for a missing folder or file, and ValueError for a pickle, a broken file, a bad config,
         or tensors that are missing, unknown or of the wrong shape (all of them are named) or not finite.

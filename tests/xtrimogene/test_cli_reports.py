@@ -23,7 +23,7 @@ from xtrimogene.cli.messages import tell
 from xtrimogene.network.vocabulary import Vocabulary
 
 GENES = [f"G{i}" for i in range(30)]
-COMMANDS = ("embed", "genes", "impute", "inspect", "convert", "pretrain", "init", "bench")
+COMMANDS = ("embed", "genes", "impute", "inspect", "convert", "pretrain", "evaluate", "init", "bench")
 
 
 @pytest.fixture
@@ -48,6 +48,10 @@ def arguments(command: str, folder: Path) -> list[str]:
             "embed": [*cells, "--output", f"{folder}/out.h5ad"],
             "genes": [*cells, "--output", f"{folder}/out.h5ad", "--genes", "G3", "G4"],
             "impute": [*cells, "--output", f"{folder}/out.h5ad"],
+            "evaluate": [
+                "--checkpoint", f"{folder}/checkpoint", "--data", f"{folder}/cells.h5ad", "--output", f"{folder}/out",
+                "--min-genes", "3",
+            ],
             "init": ["--preset", "tiny", "--vocabulary", f"{folder}/genes.txt", "--output", f"{folder}/out"],
             "pretrain": [
                 "--data", f"{folder}/cells.h5ad", "--output", f"{folder}/out", "model.preset=tiny", "min_genes=0",
@@ -95,7 +99,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"xtrimogene {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["embed", "genes", "impute", "init", "pretrain"])
+@pytest.mark.parametrize("command", ["embed", "genes", "impute", "init", "pretrain", "evaluate"])
 def test_quiet_commands_say_nothing_and_report_as_json(
     command: str, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

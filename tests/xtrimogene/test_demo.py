@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from xtrimogene import XTrimoGene, demo
 from xtrimogene.network.config import XTrimoGeneConfig
@@ -17,7 +18,7 @@ from xtrimogene.network.flops import dense_flops, encoder_flops
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "demo_output"
-    demo.main(["--output", str(folder), "--seconds", "2"])
+    demo.main(["--output", str(folder), "--steps", "4"])
     return folder
 
 
@@ -34,7 +35,9 @@ def test_the_demo_writes_a_report_with_pictures_and_a_model(output: Path) -> Non
         assert (output / picture).read_bytes().startswith(b"\x89PNG")
         assert f"({picture})" in report
     model = XTrimoGene.from_pretrained(output / "run" / "model")
-    assert model.config == XTrimoGeneConfig.preset("tiny", num_genes=765)
+    shipped = XTrimoGene.from_pretrained(demo.MODEL)
+    assert (model.config, model.vocabulary) == (shipped.config, shipped.vocabulary)
+    assert not torch.equal(model.embedding.w2, shipped.embedding.w2)
 
 
 def test_the_report_and_its_figures_agree(output: Path, figures: dict[str, Any]) -> None:
@@ -68,11 +71,10 @@ def test_training_is_seen_in_the_losses(output: Path, figures: dict[str, Any]) -
     training = figures["training"]
     steps, losses = zip(*training["validation"], strict=True)
     assert steps[0] == 0
-    assert steps[-1] == training["steps"] == training["training"][-1][0]
+    assert steps[-1] == training["steps"] == training["training"][-1][0] == 4
     assert losses[-1] < losses[0]
-    assert training["baseline_zero_mean"] < training["baseline_mean"] < losses[0]
+    assert training["baseline_zero_mean"] < training["baseline_mean"]
     assert training["cells_per_second"] == pytest.approx(training["cells"] / training["seconds"])
-    assert training["seconds"] < 60
 
 
 def test_labels_are_read_off_pca_better_than_by_chance(figures: dict[str, Any]) -> None:
@@ -81,15 +83,15 @@ def test_labels_are_read_off_pca_better_than_by_chance(figures: dict[str, Any]) 
     known, asked = demo.split(demo.load_cells())
     largest = max(set(labels[known]), key=list(labels[known]).count)
     assert agreement["largest_label"] == np.mean(labels[asked] == largest)
-    # Ten blood cell types part well in PCA; a few steps of training leave much of it, too.
+    # Ten blood cell types part well in PCA.
     for reader in ("neighbours", "probe"):
         assert agreement["X_pca"][reader] > 0.7
         assert agreement["largest_label"] < agreement["X_xtrimogene"][reader] <= 1
 
 
-def test_a_second_demo_replaces_the_first(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_demo_replaces_the_first(output: Path) -> None:
     (output / "run" / "mark").touch()
-    demo.train(demo.load_cells(), output / "run", 0.1)
+    demo.train(demo.load_cells(), output / "run", 1)
     assert not (output / "run" / "mark").exists()
 
 
@@ -107,16 +109,6 @@ def test_flop_rows_cover_these_cells_and_the_real_lengths(figures: dict[str, Any
         assert row["total"] == row["embedding"] + row["linear"] + row["attention"]
         assert row["share_of_dense"] == row["total"] / row["dense"]
         assert row["total"] < row["padded"] < row["dense"]
-
-
-def test_agreement_tells_parted_labels_from_shuffled_ones() -> None:
-    rng = np.random.default_rng(0)
-    labels = np.repeat(["a", "b"], 100)
-    points = rng.normal(size=(200, 3)) + 20 * (labels == "b")[:, None]
-    known, asked = np.arange(0, 200, 2), np.arange(1, 200, 2)
-    assert demo.agreement(points, labels, known, asked) == {"neighbours": 1.0, "probe": 1.0}
-    for share in demo.agreement(points, rng.permutation(labels), known, asked).values():
-        assert abs(share - 0.5) < 0.2
 
 
 @pytest.mark.parametrize(

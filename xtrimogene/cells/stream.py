@@ -309,9 +309,14 @@ class TrainingCells:
 
     def validation(self, *, rank: int = 0, world_size: int = 1) -> Generator[MaskedBatch, None, None]:
         """The masked batches of one rank over the validation cells, in the order of the data, always masked alike."""
-        cells = self.validation_cells
+        return self.masked(self.validation_cells, VALIDATION_EPOCH, rank=rank, world_size=world_size)
+
+    def masked(
+        self, cells: Array, epoch: int, *, rank: int = 0, world_size: int = 1
+    ) -> Generator[MaskedBatch, None, None]:
+        """The masked batches of one rank over cells by their numbers, ascending, masked as in an epoch."""
         windows = np.arange(0, len(cells) + self._window_cells, self._window_cells).clip(max=len(cells))
-        return self._iterate(self._ordered(cells, windows), VALIDATION_EPOCH, 0, rank, world_size, 1)
+        return self._iterate(self._ordered(cells, windows), epoch, 0, rank, world_size, 1)
 
     def read(self, cells: Array) -> RaggedBatch:
         """The log-normalised values of cells by their numbers, in the order given, not masked."""

@@ -10,6 +10,8 @@ from xtrimogene.cli.failures import out_of_memory, status_of
 from xtrimogene.cli.messages import pointer_to_inspect, show_error, tell
 from xtrimogene.cli.options import Commands, fields_of, set_threads
 
+# The names of xtrimogene.training.config.RECIPES, which would bring torch along.
+RECIPES = ("small", "published")
 _CHANGE = re.compile(r"[a-z_][a-z_0-9]*(\.[a-z_0-9]+)?=")
 
 
@@ -18,7 +20,7 @@ def add_to(commands: Commands) -> None:
     command = commands.add_parser(
         "pretrain",
         help="train a model on many cells",
-        usage="%(prog)s --data PATH [PATH ...] --output DIR [--config FILE] [key=value ...] [--resume]",
+        usage="%(prog)s --data PATH [PATH ...] --output DIR [--recipe NAME] [--config FILE] [key=value ...] [--resume]",
         description="Train the masked auto-encoder on the cells of files, stores and folders of them. The "
         "config is a YAML file with the keys of PretrainConfig; key=value changes single ones (model.dim=64 one of a "
         "section); checkpoint=DIR begins with the weights of a model. SIGTERM and SIGINT save a checkpoint and stop; "
@@ -30,10 +32,20 @@ def add_to(commands: Commands) -> None:
     command.set_defaults(
         run=_run, kept=_kept, smaller="; try a smaller batch_cells and a larger accumulate", changes=[]
     )
-    command.add_argument("--config", metavar="FILE", help="YAML file of PretrainConfig's keys (default: its defaults)")
+    command.add_argument("--config", metavar="FILE", help="YAML file of PretrainConfig's keys, over the recipe's")
+    command.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="keys to begin with: small, for up to a million cells, or published (default: small; with --config or "
+        "checkpoint=DIR published, since what they leave out has always been that)",
+    )
     command.add_argument("--data", required=True, nargs="+", metavar="PATH", help="files of cells, or folders of them")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make: log, checkpoints, model")
-    command.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    command.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in the folder, if there is one, with the config that it has there",
+    )
     command.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, ... (default: the GPU if any)")
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     command.add_argument("--no-progress", action="store_true", help="no progress bar")
@@ -55,6 +67,22 @@ def _kept(arguments: argparse.Namespace) -> bool:
     return any((Path(arguments.output) / "checkpoints").glob("step-*/complete.json"))
 
 
+def _config_file(arguments: argparse.Namespace) -> Path | None:
+    """The file of the config: the one that is named, else that of the run to go on with."""
+    if arguments.config is not None:
+        return Path(arguments.config)
+    own = Path(arguments.output) / "config.yaml"
+    return own if arguments.resume and arguments.recipe is None and own.exists() else None
+
+
+def _recipe(arguments: argparse.Namespace, config: Path | None) -> str:
+    """The recipe asked for, else the one that fits what else is given."""
+    if arguments.recipe is not None:
+        return str(arguments.recipe)
+    begun = config is not None or any(change.startswith("checkpoint=") for change in arguments.changes)
+    return "published" if begun else "small"
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from xtrimogene.training.config import PretrainConfig
     from xtrimogene.training.log import LOG_FILE
@@ -63,9 +91,10 @@ def _run(arguments: argparse.Namespace) -> int:
     from xtrimogene.training.run import TrainingFailed
 
     set_threads(arguments)
+    config = _config_file(arguments)
     try:
         report = pretrain(
-            PretrainConfig.from_yaml(arguments.config, arguments.changes),
+            PretrainConfig.from_yaml(config, arguments.changes, recipe=_recipe(arguments, config)),
             arguments.data,
             arguments.output,
             resume=arguments.resume,

@@ -1,7 +1,8 @@
 """Gene level: embeddings and predicted expression of genes in each cell, for an AnnData or a file of any size.
 
 An embedding of a gene in a cell is the decoder's output before its head: the row after both LayerNorms, which the head
-reads (in the published code, the "gene" output). A prediction is the head's number, a log-normalised expression.
+reads (in the published code, the "gene" output). A prediction is the head's number, a log-normalised expression, and
+the product head's where the model has one.
 Nothing is masked. For asked genes only, the last decoder layer and the norms and head after it are computed for these
 alone.
 """
@@ -223,13 +224,11 @@ def _decode(
 ) -> torch.Tensor:
     """(cells, genes) predictions, or (cells, genes, decoder_dim) embeddings, of one batch; NaN for empty cells."""
     cells, device = batch.batch_size, batch.values.device
-    if gene_ids is None:
-        rows = network.decode(batch)
-    else:
-        asked = torch.from_numpy(gene_ids).to(device).repeat(cells)
-        bounds = torch.arange(cells + 1, dtype=torch.int32, device=device) * len(gene_ids)
-        rows = network.decode(batch, asked_ids=asked, asked_cu_seqlens=bounds)
-    numbers = network.decoder.normed(rows) if embeddings else network.decoder.predictions(rows)
+    genes = {}
+    if gene_ids is not None:
+        genes["asked_ids"] = torch.from_numpy(gene_ids).to(device).repeat(cells)
+        genes["asked_cu_seqlens"] = torch.arange(cells + 1, dtype=torch.int32, device=device) * len(gene_ids)
+    numbers = network.decoder.normed(network.decode(batch, **genes)) if embeddings else network.predict(batch, **genes)
     numbers = numbers.unflatten(0, (cells, -1))
     if gene_ids is None:
         numbers = numbers[:, : network.config.num_genes]  # without the depth tokens

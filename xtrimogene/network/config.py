@@ -54,6 +54,8 @@ class XTrimoGeneConfig:
     favor_eps       epsilon added to every random feature
     stabilizer      what the keys' features are scaled by: the maximum of each cell and "head", or of the whole "cell"
                     (as the published network has it for one cell: for converted weights)
+    product_head    width of the product of gene and cell in every prediction (ProductHead); None for none, as published
+    gene_std        standard deviation of a fresh gene table; loaded weights are what they are
 
     Raises ValueError, naming the key, the expected and the given value, for a value that no model can have.
     """
@@ -75,6 +77,8 @@ class XTrimoGeneConfig:
     favor_features: int | None = None
     favor_eps: float = 1e-4
     stabilizer: str = "head"
+    product_head: int | None = None
+    gene_std: float = 1.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -84,7 +88,7 @@ class XTrimoGeneConfig:
             raise ValueError(f"config dropout: expected 0 <= dropout < 1, got {self.dropout!r}")
         if self.stabilizer not in STABILIZERS:
             raise ValueError(f"config stabilizer: expected one of {', '.join(STABILIZERS)}, got {self.stabilizer!r}")
-        for name in ("layer_norm_eps", "target_sum", "favor_eps"):
+        for name in ("layer_norm_eps", "target_sum", "favor_eps", "gene_std"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"config {name}: expected a number > 0, got {getattr(self, name)!r}")
         for width, heads in (("dim", "num_heads"), ("decoder_dim", "decoder_heads")):

@@ -19,12 +19,15 @@ class ExpressionEmbedding(nn.Module):
 
     Parameters: w1, b1, b2 (num_bins,), w2 (num_bins, num_bins), bin_table (num_bins, dim),
     gene_table (num_genes + 1, dim); depth tokens count as genes here. The last gene row is the padding row of released
-    checkpoints; no token points to it. They start as torch.nn.Linear and torch.nn.Embedding layers do.
+    checkpoints; no token points to it. They start as torch.nn.Linear and torch.nn.Embedding layers do, the gene table
+    with standard deviation gene_std.
     """
 
-    def __init__(self, num_genes: int, dim: int, *, num_bins: int = 100, alpha: float = 1.0) -> None:
+    def __init__(
+        self, num_genes: int, dim: int, *, num_bins: int = 100, alpha: float = 1.0, gene_std: float = 1.0
+    ) -> None:
         super().__init__()
-        self.alpha = alpha
+        self.alpha, self.gene_std = alpha, gene_std
         self.w1 = nn.Parameter(torch.empty(num_bins))
         self.b1 = nn.Parameter(torch.empty(num_bins))
         self.w2 = nn.Parameter(torch.empty(num_bins, num_bins))
@@ -34,12 +37,12 @@ class ExpressionEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw fresh weights: uniform within fan_in ** -0.5 for the two linear maps, standard normal for the tables."""
+        """Draw fresh weights: uniform within fan_in ** -0.5 for the two linear maps, normal for the tables."""
         # The first map has one input, the value, so its bound is 1.
         for parameter, fan_in in ((self.w1, 1), (self.b1, 1), (self.w2, self.b2.numel()), (self.b2, self.b2.numel())):
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
         nn.init.normal_(self.bin_table)
-        nn.init.normal_(self.gene_table)
+        nn.init.normal_(self.gene_table, std=self.gene_std)
         with torch.no_grad():
             self.gene_table[-1] = 0
 

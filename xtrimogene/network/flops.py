@@ -22,6 +22,9 @@ are encoded, k masked and a asked for (the rows whose loss, or output, is wanted
     favor       4 D m      8 D m                     queries and keys, each; last layer: a queries
     head        2 D        6 D (squared error; plain: 4 D)  a
 
+With a product head of width w, its term costs 4 d w + 2 d positions a cell and twice that in the backward, and the head
+4 D a row there, as in the plain network: the predictions are kept, to be added up.
+
 The plain network has all rows everywhere, and embeds the value of every position.
 """
 
@@ -54,18 +57,19 @@ class FlopCount:
 
 @dataclass(frozen=True)
 class DecoderFlopCount:
-    """FLOPs by part: value embedding of zeros, bridge, linear layers, FAVOR+ products, head."""
+    """FLOPs by part: value embedding of zeros, bridge, linear layers, FAVOR+ products, head, product head."""
 
     embedding: int
     bridge: int
     linear: int
     favor: int
     head: int
+    product: int = 0
 
     @property
     def total(self) -> int:
         """Sum of the parts."""
-        return self.embedding + self.bridge + self.linear + self.favor + self.head
+        return self.embedding + self.bridge + self.linear + self.favor + self.head + self.product
 
 
 def encoder_flops(config: XTrimoGeneConfig, lengths: Counts, distinct: Counts | None = None) -> FlopCount:
@@ -175,6 +179,7 @@ def decoder_flops(
         linear=width * width * rows.linear(config),
         favor=4 * width * config.num_features * rows.favor,
         head=2 * width * rows.head,
+        product=_product(config, len(lengths)),
     )
 
 
@@ -194,8 +199,9 @@ def decoder_backward_flops(
         bridge=2 * 2 * dim * width * rows.bridge,
         linear=2 * width * width * rows.linear(config),
         favor=8 * width * config.num_features * rows.favor,
-        # The plain network keeps its predictions, ours computes them again.
-        head=(6 if savings else 4) * width * rows.head,
+        # The plain network keeps its predictions, ours computes them again, but for those that a product is added to.
+        head=(6 if savings and config.product_head is None else 4) * width * rows.head,
+        product=2 * _product(config, len(lengths)),
     )
 
 
@@ -293,6 +299,13 @@ def _decoder_rows(
         favor=2 * everything * (depth - 1) + chosen + last_keys,
         head=chosen,
     )
+
+
+def _product(config: XTrimoGeneConfig, cells: int) -> int:
+    """Forward FLOPs of the product head: two maps of every cell, and its product with every position's row."""
+    if config.product_head is None:
+        return 0
+    return cells * 2 * config.dim * (2 * config.product_head + config.num_positions)
 
 
 def _linear(config: XTrimoGeneConfig) -> int:

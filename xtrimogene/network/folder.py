@@ -88,15 +88,20 @@ class Checkpoint:
             ("ffn_dim", "encoder.layers.0.linear1.weight"),
             ("decoder_ffn_dim", "decoder.layers.0.linear1.weight"),
             ("num_bins", "embedding.bin_table"),
+            ("product_head", "product_head.gene_map.weight"),
         ):
             found[key] = shapes[name][0] if shapes.get(name) else None
         wrong = [
-            f"{key} is {getattr(config, key):,} there and {size:,} here"
+            f"{key} is {_number(getattr(config, key))} there and {size:,} here"
             for key, size in found.items()
             if size is not None and size != getattr(config, key)
         ]
         if wrong:
             raise ValueError(f"{path}: the tensors do not fit {CONFIG_FILE}: {'; '.join(wrong)}")
+
+
+def _number(size: int | None) -> str:
+    return "none" if size is None else f"{size:,}"
 
 
 def save(

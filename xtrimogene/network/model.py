@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xtg_kernels import RaggedBatch
 from xtrimogene.network.config import XTrimoGeneConfig
-from xtrimogene.network.decoder import Decoder
+from xtrimogene.network.decoder import Decoder, GeneRows
 from xtrimogene.network.embedding import ExpressionEmbedding
 from xtrimogene.network.encoder import RaggedTransformerEncoder
 from xtrimogene.network.folder import Checkpoint
 from xtrimogene.network.masked_batch import MaskedBatch
 from xtrimogene.network.pooling import pool
+from xtrimogene.network.product_head import ProductHead
 from xtrimogene.network.vocabulary import Vocabulary
 
 
@@ -24,7 +26,8 @@ class XTrimoGeneNetwork(nn.Module):
     config      XTrimoGeneConfig
     vocabulary  Vocabulary of config.num_genes genes; gene ids of a batch are its rows
 
-    Submodules: `embedding` (ExpressionEmbedding), `encoder` (RaggedTransformerEncoder) and `decoder` (Decoder);
+    Submodules: `embedding` (ExpressionEmbedding), `encoder` (RaggedTransformerEncoder), `decoder` (Decoder) and, where
+    config.product_head is a width, `product_head` (ProductHead), whose term is added to what the decoder predicts;
     `mask_row` (dim,) is the decoder's input for a masked gene. Cell embeddings need the first two only.
     `checkpoint_activations = True` makes training keep less and compute more.
     Raises ValueError when the vocabulary's size is not config.num_genes.
@@ -37,7 +40,7 @@ class XTrimoGeneNetwork(nn.Module):
         self.config = config
         self.vocabulary = vocabulary
         self.embedding = ExpressionEmbedding(
-            config.num_positions, config.dim, num_bins=config.num_bins, alpha=config.alpha
+            config.num_positions, config.dim, num_bins=config.num_bins, alpha=config.alpha, gene_std=config.gene_std
         )
         self.encoder = RaggedTransformerEncoder(
             config.dim,
@@ -59,6 +62,8 @@ class XTrimoGeneNetwork(nn.Module):
             favor_eps=config.favor_eps,
             stabilizer=config.stabilizer,
         )
+        # Last: the weights before it are those of the same seed without it.
+        self.product_head = None if config.product_head is None else ProductHead(config.dim, config.product_head)
 
     @property
     def checkpoint_activations(self) -> bool:
@@ -103,26 +108,49 @@ class XTrimoGeneNetwork(nn.Module):
 
     def masked_predictions(self, masked: MaskedBatch) -> Tensor:
         """(total_chosen,) float32: predicted log-normalised values of the chosen genes, in the order of chosen_ids."""
-        return self.decoder.predictions(self._decode_masked(masked))
+        return self.predict(masked.batch, **_genes_of(masked))
 
     def loss(self, masked: MaskedBatch, reduction: str = "sum") -> Tensor:
         """() float32: squared error of masked_predictions against chosen_values, summed or averaged ("sum", "mean")."""
-        return self.decoder.squared_error(self._decode_masked(masked), masked.chosen_values, reduction)
+        if self.product_head is None:
+            rows = self.decode(masked.batch, **_genes_of(masked))
+            return self.decoder.squared_error(rows, masked.chosen_values, reduction)
+        return F.mse_loss(self.masked_predictions(masked), masked.chosen_values, reduction=reduction)
 
     def redraw_projections(self, generator: torch.Generator | None = None) -> None:
         """Fresh random projections in every decoder layer, of a generator on the CPU (None: torch's global one)."""
         self.decoder.redraw_projections(generator)
 
-    def _decode_masked(self, masked: MaskedBatch) -> Tensor:
-        return self.decode(
-            masked.batch,
-            masked_ids=masked.masked_ids,
-            masked_cu_seqlens=masked.masked_cu_seqlens,
-            asked_ids=masked.chosen_ids,
-            asked_cu_seqlens=masked.chosen_cu_seqlens,
-        )
-
     def decode(self, batch: RaggedBatch, **genes: Tensor | None) -> Tensor:
         """The decoder's rows of a batch, before its norms; genes are the masked and asked ones of Decoder.forward."""
+        return self._decode(self(batch), batch, **genes)
+
+    def predict(self, batch: RaggedBatch, **genes: Tensor | None) -> Tensor:
+        """(n,) float32: predicted log-normalised values of the asked genes of each cell, or (batch * positions,) of all
+        of them; genes are the masked and asked ones of Decoder.forward."""
+        encoded = self(batch)
+        predictions = self.decoder.predictions(self._decode(encoded, batch, **genes))
+        if self.product_head is None:
+            return predictions
+        products = self.product_head(
+            self.embedding.gene_table[:-1], encoded, batch.cu_seqlens, depth_tokens=self.config.depth_tokens
+        ).flatten()
+        asked_ids, asked_cu_seqlens = genes.get("asked_ids"), genes.get("asked_cu_seqlens")
+        if asked_ids is not None and asked_cu_seqlens is not None:
+            rows = GeneRows.of(asked_ids, asked_cu_seqlens, self.config.num_positions).rows
+            products = products.index_select(0, rows)
+        return predictions + products
+
+    def _decode(self, encoded: Tensor, batch: RaggedBatch, **genes: Tensor | None) -> Tensor:
         zero_row = self.embedding.value_rows(batch.values.new_zeros(1))[0]
-        return self.decoder(self.embedding.gene_table[:-1], zero_row, self.mask_row, self(batch), batch, **genes)
+        return self.decoder(self.embedding.gene_table[:-1], zero_row, self.mask_row, encoded, batch, **genes)
+
+
+def _genes_of(masked: MaskedBatch) -> dict[str, Tensor | None]:
+    """The masked and chosen genes as Decoder.forward takes them."""
+    return {
+        "masked_ids": masked.masked_ids,
+        "masked_cu_seqlens": masked.masked_cu_seqlens,
+        "asked_ids": masked.chosen_ids,
+        "asked_cu_seqlens": masked.chosen_cu_seqlens,
+    }

@@ -25,6 +25,20 @@ PUBLISHED_WARMUP_STEPS = 9766
 
 _DEFAULT_MODEL = {"preset": "3m"}
 
+# What a run begins with where nothing else is said; keys that are given win. "small" is for 10^3 to 10^6 cells: in the
+# minutes that the published recipe, made for 10^11 tokens, spends on its warm-up, it learns what cells are.
+RECIPES: dict[str, dict[str, Any]] = {
+    "published": {"model": _DEFAULT_MODEL},
+    "small": {
+        "model": {"preset": "tiny", "dropout": 0.0, "product_head": 64, "gene_std": 0.05},
+        "batch_cells": 8,
+        "learning_rate": 5e-3,
+        "beta2": 0.95,
+        "schedule": "cosine",
+        "final_rate_share": 0.05,
+    },
+}
+
 # Keys that change neither the weights nor what the log says of them: a resumed run may have other values.
 _FREE_KEYS = ("checkpoint_every", "keep_checkpoints", "tensorboard", "max_seconds")
 
@@ -72,8 +86,9 @@ class PretrainConfig:
                     steps between two checkpoints, and how many of the newest stay
     tensorboard     also write TensorBoard events, where the package is installed
 
-    The defaults are the published recipe (Gong et al., NeurIPS 2023; AdamW, rate 1e-4, no weight decay, clipping at 1)
-    but for what a batch of 1,024 cells on many GPUs asks for: batch, length and, with it, warm-up are scaled down.
+    The defaults are the recipe "published" (Gong et al., NeurIPS 2023; AdamW, rate 1e-4, no weight decay, clipping at
+    1) but for what a batch of 1,024 cells on many GPUs asks for: batch, length and, with it, warm-up are scaled down.
+    from_dict and from_yaml begin with the recipe "small" where they are asked to.
 
     Raises ValueError, naming the key, the expected and the given value, for a value that no run can have.
     """
@@ -183,12 +198,24 @@ class PretrainConfig:
         return {**dataclasses.asdict(self), "model": dict(self.model)}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PretrainConfig:
-        """Inverse of to_dict. Raises ValueError for an unknown or bad key, and names it."""
+    def from_dict(cls, values: Mapping[str, Any], *, recipe: str = "published") -> PretrainConfig:
+        """Inverse of to_dict: keys that are given, over those of a recipe, "published" or "small".
+
+        The model's keys are taken one by one; where they name sizes without a preset, the recipe's preset is left out,
+        and with a checkpoint all of the recipe's model. Raises ValueError for an unknown or bad key, and names it.
+        """
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
         if not isinstance(values, Mapping):
             raise ValueError(f"config: expected keys and values, got {type(values).__name__}")
         refuse_unknown(values, [each.name for each in dataclasses.fields(cls)])
-        values = dict(values)
+        values = {**RECIPES[recipe], **values}
+        if values["model"] is not RECIPES[recipe]["model"] and isinstance(values["model"], Mapping):
+            preset = {} if "preset" in values["model"] else {"preset": None}
+            merged = {**RECIPES[recipe]["model"], **preset, **values["model"]}
+            values["model"] = {key: value for key, value in merged.items() if (key, value) != ("preset", None)}
+        elif values.get("checkpoint") is not None:
+            del values["model"]
         masking = values.get("masking", {})
         if not isinstance(masking, MaskingConfig):
             if not isinstance(masking, Mapping):
@@ -201,8 +228,11 @@ class PretrainConfig:
         return cls(**values)
 
     @classmethod
-    def from_yaml(cls, path: str | Path | None, changes: Iterable[str] = ()) -> PretrainConfig:
-        """Read a YAML file (None: the defaults) and apply `key=value` changes; `model.dim=64` changes a section's key.
+    def from_yaml(
+        cls, path: str | Path | None, changes: Iterable[str] = (), *, recipe: str = "published"
+    ) -> PretrainConfig:
+        """Read a YAML file (None: the recipe alone) and apply `key=value` changes; `model.dim=64` changes a section's
+        key. Both go over the keys of the recipe, see from_dict.
 
         Raises FileNotFoundError, or ValueError that names the file or the change and the key.
         """
@@ -217,15 +247,15 @@ class PretrainConfig:
             values = {} if values is None else values
             if not isinstance(values, dict):
                 raise ValueError(f"config {path}: expected keys and values, got {type(values).__name__}")
-            cls._from_file(path, values)
+            cls._from_file(path, values, recipe)
         for change in changes:
-            _apply(values, change)
-        return cls.from_dict(with_numbers(values))
+            _apply(values, change, recipe)
+        return cls.from_dict(with_numbers(values), recipe=recipe)
 
     @classmethod
-    def _from_file(cls, path: str | Path, values: dict[str, Any]) -> PretrainConfig:
+    def _from_file(cls, path: str | Path, values: dict[str, Any], recipe: str) -> PretrainConfig:
         try:
-            return cls.from_dict(values)
+            return cls.from_dict(values, recipe=recipe)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -264,7 +294,7 @@ _LEAST = {
 }
 
 
-def _apply(values: dict[str, Any], change: str) -> None:
+def _apply(values: dict[str, Any], change: str, recipe: str) -> None:
     name, separator, text = change.partition("=")
     if not separator or not name:
         raise ValueError(f"{change}: expected key=value")
@@ -276,7 +306,12 @@ def _apply(values: dict[str, Any], change: str) -> None:
     if not dot:
         values[name] = value
         return
-    inner = values.setdefault(section, {"preset": "3m"} if section == "model" else {})
+    inner = values.setdefault(section, {"preset": _preset_of(recipe)} if section == "model" else {})
     if not isinstance(inner, dict):
         raise ValueError(f"{change}: config {section} is no section of keys")
     inner[key] = value
+
+
+def _preset_of(recipe: str) -> str | None:
+    # A recipe that there is not is refused, by name, when all keys are together.
+    return RECIPES[recipe]["model"]["preset"] if recipe in RECIPES else None

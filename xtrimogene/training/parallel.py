@@ -16,18 +16,21 @@ from xtrimogene.training.ranks import Ranks
 
 
 class _LossOf(nn.Module):
-    """The model's summed loss as a module's forward, which is what DDP and FSDP act on."""
+    """The model's summed loss as a module's forward, which is what DDP and FSDP act on; or its cells' embeddings."""
 
     def __init__(self, model: XTrimoGeneNetwork) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, masked: MaskedBatch) -> Tensor:
-        return self.model.loss(masked, reduction="sum")
+    def forward(self, masked: MaskedBatch, *, embeddings: bool = False) -> Tensor:
+        return self.model.embed_batch(masked.batch) if embeddings else self.model.loss(masked, reduction="sum")
 
 
 def parallel(model: XTrimoGeneNetwork, ranks: Ranks, how: str) -> nn.Module:
-    """The module whose forward is the model's summed loss of a MaskedBatch: "ddp" or "fsdp" where there are ranks."""
+    """The module whose forward is the model's summed loss of a MaskedBatch: "ddp" or "fsdp" where there are ranks.
+
+    With embeddings=True it is the mean embeddings of the cells, as the encoder sees them masked.
+    """
     network = _LossOf(model)
     if ranks.world_size == 1:
         return network

@@ -43,6 +43,8 @@ from xtrimogene.training.validation import Losses, gene_means, validate
 _WEIGHTS, _DROPOUT, _PROJECTIONS = 1, 2, 3
 # What is summed between two lines of the log: squared errors, chosen genes, cells, tokens, seconds.
 _SINCE_LOG = ("squares", "chosen", "cells", "tokens", "seconds")
+# Training cells whose moments the product head's norm takes, about.
+_SETTLED_CELLS = 256
 # Training cells that the baselines' means are taken over, at most.
 _BASELINE_CELLS = 20_000
 
@@ -369,7 +371,31 @@ class Run:
             bar.write(f"step {step:,}: validation loss {validated.model:.4f}", file=sys.stderr)
         return 0
 
+    def _settle(self) -> None:
+        """Give the product head's norm the moments of the cells as the weights make them now.
+
+        Always the same masked cells, all of them on every rank: the moments depend on the weights alone.
+        """
+        head, pooled, cells = self.model.product_head, [], 0
+        if head is None:
+            return
+        self.network.eval()
+        batches = self.cells.iterate(0)
+        with torch.no_grad(), contextlib.closing(batches):
+            for masked in batches:
+                with self._autocast():
+                    pooled.append(self.network(masked.to(self.ranks.device), embeddings=True))
+                cells += masked.batch_size
+                if cells >= _SETTLED_CELLS:
+                    break
+        settled = torch.cat(pooled)
+        # A cell all of whose genes are hidden has no embedding.
+        settled = settled[settled.isfinite().all(dim=1)]
+        if len(settled) > 1:
+            head.norm.settle(settled)
+
     def _validate(self, signals: StopSignals) -> Losses | int:
+        self._settle()
         losses = validate(self.network, self.cells, self.ranks, signals, self._autocast, self._gene_means())
         if isinstance(losses, Losses) and not losses.chosen:
             raise TrainingFailed("validation: no gene was chosen; raise masking.nonzero_rate or masking.zero_rate")
@@ -382,6 +408,7 @@ class Run:
         return self._means
 
     def _save_model(self) -> Path:
+        self._settle()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         tensors: dict[str, Any] = get_model_state_dict(self.model, options=options)
 

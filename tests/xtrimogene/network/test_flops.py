@@ -192,10 +192,10 @@ DECODER_KEYS = ("decoder_dim", "decoder_heads", "decoder_layers", "depth_tokens"
 
 
 def _decoder_counts(counter: FlopCounterMode) -> dict[str, int]:
-    parts = {"expression_embedding": 0, "ragged_attention": 0, "favor_attention": 0, "masked_mse": 0, "linear": 0}
+    parts = dict.fromkeys(("expression_embedding", "ragged_attention", "favor_attention", "masked_mse", "linear"), 0)
     for op, flops in counter.get_flop_counts()["Global"].items():
         name = str(op).removesuffix(".default").removesuffix(".reference").removesuffix("_backward")
-        name = name.removeprefix("xtg.")
+        name = name.removeprefix("xtg.").replace("masked_head", "masked_mse")
         assert name in ("aten.addmm", "aten.mm", "mkldnn._linear_pointwise", *parts) or flops == 0
         parts[name if name in parts else "linear"] += flops
     return parts
@@ -207,22 +207,27 @@ def _sum_of_parts(encoder: FlopCount, decoder: DecoderFlopCount) -> dict[str, in
         "ragged_attention": encoder.attention,
         "favor_attention": decoder.favor,
         "masked_mse": decoder.head,
-        "linear": encoder.linear + decoder.bridge + decoder.linear,
+        "linear": encoder.linear + decoder.bridge + decoder.linear + decoder.product,
     }
 
 
 @pytest.mark.parametrize("by_blocks", [True, False])
 @pytest.mark.parametrize("lengths", [[7, 0, 40, 1], [33]], ids=["several", "one"])
-@pytest.mark.parametrize(("layers", "depth_tokens"), [(1, False), (3, True)])
+@pytest.mark.parametrize(("layers", "depth_tokens", "product"), [(1, False, None), (3, True, None), (1, True, 7)])
 def test_training_step_equals_the_counter(
-    layers: int, depth_tokens: bool, lengths: list[int], by_blocks: bool, monkeypatch: pytest.MonkeyPatch
+    layers: int,
+    depth_tokens: bool,
+    product: int | None,
+    lengths: list[int],
+    by_blocks: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if by_blocks:
         monkeypatch.setattr(linear, "_LARGE_BYTES", 0)
         monkeypatch.setattr(linear, "_mkl_is_slow", lambda: True)
     linear.onednn_takes(torch.float32)  # the example that oneDNN is asked first is nobody's FLOPs
     keys = dict(zip(DECODER_KEYS, (20, 2, layers, depth_tokens), strict=True))
-    config = XTrimoGeneConfig.from_dict({**CONFIG.to_dict(), **keys})
+    config = XTrimoGeneConfig.from_dict({**CONFIG.to_dict(), **keys, "product_head": product})
     model = XTrimoGene(config, VOCABULARY)
     values = torch.randint(1, 6, (sum(lengths),)).float().log1p()
     genes = torch.cat([torch.randperm(GENES)[:n].sort().values for n in lengths]).int()
@@ -269,6 +274,9 @@ def test_the_decoder_written_out() -> None:
     assert flops.linear == first + 24 * square * everything + last
     assert flops.favor == 4 * 128 * 266 * (2 * 2 * everything + 1002 + asked)
     assert flops.head == 2 * 128 * asked
+    assert flops.product == 0
+    with_product = XTrimoGeneConfig.from_dict({**config.to_dict(), "product_head": 64})
+    assert decoder_flops(with_product, [100, 200, 0, 0]).product == 4 * (2 * 2 * 128 * 64 + 2 * 128 * 1002)
     plain = decoder_flops(config, [100, 200, 0, 0], savings=False)
     assert plain.linear == 3 * 24 * square * everything
     assert plain.favor == 8 * 128 * 266 * 3 * everything

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from xtrimogene import cli
 from xtrimogene.cells.masking import MaskingConfig
+from xtrimogene.cli import pretrain as command
 from xtrimogene.network.config import XTrimoGeneConfig
-from xtrimogene.training.config import PretrainConfig
+from xtrimogene.training.config import RECIPES, PretrainConfig
 
 
 def test_defaults_are_the_published_recipe() -> None:
@@ -34,6 +36,54 @@ def test_yaml_with_changes(tmp_path: Path) -> None:
     assert PretrainConfig.from_dict(config.to_dict()) == config
     config.to_yaml(tmp_path / "again.yaml")
     assert PretrainConfig.from_yaml(tmp_path / "again.yaml") == config
+
+
+def test_a_recipe_is_what_the_given_keys_leave_out(tmp_path: Path) -> None:
+    assert PretrainConfig.from_yaml(None, recipe="published") == PretrainConfig()
+    small = PretrainConfig.from_yaml(None, recipe="small")
+    assert (small.batch_cells, small.learning_rate, small.beta2, small.schedule) == (8, 5e-3, 0.95, "cosine")
+    sizes = {"dropout": 0.0, "product_head": 64, "gene_std": 0.05}
+    assert small.model_config(9) == XTrimoGeneConfig.preset("tiny", num_genes=9, **sizes)
+    assert PretrainConfig.from_dict({}, recipe="small") == small
+    path = tmp_path / "config.yaml"
+    path.write_text("model:\n  preset: 3m\n  dropout: 0.2\nbeta2: 0.9\n")
+    changed = PretrainConfig.from_yaml(path, ["model.product_head=7", "batch_cells=3"], recipe="small")
+    assert (changed.batch_cells, changed.beta2, changed.learning_rate) == (3, 0.9, 5e-3)
+    wanted = {**sizes, "dropout": 0.2, "product_head": 7}
+    assert changed.model_config(9) == XTrimoGeneConfig.preset("3m", num_genes=9, **wanted)
+    one = PretrainConfig.from_yaml(None, ["model.dim=32"], recipe="small")
+    assert one.model_config(9) == XTrimoGeneConfig.preset("tiny", num_genes=9, **sizes, dim=32)
+    # A term that a recipe has can be taken away, and what a run has written is what it was.
+    assert (
+        PretrainConfig.from_yaml(None, ["model.product_head=null"], recipe="small").model_config(9).product_head is None
+    )
+    changed.to_yaml(tmp_path / "again.yaml")
+    assert PretrainConfig.from_yaml(tmp_path / "again.yaml") == changed
+
+
+def test_a_recipe_leaves_sizes_without_preset_and_checkpoints_alone() -> None:
+    sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "decoder_dim": 8, "decoder_layers": 1, "decoder_heads": 2}
+    config = PretrainConfig.from_dict({"model": sizes}, recipe="small")
+    assert config.model_config(5) == XTrimoGeneConfig(num_genes=5, **sizes, dropout=0.0, product_head=64, gene_std=0.05)
+    tuned = PretrainConfig.from_dict({"checkpoint": "folder"}, recipe="small")
+    assert (tuned.learning_rate, tuned.model) == (5e-3, PretrainConfig().model)
+    with pytest.raises(ValueError, match="recipe: expected one of published, small, got 'big'"):
+        PretrainConfig.from_yaml(None, ["model.dim=3"], recipe="big")
+
+
+def test_the_command_begins_with_the_recipe_that_fits() -> None:
+    def recipe(*words: str) -> str:
+        arguments = cli._parser().parse_args(["pretrain", "--data", "a.h5ad", "--output", "run", *words[:2]])
+        arguments.changes = list(words[2:])
+        return command._recipe(arguments)
+
+    assert sorted(command.RECIPES) == sorted(RECIPES)
+    assert recipe() == "small"
+    assert recipe("--threads", "1", "max_steps=7") == "small"
+    assert recipe("--config", "config.yaml") == "published"
+    assert recipe("--threads", "1", "checkpoint=folder") == "published"
+    assert recipe("--recipe", "published") == "published"
+    assert recipe("--recipe", "small", "checkpoint=folder") == "small"
 
 
 def test_the_model_may_be_given_by_its_sizes() -> None:

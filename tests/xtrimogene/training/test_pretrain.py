@@ -259,6 +259,33 @@ def test_accumulated_batches_are_one_batch(path: Path, tmp_path: Path) -> None:
         assert losses(tmp_path / "four", name=name) == pytest.approx(losses(tmp_path / "one", name=name), rel=1e-4)
 
 
+def test_a_product_head_ends_with_the_moments_of_training_cells_and_resumes_bit_for_bit(
+    path: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"model": {**MODEL, "product_head": 4, "dropout": 0.0}}
+    run(path, tmp_path / "whole", **changes)
+    model = XTrimoGene.from_pretrained(tmp_path / "whole" / "model")
+    with (
+        TrainingCells(
+            path, model.vocabulary, masking=config().masking, min_genes=3, validation_share=0.1, batch_cells=8
+        ) as stream,
+        torch.no_grad(),
+    ):
+        pooled = torch.cat([model.embed_batch(masked.batch) for masked in stream.iterate(0)])
+        norm = model.product_head.norm
+        torch.testing.assert_close(norm.mean, pooled.mean(0))
+        torch.testing.assert_close(norm.variance, pooled.var(0, correction=0))
+        # The last validation is of the model that is saved.
+        squares, chosen = 0.0, 0
+        for masked in stream.validation():
+            squares, chosen = squares + float(model.loss(masked)), chosen + masked.total_chosen
+    assert losses(tmp_path / "whole", "validation")[-1] == pytest.approx(squares / chosen, rel=1e-5)
+
+    run(path, tmp_path / "halved", **changes, max_seconds=1e-9)
+    run(path, tmp_path / "halved", **changes, resume=True)
+    assert_same_weights(tmp_path / "halved", tmp_path / "whole")
+
+
 def test_checkpointed_activations_change_no_bit(path: Path, tmp_path: Path, uninterrupted: Path) -> None:
     run(path, tmp_path / "run", activation_checkpointing=True)
     assert_same_weights(tmp_path / "run", uninterrupted)
