@@ -357,6 +357,27 @@ def test_a_signal_saves_and_stops(
     assert timeless(output) == timeless(uninterrupted)
 
 
+def test_resume_alone_goes_on_with_the_config_of_the_run(
+    path: Path,
+    tmp_path: Path,
+    uninterrupted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(arguments(path, output)) == 143
+    alone = ["pretrain", "--data", str(path), "--output", str(output), "--threads", "1", "--no-progress", "--resume"]
+    # What is given beside it must still be what the run has.
+    capfd.readouterr()
+    assert main([*alone, "max_steps=5"]) == 2
+    assert "max_steps was 12, is 5" in capfd.readouterr().err
+    assert main([*alone, "max_steps=12"]) == 0
+    assert "12 steps (6 of them by an earlier run)" in capfd.readouterr().out
+    assert_same_weights(output, uninterrupted)
+
+
 @pytest.mark.parametrize("step", [0, 6])
 def test_a_signal_breaks_a_validation_off(
     step: int,
