@@ -165,7 +165,7 @@ def _ops_table(
             last = ["none", "", f"moves rows and computes little; loads of 16 bytes in the code: {widths}"]
         else:
             missing = bytes_without_model(config, op, direction, shape)
-            added = f"; {', '.join(missing)}, which has no model, at the memory's peak" if missing else ""
+            added = f"; without a model, at the memory's peak: {', '.join(missing)}" if missing else ""
             share = f"{floor(need, card) / profile.total:.0%}"
             last = [_number(profile.total), share, why(need, profile, card) + added]
         body.append(
