@@ -111,7 +111,8 @@ def test_quiet_commands_say_nothing_and_report_as_json(
     assert told["xtrimogene"] == __version__
     assert told["command"] == command
     assert Path(told["output"]).exists()
-    want = {"pretrain": ("steps", 1), "init": ("genes", 30)}
+    judged = {"judged": 4, "known": 16}
+    want = {"pretrain": ("steps", 1), "init": ("genes", 30), "evaluate": ("cells", judged)}
     name, value = want.get(command, ("cells", 20))
     assert told[name] == value
     assert sorted(path.name for path in folder.iterdir() if "report" in path.name) == ["report.json"]
