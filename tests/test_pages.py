@@ -32,6 +32,10 @@ NOT_RUN = {
                   "pip install --no-build-isolation '.[scanpy]'"],
     "docs/installation.md": ["make demo", "make test", "pip install 'setuptools>=77' ninja 'pybind11>=2.13'",
                              "pip install --no-build-isolation ."],
+    "docs/learning.md": [
+        "xtrimogene evaluate --checkpoint DIR --data held_out.h5ad --label celltype --train-data train.h5ad "
+        "--output judged",
+    ],
     "docs/models.md": [
         "xtrimogene convert --from-scfoundation models.ckpt --part cell \\",
         "--vocabulary genes.tsv --output converted",
@@ -61,7 +65,7 @@ def blocks_of(page: Path) -> list[Block]:
         elif kind in ("bash", "python", "{code-cell}"):
             found.append(Block(kind, text))
         else:
-            assert kind in ("{toctree}", "{eval-rst}", "{command-line}", "{findings}"), kind
+            assert kind in ("{toctree}", "{eval-rst}", "{command-line}", "{findings}", "{include}"), kind
     return found
 
 

@@ -97,7 +97,7 @@ def pack(quick: bool) -> Iterator[dict[str, Any]]:
 
 
 def _as_batch(packed: dict[str, Any]) -> RaggedBatch:
-    tensors = {name: torch.from_numpy(array) for name, array in packed.items() if name != "totals"}
+    tensors = {name: torch.from_numpy(array) for name, array in packed.items() if name not in ("totals", "rounded")}
     return RaggedBatch(max_seqlen=int(np.diff(packed["cu_seqlens"]).max()), **tensors)
 
 

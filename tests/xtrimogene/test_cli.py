@@ -269,7 +269,7 @@ def test_interruption_promises_what_is_there(
     assert capsys.readouterr().err == f"xtrimogene: interrupted{promise}\n"
     assert path.with_name("out.h5ad.partial").exists() == kept
     command = ["impute", *arguments(checkpoint, path)[1:]]
-    monkeypatch.setattr(XTrimoGeneNetwork, "decode", interrupt)
+    monkeypatch.setattr(XTrimoGeneNetwork, "predict", interrupt)
     assert main(command) == 130
     assert capsys.readouterr().err == "xtrimogene: interrupted\n"
 

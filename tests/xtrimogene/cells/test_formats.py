@@ -31,6 +31,7 @@ from xtrimogene.cells.formats import tenx_mtx
 from xtrimogene.cells.formats.zarr_store import METADATA
 from xtrimogene.cells.genes import map_genes
 from xtrimogene.cells.hdf5 import HdfFile
+from xtrimogene.cells.packing import LEFT_OUT
 from xtrimogene.cells.sources import CellSource, UnreadableCells, open_cells
 from xtrimogene.network.vocabulary import Vocabulary
 
@@ -214,7 +215,7 @@ def test_features_that_are_no_genes_have_no_name(tmp_path: Path) -> None:
     with open_cells(tenx_v3(tmp_path / "a.h5", antibodies=4)) as source:
         assert source.var_names == [*SYMBOLS[:-4], "", "", "", ""]
         assert source.var["feature_types"].value_counts().to_dict() == {"Gene Expression": 26, "Antibody Capture": 4}
-        assert map_genes(source, Vocabulary(["G3"])).gene_ids[-1] == -1
+        assert map_genes(source, Vocabulary(["G3"])).gene_ids[-1] == LEFT_OUT
 
 
 @pytest.mark.parametrize("version", [2, 3])

@@ -271,10 +271,10 @@ def test_a_run_that_fails_leaves_no_file_and_the_old_one(
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return decode(self, *args, **options)
+        return predict(self, *args, **options)
 
-    decode = XTrimoGene.decode
-    monkeypatch.setattr(XTrimoGeneNetwork, "decode", fail)
+    predict = XTrimoGene.predict
+    monkeypatch.setattr(XTrimoGeneNetwork, "predict", fail)
     with pytest.raises(KeyboardInterrupt):
         gene_level.predict_expression(path, model, ASKED, output=output, overwrite=True, batch_size=4, progress=False)
     assert output.read_bytes() == b"old"
@@ -308,13 +308,13 @@ def test_nullable_strings_of_obs_are_written(infer_string: bool, path: Path, tmp
 def test_an_output_that_comes_meanwhile_stays_and_the_result_too(
     path: Path, tmp_path: Path, model: XTrimoGene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, decode = tmp_path / "out.h5ad", XTrimoGeneNetwork.decode
+    output, predict = tmp_path / "out.h5ad", XTrimoGeneNetwork.predict
 
     def other_run(self: XTrimoGene, *args: Any, **options: Any) -> torch.Tensor:
         output.write_bytes(b"another run")
-        return decode(self, *args, **options)
+        return predict(self, *args, **options)
 
-    monkeypatch.setattr(XTrimoGeneNetwork, "decode", other_run)
+    monkeypatch.setattr(XTrimoGeneNetwork, "predict", other_run)
     with pytest.raises(FileExistsError, match=r"out\.h5ad has appeared meanwhile, .*; the result of this one is "):
         gene_level.predict_expression(path, model, ASKED, output=output, progress=False)
     assert output.read_bytes() == b"another run"

@@ -75,7 +75,7 @@ def test_the_command_begins_with_the_recipe_that_fits() -> None:
     def recipe(*words: str) -> str:
         arguments = cli._parser().parse_args(["pretrain", "--data", "a.h5ad", "--output", "run", *words[:2]])
         arguments.changes = list(words[2:])
-        return command._recipe(arguments)
+        return command._recipe(arguments, command._config_file(arguments))
 
     assert sorted(command.RECIPES) == sorted(RECIPES)
     assert recipe() == "small"
