@@ -59,7 +59,7 @@ def blocks_of(page: Path) -> list[Block]:
     whole = (ROOT / page).read_text()
     if page.parent.name == "tutorials":
         whole = STEPS.sub("max_steps=3", whole)
-    for kind, text in re.findall(r"^```(\S*)\n(.*?)^```$", whole, flags=re.MULTILINE | re.DOTALL):
+    for kind, text in re.findall(r"^```(\S*)[^\n]*\n(.*?)^```$", whole, flags=re.MULTILINE | re.DOTALL):
         if kind == "text":
             found[-1].shown = text
         elif kind in ("bash", "python", "{code-cell}"):
