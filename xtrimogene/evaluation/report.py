@@ -61,7 +61,7 @@ def write(evaluation: Evaluation, folder: Path, *, pictures: bool = True) -> Non
 def text(evaluation: Evaluation, *, pictures: bool = False) -> str:
     """The report as Markdown."""
     cells, genes = evaluation.cells, evaluation.genes
-    known = "other cells of the same data" if evaluation.known == "data" else "the training cells"
+    known = "other cells of the same data" if evaluation.known == "data" else "training cells"
     lines = [
         f"{cells['judged']:,} held-out cells are judged; the data have {genes['found']:,} of the model's "
         f"{genes['vocabulary']:,} genes. What needs fitting is fitted to {cells['known']:,} {known}.",
