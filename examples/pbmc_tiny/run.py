@@ -157,8 +157,9 @@ def card_of(
                 spaces_table(labelled),
             ]
         ),
-        "Limits": "Human blood and a little gut, 10x 3' chemistry; other tissues, species and chemistries were not "
-        "tried. It is small: for trying things out, for tests, and to go on training from.",
+        "Limits": "Human blood and a little gut, all of it 10x; other tissues, species and platforms were not tried. "
+        "The held-out cells are of the donors and laboratories that it was trained on. It is small: for trying things "
+        "out, for tests, and to go on training from.",
     }
 
 

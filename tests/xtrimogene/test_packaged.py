@@ -36,7 +36,10 @@ def test_it_is_a_checkpoint_of_at_most_six_megabytes_with_a_card() -> None:
 def test_it_loads_by_its_name_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     script = (
-        "import socket, torch; socket.socket = None; import xtrimogene as x; x.XTrimoGene.from_pretrained('pbmc-tiny')"
+        "import socket\n"
+        "def refused(*_): raise OSError('no network')\n"
+        "socket.socket.connect = socket.getaddrinfo = refused\n"
+        "import xtrimogene\nxtrimogene.XTrimoGene.from_pretrained('pbmc-tiny')"
     )
     environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[2])}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)

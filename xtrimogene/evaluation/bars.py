@@ -231,7 +231,7 @@ def depth_numbers(seen: sparse.csr_matrix) -> Values:
 def figures(predicted: Values, cells: HiddenGenes, means: Values) -> dict[str, dict[str, float | None]]:
     """Figures of predictions at the hidden genes, "all" of them and the "non-zero" ones.
 
-    mean squared error
+    mean squared error    of prediction and truth
     correlation           Pearson's, of prediction and truth
     beyond the mean       the same after means (G,), each gene's mean where it is chosen, is taken off both
     within genes          the same after both are centred within each gene over the very positions that count

@@ -44,13 +44,13 @@ MODEL, UNTRAINED = "model", "untrained network"
 class Evaluation:
     """What a model was found to know.
 
-    cells         numbers of cells: "judged", and "known", which bars, PCA and readers of labels are fitted to
-    genes         genes of the vocabulary, and those of them that the data have
-    known         where the known cells are from: "train_data", or "data" where they are the other cells of the data
-    masked        prediction -> part -> figure, see bars.figures; MODEL and bars.BARS
-    spaces        space -> figure, see spaces; None without labels
-    largest_label share of the judged cells that have the commonest label; None without labels
-    label         the column, None without
+    cells          numbers of cells: "judged", and "known", which bars, PCA and readers of labels are fitted to
+    genes          genes of the vocabulary, and those of them that the data have
+    known          where the known cells are from: "train_data", or "data" where they are the other cells of the data
+    masked         prediction -> part -> figure, see bars.figures; MODEL and bars.BARS
+    spaces         space -> figure, see spaces; None without labels
+    largest_label  share of the judged cells that have the commonest label; None without labels
+    label          the column, None without
     """
 
     cells: dict[str, int]

@@ -23,20 +23,20 @@ Embeddings = npt.NDArray[np.float32]
 class EmbedReport:
     """What one run of embed did.
 
-    cells            cells of the data set
-    empty_cells      cells without any gene of the vocabulary: their embedding is NaN
-    resumed_cells    cells whose shards an earlier, interrupted run had finished
-    tokens           expressed vocabulary genes that went through the encoder in this run
-    genes_found      genes of the vocabulary that the data set has, out of ``vocabulary_size``
-    columns_left_out columns of the data set that are no genes by ``var["feature_types"]``
-    genes_renamed    columns that the table of aliases has mapped
-    old_names        columns that are unknown under their old name and would not be under the new one
+    cells             cells of the data set
+    empty_cells       cells without any gene of the vocabulary: their embedding is NaN
+    resumed_cells     cells whose shards an earlier, interrupted run had finished
+    tokens            expressed vocabulary genes that went through the encoder in this run
+    genes_found       genes of the vocabulary that the data set has, out of ``vocabulary_size``
+    columns_left_out  columns of the data set that are no genes by ``var["feature_types"]``
+    genes_renamed     columns that the table of aliases has mapped
+    old_names         columns that are unknown under their old name and would not be under the new one
     seconds_reading, seconds_packing, seconds_encoder, seconds
-                     wall time of the parts and of the whole
+                      wall time of the parts and of the whole
     dtype, device, backend
-                     what the encoder ran in, on and with
-    bfloat16_error   dtype="auto" on a machine with bfloat16: the error that it measured and decided by, else None
-    embedding        (cells, dim) float32, None when it was written to a file
+                      what the encoder ran in, on and with
+    bfloat16_error    dtype="auto" on a machine with bfloat16: the error that it measured and decided by, else None
+    embedding         (cells, dim) float32, None when it was written to a file
     """
 
     cells: int

@@ -112,8 +112,8 @@ def predict_expression(
         output: None to get the array; else an h5ad file to write: an AnnData with the obs of the input, the genes as
             var, what the model read as X (sparse: log-normalised counts, or the given values) and the predictions in
             layers["imputed"] (dense: none of them is 0).
-        layer, gene_symbols, aliases, normalized, values, fractional_counts, total_counts, target_depth, device,
-            num_threads, overwrite, progress: as for embed.
+        layer, gene_symbols, aliases, normalized, values, fractional_counts: as for embed.
+        total_counts, target_depth, device, num_threads, overwrite, progress: as for embed.
         batch_size: cells decoded together; more takes more memory.
         dtype: "float32", or "bfloat16" by autocast.
 
