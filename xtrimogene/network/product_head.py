@@ -12,10 +12,10 @@ from xtrimogene.network.pooling import pool
 class CellNorm(nn.Module):
     """Each channel of the cells' vectors with mean 0 and variance 1 over cells, times `weight`, plus `bias`.
 
-    What cells have in common is five times what tells them apart, and a LayerNorm would leave it there. In training
+    What cells have in common is large beside what tells them apart, and a LayerNorm would leave it there. In training
     the moments are those of the batch, as in batch norm (Ioffe and Szegedy 2015); in evaluation, and for a batch of one
     cell, they are `mean` and `variance`, which settle sets. They are not averaged along the way: such averages
-    lag behind the weights, and predictions were wrong by orders of magnitude.
+    lag behind the weights.
     """
 
     mean: Tensor
