@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,26 @@ def test_running_out_of_memory_says_what_helps(
     monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", exhaust)
     assert main(arguments(checkpoint, path)) == 2
     assert "smaller --max-tokens" in error_line(capsys)
+
+
+def test_what_fails_at_exit_for_want_of_memory_prints_no_traceback(checkpoint: Path, path: Path) -> None:
+    script = """
+        import atexit, sys
+        from xtrimogene.cli import main
+        from xtrimogene.network.model import XTrimoGeneNetwork
+
+        def exhaust(*_):
+            raise MemoryError
+
+        atexit.register(exhaust)
+        XTrimoGeneNetwork.embed_batch = exhaust
+        sys.exit(main(sys.argv[1:]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments(checkpoint, path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "out of memory" in done.stderr
 
 
 def test_memory_that_is_exhausted_in_training_has_the_status_of_a_failed_training(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import os
 import sys
@@ -30,6 +31,8 @@ def status_of(error: BaseException, arguments: argparse.Namespace) -> int:
         print(f"xtrimogene: interrupted{_kept(arguments)}", file=sys.stderr)
         return 130
     if out_of_memory(error):
+        # What libraries have to do when the process ends may want memory too.
+        atexit.register(setattr, sys, "unraisablehook", lambda _: None)
         show_error(f"out of memory ({_first_line(error)}){arguments.smaller}{_kept(arguments)}")
         return 2
     if isinstance(error, ValueError | OSError | ImportError):

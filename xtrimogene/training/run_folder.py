@@ -116,9 +116,11 @@ class RunFolder:
             # Options decide what is read: another content need not mean other cells.
             changed = [change for change in changed if not change.startswith(_CONTENT)]
         if changed:
+            model = self.path / MODEL_FOLDER
+            weights = f"; checkpoint={model} begins there with the weights of this run" if model.exists() else ""
             raise ValueError(
                 f"resume: expected the config and data of the run in {self.path}, got others: {'; '.join(changed)}; "
-                "give the same, or name another folder"
+                f"give the same, or name another folder{weights}"
             )
 
     def checkpoints(self, config: PretrainConfig) -> Checkpoints:

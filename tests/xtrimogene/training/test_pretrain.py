@@ -376,6 +376,9 @@ def test_resume_alone_goes_on_with_the_config_of_the_run(
     assert main([*alone, "max_steps=12"]) == 0
     assert "12 steps (6 of them by an earlier run)" in capfd.readouterr().out
     assert_same_weights(output, uninterrupted)
+    # A run that is over is not made longer: another one begins with its weights.
+    assert main([*alone, "max_steps=20"]) == 2
+    assert f"name another folder; checkpoint={output / 'model'} begins there" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("step", [0, 6])
