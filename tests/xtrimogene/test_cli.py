@@ -227,6 +227,8 @@ def test_the_default_arguments_are_those_of_the_function() -> None:
         (["--output", "{folder}/cells.h5ad", "--overwrite"], "the input is never changed"),
         (["--max-tokens", "3"], "raise max_tokens to"),
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--threads", "100000"], "--threads: expected at most 1,024, got 100000"),
+        (["--max-tokens", "9" * 30], "max_tokens: expected less than 2^31, got 999"),
         (["--layer", "half"], "pass normalized=True (--normalized; of pretrain, normalized=true)"),
         (["--layer", "none"], "expected layer 'none'"),
         (["--gene-symbols", "none"], "expected a column of var, got 'none'"),
@@ -328,6 +330,7 @@ def test_warnings_of_libraries_are_off(
         MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("std::bad_alloc"),
+        RuntimeError("Storage size calculation overflowed with sizes=[9, 9]"),
     ],
 )
 def test_running_out_of_memory_says_what_helps(

@@ -15,8 +15,14 @@ from collections.abc import Iterator
 
 from xtrimogene.cli.messages import pointer_to_inspect, show_error, show_warning
 
-# What allocators say when there is no memory: PyTorch's of the CPU, C++'s, HDF5's.
-_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "memory allocation failed")
+# What allocators say when there is no memory: PyTorch's of the CPU, C++'s, HDF5's; the last of sizes no memory has.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "bad_alloc",
+    "memory allocation failed",
+    "Storage size calculation overflowed",
+)
 
 
 def status_of(error: BaseException, arguments: argparse.Namespace) -> int:

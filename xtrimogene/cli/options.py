@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 else:
     Commands = object
 
+# Where threads cannot be made, OpenMP ends the process.
+_MOST_THREADS = 1024
+
 
 def add_reading_options(command: argparse.ArgumentParser) -> None:
     """Options of every command that reads cells and runs a model."""
@@ -73,6 +76,8 @@ def set_threads(arguments: argparse.Namespace) -> None:
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise ValueError(f"--threads: expected at least 1, got {arguments.threads}")
+        if arguments.threads > _MOST_THREADS:
+            raise ValueError(f"--threads: expected at most {_MOST_THREADS:,}, got {arguments.threads}")
         import torch
 
         torch.set_num_threads(arguments.threads)

@@ -199,5 +199,7 @@ def _check_options(pooling: str, max_tokens: int, key_added: str, dtype: str, nu
     check_key(key_added)
     if max_tokens < 1:
         raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
+    if max_tokens >= 1 << 31:
+        raise ValueError(f"max_tokens: expected less than 2^31, got {max_tokens}")
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads: expected at least 1, got {num_threads}")

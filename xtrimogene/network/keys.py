@@ -69,6 +69,8 @@ def typed(name: str, kind: str, value: Any, *, least: int | None = None) -> Any:
         wanted = "an integer" if least is None else f"an integer >= {least}"
         if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
             raise ValueError(f"config {name}: expected {wanted}, got {value!r}")
+        if abs(value) >= 1 << 63:
+            raise ValueError(f"config {name}: expected an integer of 64 bits, got {value!r}")
     if kind == "float":
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"config {name}: expected a finite number, got {value!r}")

@@ -73,6 +73,7 @@ def test_yaml_may_start_from_a_preset(tmp_path: Path) -> None:
         ({"dropout": 1.0}, r"dropout: expected 0 <= dropout < 1, got 1.0"),
         ({"dropout": "high"}, r"dropout: expected a finite number, got 'high'"),
         ({"alpha": float("nan")}, r"alpha: expected a finite number, got nan"),
+        ({"num_bins": 10**20}, r"num_bins: expected an integer of 64 bits, got 1"),
         ({"alpha": 1e39}, r"alpha: expected a number that float32 can hold, got 1e\+39"),
         ({"layer_norm_eps": 0}, r"layer_norm_eps: expected a number > 0, got 0.0"),
         ({"target_sum": -1}, r"target_sum: expected a number > 0, got -1.0"),
