@@ -511,11 +511,11 @@ def test_inspect(checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     assert main(["inspect", str(path), "--checkpoint", str(checkpoint), "--json", str(report)]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{path}: h5ad\n\nmatrices\n  X: 20 cells x 30 columns, 40.0% stored; counts\n")
+    assert out.startswith(f"{path}: h5ad\n\nmatrices\n  X: 20 cells x 30 columns, 40.0% stored; raw counts\n")
     assert "genes found, of 30\n  var_names: 30 (such as G0, G1, G2)\n  var['id']: 0" in out
     told = json.loads(report.read_text())
     assert told["command"] == "inspect"
-    assert (told["matrices"][0]["layer"], told["matrices"][0]["numbers"]) == (None, "counts")
+    assert (told["matrices"][0]["layer"], told["matrices"][0]["values"]) == (None, "counts")
     assert told["genes"][0] == {"column": None, "found": 30, "examples": ["G0", "G1", "G2"]}
     assert main(["inspect", str(path), "--vocabulary", str(path.parent / "genes.txt"), "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")

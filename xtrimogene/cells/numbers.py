@@ -77,7 +77,7 @@ def check_numbers(
     sample = list(_sample(source))
     rows = [rows_csr for _, rows_csr in sample]
     whole = all(_all_whole(data) for _, _, data in rows)
-    look = _looks(rows, target_sum)
+    look = looks(rows, target_sum)
     if kind.whole and not whole:
         _refuse_fractions(source, look, depth_tokens, thinned)
     if not kind.logged and look is not None and look.values == "log1p":
@@ -146,7 +146,7 @@ def refused(source: CellSource, error: ValueError, thinned: bool, rows_csr: CsrA
         own = slice(int(indptr[row - first_row]), int(indptr[row - first_row + 1]))
         left_out = columns_left_out(source.var)
         cell = without(left_out, (np.array([0, own.stop - own.start]), indices[own], data[own]))
-        look = _looks([cell], 1e4)
+        look = looks([cell], 1e4)
         if look is not None and look.values != "unknown":
             text += f"; the cell looks like {look.text} in a matrix of counts: give all cells as counts"
         elif thinned:
@@ -186,7 +186,7 @@ class LogScale:
         self.silent = True
         row = int(np.argmax(off))
         own = data[indptr[row] : indptr[row + 1]]
-        look = _looks([(np.array([0, len(own)]), np.zeros(len(own), int), own)], self.target_sum)
+        look = looks([(np.array([0, len(own)]), np.zeros(len(own), int), own)], self.target_sum)
         warnings.warn(
             f"{self.source.name}: row {first_row + row} ({self.source.cell_name(first_row + row)}): expected "
             f"log1p(count / total * {self.target_sum:,.0f}), got values whose expm1 sums to {sums[row]:,.1f}"
@@ -319,7 +319,7 @@ def _log1p(target_sum: float) -> str:
     return f"log1p(count / total * {target_sum:,.0f})"
 
 
-def _looks(rows: list[CsrArrays], target_sum: float) -> Look | None:
+def looks(rows: list[CsrArrays], target_sum: float) -> Look | None:
     """What the numbers of some cells look like, None where nothing stands out or there is no number.
 
     Values of a known scale have a known sum over the cell once the logarithm is undone; of an unknown scale, the same

@@ -108,13 +108,6 @@ class CellSource:
                 "its disk fails"
             ) from error
 
-    @cached_property
-    def obs_columns(self) -> list[str]:
-        return [str(column) for column in self.obs().columns]
-
-    def read_obs(self, column: str) -> Any:
-        return self.obs()[column].to_numpy()
-
     def suspend(self) -> None:
         """Gives the file handle back until rows are read again; nothing for formats that hold none."""
         if self._file is not None:

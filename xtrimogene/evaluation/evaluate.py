@@ -20,7 +20,7 @@ from scipy import sparse
 
 from xtrimogene.cells.data_sets import Data, expand_data
 from xtrimogene.cells.masking import MaskingConfig
-from xtrimogene.cells.sources import open_cells
+from xtrimogene.cells.sources import is_anndata_file, open_cells
 from xtrimogene.cells.stream import VALIDATION_EPOCH, TrainingCells
 from xtrimogene.evaluation.bars import MASKINGS, RIDGE, Bars, figures
 from xtrimogene.evaluation.hidden import HiddenGenes
@@ -226,8 +226,12 @@ def _in_memory(data: Data | Sequence[Data], most: int) -> list[AnnData]:
 
 
 def _read(path: Path) -> AnnData:
-    with open_cells(path):  # says what is wrong with a file that is none of cells
-        pass
+    with open_cells(path) as source:  # says what is wrong with a file that is none of cells
+        kind = source.kind
+    if not is_anndata_file(path):
+        raise ValueError(
+            f"{path}: expected an h5ad file or a zarr store of AnnData, got {kind}; write its cells as h5ad"
+        )
     return anndata.read_zarr(path) if path.is_dir() else anndata.read_h5ad(path)
 
 

@@ -15,6 +15,7 @@ from anndata import AnnData
 
 from xtrimogene.cells.formats.tables import UNREADABLE
 from xtrimogene.cells.matrix import CsrArrays
+from xtrimogene.cells.numbers import columns_of_totals, looks
 from xtrimogene.cells.sources import CellSource, MissingMatrix, UnreadableCells, open_cells
 from xtrimogene.hub import checkpoint_folder
 from xtrimogene.inference.model_cells import WINDOW
@@ -26,10 +27,10 @@ from xtrimogene.network.vocabulary import Vocabulary, column_names
 
 # Cells that are looked at: so many windows of so many rows, from all over the data set.
 _WINDOWS, _ROWS = 8, 32
-# A cell's sum may be off by this share of what the scale would have.
-_TOLERANCE = 0.01
-# Columns of obs where others keep a cell's total
-_TOTALS = ("n_counts", "total_counts", "nCount_RNA", "n_umi", "nUMI", "total_umis")
+# expm1 of more would be no count.
+_LARGEST_LOGARITHM = 25
+# Of MatrixReport.values; the better one first.
+_LOGARITHMS = ("log1p", "logged")
 _SIDE = 768  # of the square matrices that the rate is measured with
 
 
@@ -38,7 +39,8 @@ class MatrixReport:
     """One matrix of a data set.
 
     layer          None for X
-    numbers        what the numbers are: "counts", "log-normalised", ... ; in words
+    numbers        what the numbers look like, in words
+    values         the same in a word: one of numbers.Look, or "" for what no model reads
     largest        largest number of the sample
     totals         (least, median, most) sum of a cell's numbers; of their expm1 where they are log-normalised
     cells, columns shape
@@ -49,6 +51,7 @@ class MatrixReport:
 
     layer: str | None
     numbers: str = ""
+    values: str = ""
     largest: float = 0.0
     totals: tuple[float, float, float] = (0.0, 0.0, 0.0)
     cells: int = 0
@@ -126,7 +129,7 @@ class CellsReport:
             density = "dense on disk" if each.density is None else f"{each.density:.1%} stored"
             least, middle, most = each.totals
             few, median, many, longest = each.genes_a_cell
-            what = "sums of expm1" if each.numbers.startswith("log") else "sums of a cell"
+            what = "sums of expm1" if each.values in _LOGARITHMS else "sums of a cell"
             lines += [
                 f"  {name}: {each.cells:,} cells x {each.columns:,} columns, {density}; {each.numbers}",
                 f"     {what} {least:,.6g} to {most:,.6g}, median {middle:,.6g}; largest number {each.largest:,.6g}; "
@@ -192,7 +195,7 @@ def inspect_cells(
                 matrices.append(MatrixReport(layer, problem=_without_name(error, source.name)))
         matrices.sort(key=lambda each: each.layer is not None)
         best = next(
-            (each for kind in ("counts", "log") for each in matrices if each.numbers.startswith(kind)), matrices[0]
+            (each for values in ("counts", *_LOGARITHMS) for each in matrices if each.values == values), matrices[0]
         )
         genes = _genes(source, vocabulary)
         rate = _rate()
@@ -200,9 +203,9 @@ def inspect_cells(
         if vocabulary is not None:
             kept = max(0, max(found or 0 for found, _ in genes.values())) / max(1, source.n_vars)
         unreadable = {f"var[{column!r}]": why for column, why in source.var.attrs.get(UNREADABLE, {}).items()}
-        obs_columns: list[str] = []
+        totals: list[str] = []
         try:
-            obs_columns = source.obs_columns
+            totals = columns_of_totals(source.obs())
         except UnreadableCells as error:
             unreadable["obs"] = _without_name(error, source.name)
         costs = _costs(best, config, vocabulary, rate, min(1.0, kept))
@@ -213,7 +216,7 @@ def inspect_cells(
             genes=genes,
             vocabulary=None if vocabulary is None else len(vocabulary),
             unreadable=unreadable,
-            totals_columns=[name for name in _TOTALS if name in obs_columns],
+            totals_columns=totals,
             advice=_advice(source, matrices, genes, vocabulary),
             costs=costs,
             rate=rate,
@@ -239,7 +242,6 @@ def _matrix(source: CellSource, target_sum: float) -> MatrixReport:
     data = np.concatenate([np.zeros(0), *(rows[2].astype(np.float64) for rows in sample)])
     stored = source.stored_entries
     lengths = np.concatenate([np.zeros(0, np.int64), *(_sums(rows, rows[2] > 0) for rows in sample)]).astype(np.int64)
-    logged = False
     report = MatrixReport(source.layer, cells=source.n_obs, columns=source.n_vars, lengths=lengths)
     if stored is not None:
         report.stored, report.lengths = int(stored.sum()), stored
@@ -247,37 +249,29 @@ def _matrix(source: CellSource, target_sum: float) -> MatrixReport:
         report.genes_a_cell = tuple(int(each) for each in np.quantile(lengths, (0, 0.5, 0.95, 1)))  # type: ignore[assignment]
     if len(data):
         report.largest = float(data.max())
-    report.numbers, logged = _kind(data, sample, target_sum)
+    report.numbers, report.values = _kind(data, sample, target_sum)
     if len(lengths) and np.isfinite(data).all():
         with np.errstate(over="ignore"):
-            sums = np.concatenate([_sums(rows, np.expm1(rows[2]) if logged else rows[2]) for rows in sample])
+            undone = np.expm1 if report.values in _LOGARITHMS else np.asarray
+            sums = np.concatenate([_sums(rows, undone(rows[2])) for rows in sample])
         report.totals = tuple(float(each) for each in np.quantile(sums, (0, 0.5, 1)))  # type: ignore[assignment]
     return report
 
 
-def _kind(data: npt.NDArray[np.float64], sample: list[CsrArrays], target_sum: float) -> tuple[str, bool]:
-    """What numbers are, in words, and whether they are logarithms."""
+def _kind(data: npt.NDArray[np.float64], sample: list[CsrArrays], target_sum: float) -> tuple[str, str]:
+    """What numbers look like, in words and in the word of MatrixReport.values."""
     if not len(data):
-        return "no number above 0 in the sample", False
+        return "no number above 0 in the sample", ""
     if not np.isfinite(data).all():
-        return "NaN or infinite numbers", False
+        return "NaN or infinite numbers", ""
     if (data < 0).any():
-        return "scaled (negative numbers): no model here reads them", False
-    if np.array_equal(data, np.rint(data)):
-        return "counts", False
-    if data.max() < 25:  # expm1 of more would be no count
-        sums = np.concatenate([_sums(rows, np.expm1(rows[2].astype(np.float64))) for rows in sample])
-        sums = sums[sums > 0]
-        if np.all(np.abs(sums - target_sum) <= _TOLERANCE * target_sum):
-            return f"log1p(count / total * {target_sum:,.0f})", True
-        if np.ptp(sums) <= _TOLERANCE * sums.mean():
-            return f"log-normalised to another total, {np.median(sums):,.0f}", True
-        return "logarithms, perhaps of some of the genes or without a common total", True
-    sums = np.concatenate([_sums(rows, rows[2]) for rows in sample])
-    sums = sums[sums > 0]
-    if np.ptp(sums) <= _TOLERANCE * sums.mean():
-        return f"not logged, every cell sums to {np.median(sums):,.0f} (CPM, TPM or the like)", False
-    return "fractions: counts that were estimated or corrected, or scaled", False
+        return "scaled (negative numbers): no model here reads them", ""
+    look = looks(sample, target_sum)
+    if look is not None and look.values != "unknown":
+        return look.text, look.values
+    if data.max() < _LARGEST_LOGARITHM:
+        return "logarithms, perhaps of some of the genes or without a common total", "logged"
+    return "fractions: counts that were estimated or corrected, or scaled", "unknown"
 
 
 def _sums(rows: CsrArrays, numbers: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -305,17 +299,14 @@ def _advice(
 ) -> list[str]:
     options = []
     readable = [each for each in matrices if each.problem is None]
-    counts = [each for each in readable if each.numbers == "counts"]
-    logged = sorted(
-        (each for each in readable if each.numbers.startswith("log")),
-        key=lambda each: not each.numbers.startswith("log1p("),
-    )
+    counts = [each for each in readable if each.values == "counts"]
+    logged = [each for values in _LOGARITHMS for each in readable if each.values == values]
     if not any(each.layer is None for each in counts):
         for each, more in [*((each, "") for each in counts), *((each, " --normalized") for each in logged)][:1]:
             options.append(("" if each.layer is None else f"--layer {each.layer}") + more)
     if not counts and not logged:
         options.append("none fits: no matrix holds counts or log-normalised values; go back to the counts")
-    elif not counts and not logged[0].numbers.startswith("log1p("):
+    elif not counts and logged[0].values != "log1p":
         options.append(
             "but the logarithms are not log1p(count / total * 10,000) of all genes: better go back to the counts"
         )

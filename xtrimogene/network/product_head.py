@@ -47,7 +47,7 @@ class ProductHead(nn.Module):
     row_g is the gene's row of the gene table, pooled_c the mean of the encoder's rows of the cell's tokens, norm a
     CellNorm, W_g and W_c linear maps (width, dim). The published decoder has no way to multiply what it knows of the
     gene by what it knows of the cell but its feed-forward and attention layers, which learn that product slowly; as a
-    term of its own (the "MVC" decoder of scGPT, Cui et al. 2024) it is learned in minutes.
+    term of its own (the "MVC" decoder of scGPT, Cui et al. 2024) it is there from the first step.
 
     The arithmetic is float32 (float64 for float64), under autocast too: it costs next to nothing.
     """

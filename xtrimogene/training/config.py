@@ -25,8 +25,8 @@ PUBLISHED_WARMUP_STEPS = 9766
 
 _DEFAULT_MODEL = {"preset": "3m"}
 
-# What a run begins with where nothing else is said; keys that are given win. "small" is for 10^3 to 10^6 cells: in the
-# minutes that the published recipe, made for 10^11 tokens, spends on its warm-up, it learns what cells are.
+# What a run begins with where nothing else is said; keys that are given win. "small" is for 10^3 to 10^6 cells, the
+# published recipe is made for 10^11 tokens.
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {"model": _DEFAULT_MODEL},
     "small": {

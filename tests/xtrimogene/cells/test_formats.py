@@ -414,8 +414,8 @@ def test_columns_that_nobody_asked_for_do_not_matter(tmp_path: Path) -> None:
     with open_cells(path) as source:
         assert source.var_names == IDS
         assert list(source.var.columns) == ["symbol"]
-        assert source.obs_columns == ["batch"]
-        assert source.read_obs("batch").tolist() == ["a", "b"] * (N_OBS // 2)
+        assert list(source.obs().columns) == ["batch"]
+        assert source.obs()["batch"].tolist() == ["a", "b"] * (N_OBS // 2)
     with pytest.raises(ValueError, match=r"gene_symbols: var\['odd'\] cannot be read: .*future-array"):
         open_cells(path, gene_symbols="odd")
 

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.xtrimogene.cells.test_formats import loom
 from xtrimogene import Vocabulary, XTrimoGene, cli
 from xtrimogene.evaluation import report
 from xtrimogene.evaluation.bars import BARS
@@ -149,6 +150,11 @@ def test_bad_input_is_refused_before_work(
     monkeypatch.setattr(XTrimoGene, "predict", lambda *_, **__: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=message):
         evaluate(model, data, **{**OPTIONS, **options})
+
+
+def test_cells_of_another_format_are_refused(model: XTrimoGene, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a\.loom: expected an h5ad file or a zarr store of AnnData, got loom"):
+        evaluate(model, loom(tmp_path / "a.loom"), progress=False)
 
 
 def test_labels_need_scikit_learn_and_say_so(model: XTrimoGene, monkeypatch: pytest.MonkeyPatch) -> None:

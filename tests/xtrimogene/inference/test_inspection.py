@@ -39,11 +39,14 @@ def adata_of(matrix: np.ndarray) -> AnnData:
 
 
 MATRICES = {
-    "counts": (counts(), "counts"),
+    "counts": (counts(), "raw counts"),
     "log1p": (log1p(counts(), 1e4), "log1p(count / total * 10,000)"),
-    "other total": (log1p(counts(), 1e3), "log-normalised to another total, 1,000"),
+    "other total": (log1p(counts(), 1e3), "log1p of counts scaled to a total of 1,000"),
     "some genes": (log1p(counts(), 1e4)[:, :25] @ np.eye(25, 40), "logarithms, perhaps of some of the genes"),
-    "CPM": (counts() / counts().sum(1, keepdims=True) * 1e6, "not logged, every cell sums to 1,000,000"),
+    "CPM": (
+        counts() / counts().sum(1, keepdims=True) * 1e6,
+        "counts scaled to a total of 1,000,000 (counts",
+    ),
     "scaled": (counts() - 1.5, "scaled (negative numbers)"),
     "corrected": (counts() * 7.3, "fractions: counts that were estimated or corrected"),
     "broken": (counts() * np.nan, "NaN or infinite numbers"),
@@ -122,7 +125,7 @@ def test_every_format_is_told(form: str, tmp_path: Path) -> None:
     path = FORMATS[form](tmp_path)
     report = inspect_cells(path, Vocabulary(SYMBOLS[:10]))
     told: Any = report.matrices[0]
-    assert (told.layer, told.numbers, told.cells, told.columns) == (None, "counts", N_OBS, N_VARS)
+    assert (told.layer, told.values, told.cells, told.columns) == (None, "counts", N_OBS, N_VARS)
     assert told.stored in (format_counts().nnz, None)
     assert max(found or 0 for found, _ in report.genes.values()) == 10
     assert str(report).startswith(f"{path}: {report.kind}\n")
@@ -140,12 +143,12 @@ def test_what_cannot_be_read_is_told_with_the_rest(tmp_path: Path) -> None:
         file["var"].attrs["column-order"] = np.array(["id", "odd"], dtype=h5py.string_dtype())
     report = inspect_cells(path)
     assert [each.layer for each in report.matrices if each.problem is not None] == ["broken"]
-    assert report.matrices[0].numbers == "counts"
+    assert report.matrices[0].values == "counts"
     assert "broken: cannot be read: " in str(report)
     assert "future-array" in report.unreadable["var['odd']"]
     spoil(path, "obs/_index")
     report = inspect_cells(path)
-    assert report.matrices[0].numbers == "counts"
+    assert report.matrices[0].values == "counts"
     assert "obs cannot be read: " in str(report)
     with pytest.raises(FileNotFoundError, match="no such file"):
         inspect_cells(tmp_path / "none.h5ad")
