@@ -113,6 +113,24 @@ def test_second_derivatives_by_finite_differences(op: str) -> None:
     assert torch.autograd.gradgradcheck(OPS[op][0], inputs)
 
 
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_tangents_go_through_a_backward_whose_graph_is_older_than_they(op: str, backend: str) -> None:
+    """The backward is linear in the gradient of the output: its tangent is the backward of that one's tangent."""
+    dtype, tolerance = (torch.float32, 1e-5) if backend == "cpp" else (torch.float64, 1e-12)
+    inputs = [x.to(dtype).requires_grad_() for x in _inputs(op)]
+    with use_backend(backend):
+        outs = OPS[op][0](*inputs)
+        out = outs[0] if isinstance(outs, tuple) else outs
+        grad, tangent = (x.to(out.dtype) for x in _numbers(tuple(out.shape), tuple(out.shape)))
+        want = torch.autograd.grad(out, inputs, tangent, retain_graph=True)
+        with forward_ad.dual_level():
+            got = torch.autograd.grad(out, inputs, forward_ad.make_dual(grad, tangent))
+            tangents = [forward_ad.unpack_dual(x).tangent for x in got]
+    for x, wanted in zip(tangents, want, strict=True):
+        assert relative_error(x, wanted) < tolerance
+
+
 @pytest.mark.usefixtures("_without_distinct")
 @pytest.mark.parametrize("op", OPS)
 def test_forward_mode_by_finite_differences(op: str) -> None:
