@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from xtrimogene.writing import flush_to_disk, sealed, unsealed, write_whole, written_beside
+from xtrimogene.writing import flush_to_disk, locked, sealed, unsealed, write_whole, written_beside
 
 
 def failing(code: int) -> Callable[[int], None]:
@@ -69,6 +69,16 @@ def test_a_file_system_may_flush_no_folders(code: int, tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "fsync", failing(errno.EIO))
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         flush_to_disk(tmp_path)
+
+
+def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
+    for _ in range(2):  # given back
+        with (
+            locked(tmp_path / "lock", "held"),
+            pytest.raises(FileExistsError, match="busy"),
+            locked(tmp_path / "lock", "busy"),
+        ):
+            raise AssertionError("two at work")
 
 
 def test_json_tells_whether_it_is_what_was_written() -> None:
