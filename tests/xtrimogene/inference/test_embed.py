@@ -726,6 +726,8 @@ def test_an_output_that_appears_meanwhile_stays(
     with pytest.raises(OSError, match=r"out\.h5ad has appeared meanwhile, .*; the cells that are finished are"):
         embed(path, model, output=output, progress=False)
     assert output.read_bytes() == b"another run"
+    output.rename(tmp_path / "other.h5ad")
+    assert embed(path, model, output=output, resume=True, progress=False).resumed_cells == N_OBS
 
 
 @pytest.mark.parametrize("damage", ["array", "header", "digest", "cut", "other run"])
