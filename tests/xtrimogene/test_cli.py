@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +307,28 @@ def test_an_unexpected_error_is_one_line_and_a_file(
     assert "embed_batch" in written.read_text()
 
 
+def test_a_traceback_without_a_temporary_folder_goes_to_the_current_one(
+    checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise TypeError("odd")
+
+    monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(path.parent / "gone"))
+    monkeypatch.chdir(path.parent)
+    capsys.readouterr()
+    assert main(arguments(checkpoint, path)) == 1
+    (written,) = path.parent.glob("xtrimogene-error-*.txt")
+    assert f"please report it with the traceback in {written}" in error_line(capsys)
+
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.mkstemp", full)
+    assert main(arguments(checkpoint, path)) == 1
+    assert f"please report it with its place, {__file__}" in error_line(capsys)
+
+
 def test_warnings_of_libraries_are_off(
     checkpoint: Path, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,13 +348,42 @@ def test_warnings_of_libraries_are_off(
     assert capsys.readouterr().err == ""
 
 
+def test_what_fails_in_threads_and_destructors_prints_nothing(
+    checkpoint: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError("in a destructor")
+
+    def fail() -> None:
+        raise ValueError("in a thread")
+
+    def embed_batch(*given: object) -> torch.Tensor:
+        Broken()
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+        return inner(*given)
+
+    told: list[object] = []
+    inner = XTrimoGeneNetwork.embed_batch
+    monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", embed_batch)
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    assert main(arguments(checkpoint, path)) == 0
+    assert told == []
+    assert (sys.unraisablehook, threading.excepthook) == (told.append, told.append)  # as they were
+
+
 @pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError("tried to allocate 20 GiB"),
         MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("[enforce fail at file.cpp:1] mmap: Cannot allocate memory"),
         RuntimeError("std::bad_alloc"),
+        OSError("Can't synchronously read data (memory allocation failed for raw data chunk)"),
         RuntimeError("Storage size calculation overflowed with sizes=[9, 9]"),
     ],
 )

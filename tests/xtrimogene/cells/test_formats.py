@@ -25,7 +25,7 @@ import pytest
 import scipy.sparse as sp
 from anndata import AnnData
 
-from xtrimogene.cells import matrix
+from xtrimogene.cells import hdf5, matrix
 from xtrimogene.cells.data_sets import expand_data
 from xtrimogene.cells.formats import tenx_mtx
 from xtrimogene.cells.formats.zarr_store import METADATA
@@ -252,13 +252,18 @@ def test_what_a_folder_of_text_may_not_be(tmp_path: Path) -> None:
         return folder
 
     size = f"{N_VARS} {N_OBS} {counts().nnz}".encode()
+    last = re.compile(rb"\n(\S+) (\S+) (\S+)\n$")
     for folder, message in (
         (changed("cut", lambda text: text[:-20]), r"expected .* entries, as its size line says, got|row, column and"),
         (changed("short", lambda text: text.replace(size, size[:-1] + b"9")), "expected .* entries, as its size line"),
         (changed("word", lambda text: text + b"a b c\n"), "expected lines of row, column and value"),
         (changed("complex", lambda text: text.replace(b"integer", b"complex")), "integer .or real. general"),
-        (changed("range", lambda text: text[:-1] + b"\n31 1 1\n"), r"features 1 to 30|size line"),
+        (changed("gene", lambda text: last.sub(rb"\n31 \2 \3\n", text)), "expected features 1 to 30, got 1 to 31"),
+        (changed("none", lambda text: last.sub(rb"\n0 \2 \3\n", text)), "expected features 1 to 30, got 0 to 30"),
+        (changed("cell", lambda text: last.sub(rb"\n\1 0 \3\n", text)), f"expected cells 1 to {N_OBS}, got 0 to"),
+        (changed("between", lambda text: last.sub(rb"\n1.5 \2 \3\n", text)), "expected features 1 to 30, got 1 to 30"),
         (changed("other", lambda text: text + b"AAX-1\n", "barcodes.tsv"), "do not belong together"),
+        (changed("text", lambda text: text + b"\xff\n", "barcodes.tsv"), "barcodes.tsv cannot be read: .*damaged or"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             open_cells(folder)
@@ -266,8 +271,13 @@ def test_what_a_folder_of_text_may_not_be(tmp_path: Path) -> None:
     packed = mtx_folder(tmp_path / "packed")
     content = (packed / "matrix.mtx.gz").read_bytes()
     (packed / "matrix.mtx.gz").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="damaged or truncated"):
+    with pytest.raises(ValueError, match=r"matrix\.mtx\.gz cannot be unpacked: .*; the file is damaged or truncated"):
         open_cells(packed)
+    content = (packed / "barcodes.tsv.gz").read_bytes()
+    for damaged in (content[: len(content) // 2], content[:10] + b"\xff" * 20, content[:2] + b"\xff" + content[3:]):
+        (packed / "barcodes.tsv.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"barcodes\.tsv\.gz cannot be read: .*; the file is damaged or truncated"):
+            open_cells(packed)
     two = mtx_folder(tmp_path / "two", prefix="A_")
     for file in mtx_folder(tmp_path / "more", prefix="B_").iterdir():
         file.rename(two / file.name)
@@ -593,6 +603,20 @@ def test_a_suspended_file_that_changes_is_told(tmp_path: Path) -> None:
         source.suspend()
         adata()[:30].copy().write_h5ad(path)
         with pytest.raises(ValueError, match=r"a\.h5ad: .*changed while it was read; run again"):
+            source.read_rows(0, 5)
+
+
+def test_too_many_open_files_are_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    path = tmp_path / "a.h5ad"
+    adata().write_h5ad(path)
+    with open_cells(path) as source:
+        source.suspend()
+        monkeypatch.setattr(h5py, "File", full)
+        monkeypatch.setattr(hdf5, "more_open_files", lambda: False)
+        with pytest.raises(OSError, match=r"^too many open files; raise the limit with `ulimit -n"):
             source.read_rows(0, 5)
 
 

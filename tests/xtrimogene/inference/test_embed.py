@@ -543,6 +543,13 @@ def test_resume_refuses_other_shards(interrupted: Path, path: Path, model: XTrim
     cells(changed).write_h5ad(path)
     with pytest.raises(ValueError, match=r"got other cells from row 16 of .*cells\.h5ad on; give the same"):
         embed(path, model, **options)
+    # What the manifest would have told of the input, the rows tell as well.
+    (interrupted / "manifest.json").write_text("{")
+    with (
+        pytest.warns(UserWarning, match="manifest.json: damaged"),
+        pytest.raises(ValueError, match="got other cells from row 16"),
+    ):
+        embed(path, model, **options)
     assert len(list(interrupted.glob("shard-*.npy"))) == 3
     assert not output.exists()
 
@@ -664,6 +671,65 @@ def test_input_that_changes_meanwhile(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cells.h5ad"]
 
 
+def test_input_that_changes_while_it_is_copied(
+    path: Path, model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copyfile, output = shutil.copyfile, tmp_path / "out.h5ad"
+
+    def change(source: Path, target: Path) -> None:
+        copyfile(source, target)
+        os.utime(source, ns=(0, 0))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", change)
+        with pytest.raises(OSError, match=r"cells\.h5ad: changed while it was copied; the cells that are finished are"):
+            embed(path, model, output=output, progress=False)
+    assert not output.exists()
+    assert embed(path, model, output=output, resume=True, progress=False).resumed_cells == N_OBS
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "zarr"])
+def test_the_result_is_on_disk_before_it_is_the_output(
+    kind: str, model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, output = tmp_path / f"cells.{kind}", tmp_path / f"out.{kind}"
+    getattr(cells(), f"write_{kind}")(source)
+    fsync, replace = os.fsync, os.replace
+    flushed: set[int] = set()
+
+    def flush(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def publish(written: Path, target: Path) -> None:
+        if target == output:
+            assert {entry.stat().st_ino for entry in (written, *written.rglob("*"))} <= flushed
+            flushed.clear()
+        replace(written, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", publish)
+    embed(source, model, output=output, progress=False)
+    assert flushed == {tmp_path.stat().st_ino}
+
+
+def test_an_output_that_appears_meanwhile_stays(
+    path: Path, model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, original = tmp_path / "out.h5ad", XTrimoGene.embed_batch
+
+    def other_run(self: XTrimoGene, *args: Any) -> torch.Tensor:
+        output.write_bytes(b"another run")
+        return original(self, *args)
+
+    monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", other_run)
+    with pytest.raises(OSError, match=r"out\.h5ad has appeared meanwhile, .*; the cells that are finished are"):
+        embed(path, model, output=output, progress=False)
+    assert output.read_bytes() == b"another run"
+    output.rename(tmp_path / "other.h5ad")
+    assert embed(path, model, output=output, resume=True, progress=False).resumed_cells == N_OBS
+
+
 @pytest.mark.parametrize("damage", ["array", "header", "digest", "cut", "other run"])
 def test_a_damaged_shard_is_made_again(
     damage: str, interrupted: Path, path: Path, model: XTrimoGene, expected: np.ndarray, tmp_path: Path
@@ -765,7 +831,7 @@ def test_going_on_with_a_run_that_is_over_changes_nothing(
         embed(source, model, **options)
 
 
-@pytest.mark.parametrize("what", ["file", "folder", "shard folder", "link", "link inside"])
+@pytest.mark.parametrize("what", ["no folder", "file", "folder", "shard folder", "link", "empty link", "link inside"])
 def test_a_folder_of_somebody_else_is_left_alone(
     what: str, path: Path, model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -774,6 +840,11 @@ def test_a_folder_of_somebody_else_is_left_alone(
     (precious / "thesis.txt").write_text("mine")
     if what == "link":
         folder.symlink_to(precious)
+    elif what == "empty link":
+        (tmp_path / "empty").mkdir()
+        folder.symlink_to(tmp_path / "empty")
+    elif what == "no folder":
+        folder.write_text("mine")
     elif what == "file":
         folder.mkdir()
         (folder / "notes.txt").write_text("mine")
@@ -821,7 +892,7 @@ def test_overwrite_replaces_stores_and_nothing_else(
     with anndata.settings.override(zarr_write_format=zarr_format):
         cells().write_zarr(store)
     options: dict[str, Any] = {"output": output, "overwrite": True, "progress": False}
-    for foreign in ("thesis.txt", "obs/thesis.txt", "notes/thesis.txt", "X/data/thesis.txt"):
+    for foreign in ("thesis.txt", "obs/thesis.txt", "notes/thesis.txt", "X/data/thesis.txt", "X/data/mine/zarr.json"):
         for as_store in (False, True):
             if as_store:
                 shutil.copytree(store, output)
@@ -955,7 +1026,7 @@ def test_a_full_disk_keeps_what_is_finished(
     assert report.resumed_cells == (24 if moment == "_write_shard" else 50)
 
 
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
 def test_a_file_system_without_locks_is_no_other_run(
     code: int, path: Path, model: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -980,7 +1051,11 @@ def test_a_lock_that_fails_otherwise_is_told_as_it_is(
     assert len(list(interrupted.glob("shard-*.npy"))) == 3
 
 
-def test_a_lock_of_a_file_that_is_gone_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("another", [False, True])
+def test_a_lock_of_a_file_that_is_gone_keeps_nobody_out(
+    another: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another run has made one of that name since."""
     import fcntl
 
     flock = fcntl.flock
@@ -988,6 +1063,8 @@ def test_a_lock_of_a_file_that_is_gone_keeps_nobody_out(tmp_path: Path, monkeypa
     def late(*args: Any) -> None:
         flock(*args)
         (tmp_path / "lock").unlink()
+        if another:
+            (tmp_path / "lock").touch()
 
     monkeypatch.setattr(fcntl, "flock", late)
     with pytest.raises(FileExistsError, match="busy"), writing.locked(tmp_path / "lock", "busy"):
@@ -1006,22 +1083,33 @@ def test_a_view_of_a_backed_adata_keeps_its_embedding(
     view.file.close()
 
 
-@pytest.mark.parametrize("key", ["", ".", "..", ".hidden", "__a", "zarr.json", "a\0b", "x" * 256, "\u00e4" * 128])
+@pytest.mark.parametrize(
+    "key", ["", ".", "..", ".hidden", "__a", "zarr.json", "a\0b", "x" * 256, "\u00e4" * 128, "\udce4" * 256]
+)
 def test_keys_that_no_file_can_hold(key: str, path: Path, model: XTrimoGene, monkeypatch: pytest.MonkeyPatch) -> None:
     with no_work(monkeypatch, path.parent), pytest.raises(ValueError, match="key_added: expected "):
         embed(path, model, output=path.with_name("out.h5ad"), key_added=key, progress=False)
 
 
+@pytest.mark.parametrize("kind", ["h5ad", "zarr"])
 def test_an_obsm_of_null_takes_the_embedding(
-    path: Path, model: XTrimoGene, expected: np.ndarray, tmp_path: Path
+    kind: str, model: XTrimoGene, expected: np.ndarray, tmp_path: Path
 ) -> None:
-    with h5py.File(path, "r+") as root:
-        del root["obsm"]
-        root.create_dataset("obsm", data=h5py.Empty("f4")).attrs.update(
-            {"encoding-type": "null", "encoding-version": "0.1.0"}
-        )
-    embed(path, model, output=tmp_path / "out.h5ad", progress=False)
-    assert_close(anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_xtrimogene"], expected)
+    import zarr
+
+    source, output = tmp_path / f"cells.{kind}", tmp_path / f"out.{kind}"
+    getattr(cells(), f"write_{kind}")(source)
+    null = {"encoding-type": "null", "encoding-version": "0.1.0"}
+    if kind == "h5ad":
+        with h5py.File(source, "r+") as root:
+            del root["obsm"]
+            root.create_dataset("obsm", data=h5py.Empty("f4")).attrs.update(null)
+    else:
+        store = zarr.open_group(source, mode="r+", use_consolidated=False)
+        del store["obsm"]
+        store.create_array("obsm", shape=(), dtype=bool).attrs.update(null)
+    embed(source, model, output=output, progress=False)
+    assert_close(getattr(anndata, f"read_{kind}")(output).obsm["X_xtrimogene"], expected)
 
 
 # --- what bad input gets -----------------------------------------------------------------------------------------

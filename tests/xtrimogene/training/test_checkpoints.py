@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,27 @@ def test_a_half_written_one_has_no_name(checkpoints: Checkpoints, monkeypatch: p
     assert newest[1] == 1
     checkpoints.remove_leftovers()
     assert names(checkpoints) == ["step-000000001"]
+
+
+def test_a_saved_checkpoint_is_on_disk(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+    flushed: list[Path] = []
+
+    def flush(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    path = checkpoints.save(1, *network(0), {})
+    # The files in the folder that is not complete, that folder, and the one where it gets its name.
+    assert {written.name.removesuffix(".tmp") for written in flushed if written.parent.name == f"{path.name}.tmp"} >= {
+        entry.name for entry in path.iterdir() if entry.name != "complete.json"
+    }
+    assert flushed[-3:] == [
+        checkpoints.folder / f"{path.name}.tmp" / "complete.json.tmp",
+        checkpoints.folder / f"{path.name}.tmp",
+        checkpoints.folder,
+    ]
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_of_the_disk(

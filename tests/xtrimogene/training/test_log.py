@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +19,23 @@ def test_lines_are_whole_and_in_order(tmp_path: Path) -> None:
         assert log.has("validation", 1)
         assert not log.has("validation", 2)
     assert [entry["event"] for entry in read_log(tmp_path / "log.jsonl")] == ["train", "validation"]
+
+
+def test_lines_are_on_disk_after_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+    flushed: list[tuple[int, int]] = []
+
+    def flush(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.append((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+
+    with TrainingLog(tmp_path, tensorboard=False) as log:
+        log.write("train", 1, loss=0.5)
+        monkeypatch.setattr(os, "fsync", flush)
+        log.sync()
+    written = log.path.stat()
+    assert flushed == [(written.st_ino, written.st_size)]
+    assert written.st_size > 0
 
 
 def test_going_on_cuts_what_came_later(tmp_path: Path) -> None:

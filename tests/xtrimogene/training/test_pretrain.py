@@ -430,7 +430,9 @@ def test_validations_and_checkpoints_do_not_slow_the_rate_of_steps(
     assert report.cells / line["cells_per_second"] < 3
 
 
-@pytest.mark.parametrize("text", ["{}", '{"run"', "[]", '{"run": {}, "machine": 3}'])
+@pytest.mark.parametrize(
+    "text", ["{}", '{"run"', "[]", '{"run": {}, "machine": 3}', '{"run": {}, "machine": {}, "crc32": "00000000"}']
+)
 def test_a_damaged_run_file_is_named(text: str, path: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     output.mkdir()
