@@ -100,7 +100,9 @@ class CellSource:
         """
         try:
             return self.rows.read(start, stop)
-        except (MemoryError, MachineLimit):
+        except MachineLimit as error:
+            raise MachineLimit(f"{self.name}: {error}") from error
+        except MemoryError:
             raise
         except Exception as error:  # HDF5, zarr and its codecs have no common base of what they raise
             raise UnreadableCells(

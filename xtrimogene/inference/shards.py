@@ -355,7 +355,7 @@ class Destination:
             raise OSError(f"{self.input}: changed while it was copied")
         _flush_tree(result)
         if self.output.exists() and not self.overwrite:
-            raise FileExistsError(f"output: {self.output} has appeared meanwhile, by another run perhaps")
+            raise FileExistsError(f"output: {self.output} has appeared meanwhile, by another run perhaps; move it away")
         if self.output.is_dir():
             self.output.rename(self.folder / "replaced.zarr")  # a folder cannot be renamed onto another
         os.replace(result, self.output)

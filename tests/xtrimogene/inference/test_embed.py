@@ -723,7 +723,9 @@ def test_an_output_that_appears_meanwhile_stays(
         return original(self, *args)
 
     monkeypatch.setattr(XTrimoGeneNetwork, "embed_batch", other_run)
-    with pytest.raises(OSError, match=r"out\.h5ad has appeared meanwhile, .*; the cells that are finished are"):
+    with pytest.raises(
+        OSError, match=r"out\.h5ad has appeared meanwhile, .*; move it away; the cells that are finished"
+    ):
         embed(path, model, output=output, progress=False)
     assert output.read_bytes() == b"another run"
     output.rename(tmp_path / "other.h5ad")
