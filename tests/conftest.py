@@ -15,7 +15,11 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import settings
 
+from tests.interpreter import replace_language_once_a_launch
 from xtg_kernels import dispatch
+
+if not torch.cuda.is_available():
+    replace_language_once_a_launch()
 
 # The same examples in every run: a test that turns red then means that the program changed, and not that chance has
 # found an ill-conditioned sum of a few numbers. HYPOTHESIS_PROFILE=explore looks for new ones.

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import xtg_kernels
+from tests import warm
 from tests.xtg_kernels.ragged_cases import ISAS, needs_cpp
 from xtg_kernels import RaggedBatch, current_backend, dispatch, info, use_backend
 from xtg_kernels.ops.expression_embedding import library as embedding
@@ -38,10 +39,12 @@ SCHEMAS = {
 }
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh interpreter; an empty string removes a variable."""
+def python(code: str, *, fresh: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in an interpreter that has imported torch at most, a fresh one not even that; an empty string removes a
+    variable."""
     env = {k: v for k, v in (os.environ | environment).items() if v != ""}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    command = [sys.executable] if fresh else warm.python()
+    return subprocess.run([*command, "-c", code], capture_output=True, text=True, env=env, check=False)
 
 
 @pytest.mark.parametrize("op", SCHEMAS)
@@ -100,7 +103,7 @@ def test_environment_variable_sets_the_isa() -> None:
 def test_import_needs_no_triton() -> None:
     """PyTorch itself imports Triton where it finds it, so the import is made to fail instead of being looked for."""
     code = "import sys; sys.modules['triton'] = None; import xtg_kernels, xtg_kernels.info; xtg_kernels.info.main()"
-    done = python(code, TRITON_INTERPRET="")
+    done = python(code, fresh=True, TRITON_INTERPRET="")
     assert done.returncode == 0, done.stderr
     assert "not triton: " in done.stdout
 
@@ -215,7 +218,7 @@ NOT_NEEDED = ("anndata", "h5py", "tqdm", "huggingface_hub", "scipy", "pandas", "
 def test_the_ops_need_no_package_of_cells(hidden: tuple[str, ...]) -> None:
     """With torch, numpy and Triton alone, and on a CPU without Triton, every op runs."""
     used = USE.replace("assert xtg_kernels.__file__.startswith({folder!r})\n", "").format(folder=str(PACKAGE.parent))
-    done = python(HIDE.format(hidden=hidden) + used, TRITON_INTERPRET="")
+    done = python(HIDE.format(hidden=hidden) + used, fresh=True, TRITON_INTERPRET="")
     assert done.returncode == 0, done.stderr
 
 

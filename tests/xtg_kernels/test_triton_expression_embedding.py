@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from tests.interpreter_bf16 import bf16_interpreter, to_float32
+from tests.interpreter import bf16_interpreter, to_float32
 from tests.xtg_kernels.ragged_cases import cu_seqlens_of, relative_error
 from tests.xtg_kernels.test_expression_embedding import NAMES, cells, plain_embedding, weights_of
 from xtg_kernels import expression_embedding, use_backend

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.interpreter_bf16 import bf16_interpreter
+from tests.interpreter import bf16_interpreter
 from tests.xtg_kernels.favor_cases import (
     Case,
     error_limits,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.interpreter_bf16 import bf16_interpreter
+from tests.interpreter import bf16_interpreter
 from tests.xtg_kernels.ragged_cases import relative_error
 from tests.xtg_kernels.test_masked_decoder_gather import (
     EDGES,

@@ -12,7 +12,6 @@ import math
 import mmap
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests import warm
+from tests.interpreter import replace_language_once_a_launch
 from tests.xtg_kernels.test_masked_decoder_gather import Cells, random_cells
 from xtg_kernels.triton_launch import WorkList, overriding, work_list
 
@@ -181,6 +182,7 @@ def main(architecture: str) -> None:
     start shows in the results. Prints the kernels that ran."""
     from triton.runtime.interpreter import InterpretedFunction
 
+    replace_language_once_a_launch()
     ran: set[str] = set()
     run = InterpretedFunction.run
 
@@ -211,7 +213,7 @@ def kernels_of_all_ops() -> set[str]:
 
 
 def _run(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run([*warm.python(), "-c", code], capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.interpreter_bf16 import bf16_interpreter
+from tests.interpreter import bf16_interpreter
 from tests.xtg_kernels.ragged_cases import cu_seqlens_of, relative_error
 from xtg_kernels import ragged_attention, use_backend
 from xtg_kernels.ops.ragged_attention import triton_kernel

@@ -23,6 +23,7 @@ import scipy.sparse as sp
 import torch
 from anndata import AnnData
 
+from tests import warm
 from xtrimogene import XTrimoGene, embed, predict_expression
 from xtrimogene.cli import main
 from xtrimogene.network.model import XTrimoGeneNetwork
@@ -416,7 +417,7 @@ def test_what_fails_at_exit_for_want_of_memory_prints_no_traceback(checkpoint: P
         XTrimoGeneNetwork.embed_batch = exhaust
         sys.exit(main(sys.argv[1:]))
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), *arguments(checkpoint, path)]
+    command = [*warm.python(cells=True), "-c", textwrap.dedent(script), *arguments(checkpoint, path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
@@ -441,7 +442,7 @@ def test_memory_that_is_exhausted_in_training_has_the_status_of_a_failed_trainin
 
 
 def test_as_a_module(path: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "xtrimogene"]
+    command = [*warm.python(cells=True), "-m", "xtrimogene"]
     shown = subprocess.run([*command, "embed", "--help"], check=True, capture_output=True, text=True).stdout
     for option in ("checkpoint", "input", "output", "embed-key", "pooling", "max-tokens", "dtype", "threads", "resume"):
         assert f"--{option}" in shown

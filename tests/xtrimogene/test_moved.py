@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import xtrimogene
+from tests import warm
 from xtrimogene import _moved
 
 # What the modules were asked for before, by the documents and by scripts of users.
@@ -47,6 +48,7 @@ def test_names_of_the_package() -> None:
 
 
 def test_a_moved_module_does_not_hide_the_function_embed() -> None:
-    script = "import xtrimogene, xtrimogene.data; from xtrimogene import gene_level; assert callable(xtrimogene.embed)"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    script = "import warnings; warnings.simplefilter('ignore'); import xtrimogene, xtrimogene.data; "
+    script += "from xtrimogene import gene_level; assert callable(xtrimogene.embed)"
+    done = subprocess.run([*warm.python(cells=True), "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 import xtrimogene
+from tests import warm
 from xtrimogene import XTrimoGene, hub
 from xtrimogene.evaluation.spaces import agreement
 from xtrimogene.network.folder import CARD_FILE, CARD_SECTIONS, CHECKPOINT_FILES
@@ -42,7 +42,7 @@ def test_it_loads_by_its_name_without_a_network(tmp_path: Path, monkeypatch: pyt
         "import xtrimogene\nxtrimogene.XTrimoGene.from_pretrained('pbmc-tiny')"
     )
     environment = {**os.environ, "PYTHONPATH": str(FOLDER.parents[2])}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*warm.python(cells=True), "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     # A folder of that name comes first, and no other name leads into the package.
     XTrimoGene.from_preset("tiny", xtrimogene.Vocabulary(["A", "B"])).save_pretrained(tmp_path / "pbmc-tiny")

@@ -4,6 +4,7 @@ off, out of time or finds wrong numbers. No time that is measured here means any
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import report, session, tasks, tune, work
 from benchmarks.gpu.work import Item
 from benchmarks.static import launches
+from tests import warm
 from xtg_kernels import triton_launch
 from xtrimogene.bench.rows import Row, read_rows
 from xtrimogene.bench.tasks import Provider
@@ -30,8 +32,16 @@ HERE: Row = {"machine": "here", "torch": "2", "triton": "3", "commit": "abc", "d
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a whole run on the CPU, in Triton's interpreter."""
     folder = tmp_path_factory.mktemp("rehearsal")
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--out", str(folder)]
-    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, check=False)
+    script = """
+import sys
+from benchmarks.gpu.__main__ import main
+from tests.interpreter import replace_language_once_a_launch
+replace_language_once_a_launch()
+sys.exit(main(["--device", "cpu", "--out", *sys.argv[1:]]))
+"""
+    command = [*warm.python(cells=True), "-c", script, str(folder)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return folder
 
@@ -54,6 +64,16 @@ def test_a_rehearsal_does_every_item_and_all_is_right(rehearsal: Path) -> None:
     assert all(absent[name] for name in ("varlen", "flex", "flash-attn")), "who is missing says why"
     assert {row["machine"][:9] for row in rows} == {"rehearsal"}
     assert all(float(r["cells_per_second"]) > 0 for r in rows if r["item"].startswith(("encoder", "pre-training")))
+
+
+def test_a_rehearsal_begins_again_with_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Any] = []
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(gpu.subprocess, "call", lambda command, **options: begun.append((command, options)) or 7)
+    assert gpu.main(["--device", "cpu", "--fresh"]) == 7
+    ((command, options),) = begun
+    assert command == [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--fresh"]
+    assert options == {"cwd": gpu.ROOT, "env": {**os.environ, "TRITON_INTERPRET": "1"}}
 
 
 def test_a_rehearsal_writes_table_picture_and_tuned_configs(rehearsal: Path) -> None:

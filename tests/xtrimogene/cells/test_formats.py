@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ import pytest
 import scipy.sparse as sp
 from anndata import AnnData
 
+from tests import warm
 from xtrimogene.cells import hdf5, matrix
 from xtrimogene.cells.data_sets import expand_data
 from xtrimogene.cells.formats import tenx_mtx
@@ -558,7 +558,7 @@ def test_a_compression_without_its_plugin_is_named(tmp_path: Path) -> None:
         "import sys; sys.modules['hdf5plugin'] = None\n"
         f"from xtrimogene.cells.sources import open_cells\nopen_cells({str(path)!r})"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([*warm.python(cells=True), "-c", code], capture_output=True, text=True)
     assert "a.h5ad: /X/data is compressed with Zstandard, which needs a plugin: pip install hdf5plugin" in done.stderr
 
 
@@ -571,7 +571,7 @@ def _hold_open(path: Path, opened: Any, done: Any) -> None:
 def test_a_file_that_is_open_for_writing_elsewhere(tmp_path: Path) -> None:
     path = tmp_path / "a.h5ad"
     adata().write_h5ad(path)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     opened, done = context.Event(), context.Event()
     writer = context.Process(target=_hold_open, args=(path, opened, done))
     writer.start()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -23,6 +22,7 @@ import scipy.sparse as sp
 import torch
 from anndata import AnnData
 
+from tests import warm
 from xtrimogene.cells import stream
 from xtrimogene.cells.data_sets import expand_data, genes_of_data
 from xtrimogene.cells.genes import map_genes
@@ -595,5 +595,5 @@ def test_more_files_than_may_be_open(form: str, tmp_path: Path) -> None:
         with TrainingCells({str(tmp_path)!r}, Vocabulary({GENES!r}), **options) as cells:
             print(sum(batch.batch_size for batch in cells.iterate(0)), cells.num_cells)
     """)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([*warm.python(cells=True), "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == ["480", "480"], done.stderr

@@ -28,6 +28,7 @@ from anndata.io import write_elem
 
 import xtg_kernels
 import xtrimogene
+from tests import warm
 from xtg_kernels import dispatch
 from xtrimogene import Vocabulary, XTrimoGene, embed, writing
 from xtrimogene.cells.formats import loom as formats_loom
@@ -370,7 +371,11 @@ class Killed(BaseException):
 
 @contextlib.contextmanager
 def killed_at_step(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """From the given change to the file system on, every change raises Killed and does nothing."""
+    """From the given change to the file system on, every change raises Killed and does nothing.
+
+    Flushing the files of a store one after the other is one step: a process killed between two of them leaves the same
+    names with the same content.
+    """
     count, inside = -1, False
 
     def guard(original: Any) -> Any:
@@ -395,6 +400,7 @@ def killed_at_step(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
             (os, "fsync"),
             (shutil, "copyfile"),
             (shards, "_copy_store"),
+            (shards, "_flush_tree"),
             (Path, "mkdir"),
             (Path, "rename"),
             (Path, "unlink"),
@@ -1345,7 +1351,7 @@ def test_memory_does_not_grow_with_the_cells(checkpoint: Path, tmp_path: Path) -
         names = [*GENES, *(f"other{i}" for i in range(10000 - N_VARS))]
         AnnData(matrix, var=pd.DataFrame(index=names)).write_h5ad(tmp_path / f"{n_obs}.h5ad")
         files = [str(tmp_path / f"{n_obs}.h5ad"), str(checkpoint), str(tmp_path / f"{n_obs}.out.h5ad")]
-        command = [sys.executable, "-c", textwrap.dedent(script), *files]
+        command = [*warm.python(cells=True), "-c", textwrap.dedent(script), *files]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks.append(int(done.stdout) // 1024)
     assert peaks[1] < peaks[0] + 20, f"peak memory in MB: {peaks}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import scipy.sparse as sp
 import torch
 from anndata import AnnData
 
+from tests import warm
 from tests.xtrimogene.published import published_from
 from xtrimogene.inference import gene_level
 from xtrimogene.model import XTrimoGene
@@ -336,9 +336,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     """
     files = ["--checkpoint", str(tmp_path / "checkpoint"), "--input", str(path), "--output", str(tmp_path / "out.h5ad")]
     asked = ["--genes", *ASKED] if command == "genes" else []
+    python = [*warm.python(cells=True), "-c", textwrap.dedent(script)]
     for limit in (100, 4_000, 20_000):
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script), str(limit), command, *files, *asked, "--no-progress"],
+            [*python, str(limit), command, *files, *asked, "--no-progress"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == (2 if "File too large" in done.stderr else 0), done.stderr

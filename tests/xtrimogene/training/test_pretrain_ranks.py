@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import warm
 from tests.xtrimogene.training.test_pretrain import MODEL, arguments, assert_same_weights, cells, losses, run, weights
 from xtrimogene import XTrimoGene
 
 # Without dropout's random numbers, what is left between one process and two is the order of sums.
+Torchrun = Callable[..., subprocess.Popen[str]]
 CHANGES = {"model": {**MODEL, "dropout": 0.0}, "batch_cells": 4}
 
 
-def torchrun(*words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen(
-        [*command, "-m", "xtrimogene", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A command that stands for the interpreter that torchrun starts its ranks with."""
+    path = tmp_path_factory.mktemp("bin") / "python"
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(warm.python(cells=True))} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def torchrun(python: Path) -> Torchrun:
+    def start(*words: str) -> subprocess.Popen[str]:
+        command = [str(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        return subprocess.Popen(
+            [*command, "-m", "xtrimogene", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHON_EXEC": str(python)},
+        )  # fmt: skip
+
+    return start
 
 
 @pytest.fixture
@@ -32,7 +50,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "cells.h5ad"
 
 
-def test_two_ranks_learn_what_one_learns(path: Path, tmp_path: Path) -> None:
+def test_two_ranks_learn_what_one_learns(path: Path, tmp_path: Path, torchrun: Torchrun) -> None:
     """With a product head, whose norm takes the moments of a batch: those of two ranks are those of one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -52,7 +70,7 @@ def test_two_ranks_learn_what_one_learns(path: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, weights(tmp_path / "one")[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_fsdp_saves_loads_and_goes_on(path: Path, tmp_path: Path) -> None:
+def test_fsdp_saves_loads_and_goes_on(path: Path, tmp_path: Path, torchrun: Torchrun) -> None:
     output = tmp_path / "run"
     changes = ["batch_cells=4", "parallel=fsdp", "activation_checkpointing=true"]
     changes += ["max_steps=4", "checkpoint_every=2", "validate_every=4", "model.product_head=4"]
@@ -74,7 +92,9 @@ def test_fsdp_saves_loads_and_goes_on(path: Path, tmp_path: Path) -> None:
     assert losses(output) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
-def test_a_checkpoint_that_the_first_rank_cannot_write_stops_all_ranks(path: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_the_first_rank_cannot_write_stops_all_ranks(
+    path: Path, tmp_path: Path, torchrun: Torchrun
+) -> None:
     output = tmp_path / "run"
     process = torchrun(*arguments(path, output, "max_steps=100000", "checkpoint_every=20", "batch_cells=4"))
     while not (output / "log.jsonl").exists():
@@ -88,7 +108,9 @@ def test_a_checkpoint_that_the_first_rank_cannot_write_stops_all_ranks(path: Pat
     assert "go on with --resume" in err
 
 
-def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(path: Path, tmp_path: Path) -> None:
+def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(
+    path: Path, tmp_path: Path, torchrun: Torchrun
+) -> None:
     output = tmp_path / "run"
     process = torchrun(*arguments(path, output, "max_steps=100000", "checkpoint_every=100000", "batch_cells=4"))
     while not ((output / "log.jsonl").exists() and (output / "log.jsonl").read_bytes().count(b"\n") > 3):
@@ -110,7 +132,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_after_the_same_step(path: Path, tm
         ("validation_cells=1", "config validation_share, validation_cells: expected a validation cell for each of 2 "),
     ],
 )
-def test_an_error_is_told_once(change: str, message: str, path: Path, tmp_path: Path) -> None:
+def test_an_error_is_told_once(change: str, message: str, path: Path, tmp_path: Path, torchrun: Torchrun) -> None:
     process = torchrun(*arguments(path, tmp_path / "run", change))
     _, err = process.communicate()
     assert process.returncode != 0

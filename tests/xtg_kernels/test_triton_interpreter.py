@@ -1,4 +1,5 @@
-"""The bfloat16 patch of the Triton interpreter (tests/interpreter_bf16.py) against PyTorch's own bfloat16."""
+"""The patches of the Triton interpreter (tests/interpreter.py): bfloat16 against PyTorch's own, one replacement of the
+language a launch."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
-from tests.interpreter_bf16 import bf16_interpreter, to_bfloat16, to_float32
+from tests.interpreter import bf16_interpreter, to_bfloat16, to_float32
 
 needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU")
 
@@ -84,3 +86,33 @@ def test_a_reduction_over_bfloat16_is_refused() -> None:
     out = torch.zeros(1, dtype=torch.bfloat16)
     with bf16_interpreter(), pytest.raises(triton.runtime.errors.InterpreterError, match="convert to float32 first"):
         _sum_kernel[(1,)](torch.ones(16, dtype=torch.bfloat16), out, BLOCK=16)
+
+
+@triton.jit
+def _twice(x):
+    return tl.sum(x, 0) * 2
+
+
+@triton.jit
+def _sums_kernel(x, out, BLOCK: tl.constexpr):
+    total = _twice(tl.load(x + tl.arange(0, BLOCK))) + _twice(tl.load(x + tl.arange(0, BLOCK)))
+    tl.store(out + tl.program_id(0), total)
+
+
+@needs_interpreter
+def test_the_language_is_replaced_once_a_launch_and_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules: list[object] = []
+    replace = interpreter._patch_builtin
+    monkeypatch.setattr(
+        interpreter, "_patch_builtin", lambda module, *rest: (modules.append(module), replace(module, *rest))
+    )
+    asked = []
+    for programs in (1, 5, 5):
+        out = torch.zeros(programs)
+        _sums_kernel[(programs,)](torch.arange(16.0), out, BLOCK=16)
+        assert out.tolist() == [480.0] * programs
+        asked.append(len(modules))
+        modules.clear()
+        assert tl.core.is_builtin(tl.load)
+        assert "range" in str(tl.range)
+    assert asked[0] == asked[1] == asked[2] > 0

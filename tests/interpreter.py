@@ -1,7 +1,8 @@
-"""bfloat16 for the Triton interpreter, which stores it as uint16 and computes on the bits without a word.
+"""bfloat16 for the Triton interpreter, which stores it as uint16 and computes on the bits without a word; and less work
+for each function that a kernel calls.
 
 Operations on bfloat16 go through float32 with round-to-nearest-even, as on the GPU; reductions over bfloat16, which
-our kernels do not use, raise. For tests only: tests/xtg_kernels/test_triton_interpreter_bf16.py holds it against
+our kernels do not use, raise. For tests only: tests/xtg_kernels/test_triton_interpreter.py holds it against
 PyTorch's own bfloat16.
 """
 
@@ -14,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 
 
@@ -103,3 +105,30 @@ def bf16_interpreter() -> Iterator[None]:
     refuse = _refuse_reduction(ReduceScanOpInterface.check_tensor)
     with mock.patch.multiple(builder, **patched), mock.patch.object(ReduceScanOpInterface, "check_tensor", refuse):
         yield
+
+
+def replace_language_once_a_launch() -> None:
+    """Triton's language is replaced by the interpreter's once for each launch.
+
+    The interpreter does it again for every function that a kernel calls, in every program, which changes nothing and
+    took two fifths of its time.
+    """
+    replace = interpreter._patch_lang
+    replaced: set[frozenset[str]] = set()
+
+    def replace_once(function: Callable[..., Any]) -> Any:
+        seen = frozenset(value.__name__ for value in function.__globals__.values() if value is tl or value is tl.core)
+        if seen in replaced:
+            return interpreter._LangPatchScope()
+        scope = replace(function)
+        if not replaced:  # the kernel itself, at whose end all is put back
+
+            def restore() -> None:
+                replaced.clear()
+                type(scope).restore(scope)
+
+            scope.restore = restore
+        replaced.add(seen)
+        return scope
+
+    interpreter._patch_lang = replace_once
