@@ -29,10 +29,11 @@ demo: setup
 test: setup check-kernels
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# The complete ahead-of-time checks of the Triton kernels: every shipped launch config, for every GPU.
-# XTG_GPU_STATIC_PART=0/7 takes a seventh of them.
+# What is known of GPUs without one, and too long for every `make test`: the ahead-of-time checks of the Triton kernels,
+# with every shipped launch config, for every GPU, and the rehearsal of `make gpu`. XTG_GPU_STATIC_PART=0/7 takes a
+# seventh of the configs.
 test-gpu-static: setup
-	$(BIN)/python -m pytest -m gpu_static tests/benchmarks/static
+	$(BIN)/python -m pytest -m gpu_static tests/benchmarks/static tests/benchmarks/gpu
 
 # The day a GPU is there: checks, sanitizer, tuning, times, into build/gpu. Cut off, it goes on where it was.
 gpu: setup

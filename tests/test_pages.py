@@ -7,12 +7,13 @@ import io
 import os
 import re
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import warm
 
 ROOT = Path(__file__).parents[1]
 # The notebooks take a minute of their own: `make docs` runs them, once for the site as they are, and twice here, where
@@ -91,10 +92,21 @@ def alike(text: str) -> str:
     return re.sub(r"\d+\.\d+|[\d,]+(?= cells/s)|\d+(?=%)", "N", text)
 
 
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the commands that the pages use; test_packaging.py has those of an installation."""
+    folder = tmp_path_factory.mktemp("bin")
+    warm.write_command(folder / "python")
+    warm.write_command(folder / "xtrimogene", "-m", "xtrimogene")
+    return folder
+
+
 @pytest.mark.parametrize("page", PAGES, ids=str)
-def test_a_page_runs_twice_in_an_empty_folder(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_runs_twice_in_an_empty_folder(
+    page: Path, commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, value in (("PATH", str(Path(sys.executable).parent)), ("PYTHONPATH", str(ROOT))):
+    for name, value in (("PATH", str(commands)), ("PYTHONPATH", str(ROOT))):
         monkeypatch.setenv(name, os.pathsep.join(filter(None, [value, os.environ.get(name)])))
     monkeypatch.setenv("MPLBACKEND", "agg")
     blocks = blocks_of(page)

@@ -20,6 +20,7 @@ import json
 import os
 import runpy
 import select
+import shlex
 import signal
 import socket
 import subprocess
@@ -57,6 +58,13 @@ def python(*, cells: bool = False) -> list[str]:
 
     atexit.register(end)
     return [sys.executable, "-I", "-S", __file__, "run", address]
+
+
+def write_command(path: Path, *words: str) -> Path:
+    """Makes an executable file that is such a Python with everything that takes cells, and words before those given."""
+    path.write_text(f'#!/bin/sh\nexec {shlex.join([*python(cells=True), *words])} "$@"\n')
+    path.chmod(0o755)
+    return path
 
 
 def _run(address: str, words: list[str]) -> int:

@@ -1,5 +1,6 @@
 """benchmarks.gpu, the command for the day a GPU is there: a whole rehearsal on the CPU, and what it does when it is cut
-off, out of time or finds wrong numbers. No time that is measured here means anything."""
+off, out of time or finds wrong numbers. No time that is measured here means anything. The rehearsal runs with `make
+test-gpu-static`."""
 
 from __future__ import annotations
 
@@ -46,6 +47,7 @@ sys.exit(main(["--device", "cpu", "--out", *sys.argv[1:]]))
     return folder
 
 
+@pytest.mark.gpu_static
 def test_a_rehearsal_does_every_item_and_all_is_right(rehearsal: Path) -> None:
     rows = read_rows(rehearsal / "gpu.csv")
     plan = work.plan_of("cpu", quick=False)
@@ -76,6 +78,7 @@ def test_a_rehearsal_begins_again_with_the_interpreter(monkeypatch: pytest.Monke
     assert options == {"cwd": gpu.ROOT, "env": {**os.environ, "TRITON_INTERPRET": "1"}}
 
 
+@pytest.mark.gpu_static
 def test_a_rehearsal_writes_table_picture_and_tuned_configs(rehearsal: Path) -> None:
     text = (rehearsal / "gpu.md").read_text(encoding="utf-8")
     for title in ("Errors against float64", "Times", "Model", "Chosen by tuning", "Other findings"):

@@ -2,8 +2,9 @@
 the figures of the committed table.
 
 Compilation shows what the interpreter cannot (it accepts code that the compiler rejects, and knows no registers); it
-says nothing about speed, races or the launcher. A few cases run with the other tests; all kernels with all shipped
-configs for all architectures run with ``make test-gpu-static`` (pytest -m gpu_static), in CI a seventh of them.
+says nothing about speed, races or the launcher. ``make test-gpu-static`` (pytest -m gpu_static) compiles the kernels,
+with all shipped configs for all architectures, in CI with a seventh of them; with the other tests runs what looks at
+the table alone.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ SHIPPED = [case_of(key) for key in keys(OPS) if key[2] != "default"]
 PART, PARTS = map(int, os.environ.get("XTG_GPU_STATIC_PART", "0/1").split("/"))
 
 
-@pytest.fixture(scope="module", params=["fast", pytest.param("shipped", marks=pytest.mark.gpu_static)])
+@pytest.fixture(scope="module", params=["fast", "shipped"])
 def compiled(request: pytest.FixtureRequest) -> list[Report]:
     """The reports of all cases, one for each kernel and set of flags."""
     return [report for found in reports(FAST if request.param == "fast" else SHIPPED[PART::PARTS]) for report in found]
@@ -54,6 +55,7 @@ def _name(report: Report) -> str:
     return " ".join(str(report[key]) for key in ("op", "kernel", "architecture", "dtype", "size", "config"))
 
 
+@pytest.mark.gpu_static
 def test_every_kernel_is_compiled(compiled: list[Report]) -> None:
     counts = Counter((report["op"], report["kernel"]) for report in compiled)
     assert set(counts) == {(op, kernel) for op, spec in OPS.items() for kernel in spec.kernels}
@@ -61,6 +63,7 @@ def test_every_kernel_is_compiled(compiled: list[Report]) -> None:
         assert all(count % (2 * (len(CARDS) - 1) * len(OPS[op].sizes)) == 0 for (op, _), count in counts.items())
 
 
+@pytest.mark.gpu_static
 def test_nothing_spills_and_all_fits(compiled: list[Report]) -> None:
     """No stack, no spills, shared memory within the card's limit, no atomics (whose order the hardware chooses), and
     products of half precision on tensor cores."""
@@ -69,6 +72,7 @@ def test_nothing_spills_and_all_fits(compiled: list[Report]) -> None:
     assert any(report["fma_dots"] for report in compiled if report["dtype"] == "float32"), "float32 products are exact"
 
 
+@pytest.mark.gpu_static
 def test_cards_do_what_they_can(compiled: list[Report]) -> None:
     """Warpgroup products on sm_90 and products into tensor memory on sm_100, where older ones would run too; tiles that
     stream in by asynchronous copies (NVIDIA); loads of 16 bytes in the hot loop, for rows of any length."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import readme
+from tests import warm
 from xtg_kernels import RaggedBatch
 from xtrimogene.bench import (
     baselines,
@@ -81,6 +82,8 @@ def run(path: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
     patch.setattr(counting, "prepared", lambda *_: prepared("tiny", 2, expressed=60))
     patch.setattr("xtrimogene.bench.runner.GEMM_SIZE", 64)
     patch.setenv("OMP_NUM_THREADS", "1")
+    # Of the processes whose memory is measured.
+    patch.setattr(sys, "executable", str(warm.write_command(folder.with_name("python"))))
     printed: list[str] = []
     patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -26,10 +25,7 @@ CHANGES = {"model": {**MODEL, "dropout": 0.0}, "batch_cells": 4}
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A command that stands for the interpreter that torchrun starts its ranks with."""
-    path = tmp_path_factory.mktemp("bin") / "python"
-    path.write_text(f'#!/bin/sh\nexec {shlex.join(warm.python(cells=True))} "$@"\n')
-    path.chmod(0o755)
-    return path
+    return warm.write_command(tmp_path_factory.mktemp("bin") / "python")
 
 
 @pytest.fixture
