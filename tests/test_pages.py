@@ -34,8 +34,8 @@ NOT_RUN = {
     "docs/installation.md": ["make demo", "make test", "pip install 'setuptools>=77' ninja 'pybind11>=2.13'",
                              "pip install --no-build-isolation ."],
     "docs/learning.md": [
-        "xtrimogene evaluate --checkpoint DIR --data held_out.h5ad --label celltype --train-data train.h5ad "
-        "--output judged",
+        "xtrimogene evaluate --checkpoint DIR --data held_out.h5ad --label celltype \\",
+        "--train-data train.h5ad --output judged",
     ],
     "docs/models.md": [
         "xtrimogene convert --from-scfoundation models.ckpt --part cell \\",
