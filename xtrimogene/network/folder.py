@@ -5,6 +5,7 @@ It is written whole or not at all, and nothing in it is unpickled.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,7 +47,10 @@ _PICKLE_REFUSAL = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's folder, opened once: what is small in it is here, the weights are read when they are asked for."""
+    """A model's folder, opened once: what is small in it is here, the weights are read when they are asked for.
+
+    They are those of the file that check_sizes has looked at, whatever bears its name by then.
+    """
 
     folder: Path
     config: XTrimoGeneConfig
@@ -61,13 +66,44 @@ class Checkpoint:
         _check_files(path)
         return cls(path, XTrimoGeneConfig.from_json(path / CONFIG_FILE), Vocabulary.load(path / VOCABULARY_FILE))
 
+    @functools.cached_property
+    def _weights(self) -> Any:
+        path = self.folder / WEIGHTS_FILE
+        try:
+            path.open("rb").close()  # safetensors says "no such file" of one that may not be read
+            return safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: expected a safetensors file: {error}") from error
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(self._weights.get_slice(name).get_shape()) for name in self._weights.keys()}  # noqa: SIM118
+
     def tensors(self, network: nn.Module, device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """The float32 weights for a network of this config, which may be one on the device "meta".
 
         Raises ValueError for a broken file, tensors that are missing, unknown or of the wrong shape (all of them are
         named), and numbers that are not finite.
         """
-        return _read_tensors(self.folder / WEIGHTS_FILE, network.state_dict(), device)
+        path, expected, shapes = self.folder / WEIGHTS_FILE, network.state_dict(), self._shapes()
+        problems = [f"missing {name}" for name in expected if name not in shapes]
+        problems += [f"unknown {name} {shape}" for name, shape in shapes.items() if name not in expected]
+        problems += [
+            f"{name}: expected shape {tuple(tensor.shape)}, got {shapes[name]}"
+            for name, tensor in expected.items()
+            if name in shapes and tuple(tensor.shape) != shapes[name]
+        ]
+        if problems:
+            raise ValueError(f"{path}: the tensors do not fit {CONFIG_FILE}: " + "; ".join(problems))
+        tensors = {}
+        for name in expected:
+            tensor = self._weights.get_tensor(name)
+            if not tensor.is_floating_point():
+                raise ValueError(f"{path}: {name}: expected a float dtype, got {tensor.dtype}")
+            # A copy: what safetensors hands out is the file itself, and would change with it.
+            tensors[name] = tensor.to(device, torch.float32, copy=True)
+            if not bool(torch.isfinite(tensors[name]).all()):
+                raise ValueError(f"{path}: {name}: expected finite weights, got NaN or infinite ones")
+        return tensors
 
     def check_sizes(self) -> None:
         """Compare the config with the header of the weights, before a network of these sizes is made.
@@ -75,7 +111,7 @@ class Checkpoint:
         Raises ValueError, so that a config with absurd sizes takes neither time nor memory.
         """
         path = self.folder / WEIGHTS_FILE
-        shapes, config = _shapes(path), self.config
+        shapes, config = self._shapes(), self.config
         layers = {match.groups() for name in shapes if (match := re.match(r"(\w+)\.layers\.(\d+)\.", name))}
         found: dict[str, int | None] = {
             "num_layers": sum(part == "encoder" for part, _ in layers),
@@ -221,37 +257,3 @@ def _check_files(path: Path) -> None:
         raise FileNotFoundError(
             f"{path}: expected a checkpoint folder with {', '.join(CHECKPOINT_FILES)}; missing: {', '.join(missing)}"
         )
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        path.open("rb").close()  # safetensors says "no such file" of one that may not be read
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file: {error}") from error
-
-
-def _read_tensors(path: Path, expected: Mapping[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
-    """The float32 tensors of a safetensors file, which must have exactly the expected names and shapes."""
-    shapes = _shapes(path)
-    problems = [f"missing {name}" for name in expected if name not in shapes]
-    problems += [f"unknown {name} {shape}" for name, shape in shapes.items() if name not in expected]
-    problems += [
-        f"{name}: expected shape {tuple(tensor.shape)}, got {shapes[name]}"
-        for name, tensor in expected.items()
-        if name in shapes and tuple(tensor.shape) != shapes[name]
-    ]
-    if problems:
-        raise ValueError(f"{path}: the tensors do not fit {CONFIG_FILE}: " + "; ".join(problems))
-    tensors = {}
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        for name in expected:
-            tensor = file.get_tensor(name)
-            if not tensor.is_floating_point():
-                raise ValueError(f"{path}: {name}: expected a float dtype, got {tensor.dtype}")
-            # A copy: what safetensors hands out is the file itself, and would change with it.
-            tensors[name] = tensor.to(torch.float32, copy=True)
-            if not bool(torch.isfinite(tensors[name]).all()):
-                raise ValueError(f"{path}: {name}: expected finite weights, got NaN or infinite ones")
-    return tensors

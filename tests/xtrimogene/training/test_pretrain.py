@@ -21,10 +21,12 @@ import torch
 from anndata import AnnData
 from safetensors.torch import load_file
 
-from xtrimogene import Vocabulary, XTrimoGene
+from xtrimogene import Vocabulary, XTrimoGene, embed
 from xtrimogene.cells.masking import MaskingConfig
 from xtrimogene.cells.stream import TrainingCells
 from xtrimogene.cli import main
+from xtrimogene.network import folder
+from xtrimogene.network.config import XTrimoGeneConfig
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.training.config import PretrainConfig
 from xtrimogene.training.log import read_log
@@ -764,6 +766,33 @@ def test_a_run_begins_with_the_weights_of_a_checkpoint(path: Path, tmp_path: Pat
     pretrain(changed, path, tmp_path / "run", device="cpu", progress=False)
     assert losses(tmp_path / "run", "validation")[0] == pytest.approx(losses(uninterrupted, "validation")[-1])
     assert losses(tmp_path / "run", "validation")[0] != losses(uninterrupted, "validation")[0]
+
+
+def test_the_checkpoint_that_a_run_begins_with_is_opened_once(
+    path: Path, tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file of it, for vocabulary, config, sizes and weights; so does embed."""
+    opened: list[str] = []
+
+    def counted(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            opened.append(name)
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(folder, "safe_open")
+    counted(XTrimoGeneConfig, "from_json")
+    counted(Vocabulary, "load")
+    options = {name: value for name, value in OPTIONS.items() if name != "model"}
+    begun = PretrainConfig.from_dict({**options, "checkpoint": str(uninterrupted / "model"), "max_steps": 1})
+    pretrain(begun, path, tmp_path / "run", device="cpu", progress=False)
+    assert sorted(opened) == ["from_json", "load", "safe_open"]
+    opened.clear()
+    embed(path, uninterrupted / "model", output=tmp_path / "embedded.h5ad", progress=False)
+    assert sorted(opened) == ["from_json", "load", "safe_open"]
 
 
 @pytest.mark.parametrize("change", [{"model": MODEL}, {"vocabulary": "genes.tsv"}])
