@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xtg_kernels import RaggedBatch
-from xtrimogene.network.config import XTrimoGeneConfig
+from xtrimogene.network.config import PRODUCT, XTrimoGeneConfig
 from xtrimogene.network.decoder import Decoder, GeneRows
 from xtrimogene.network.embedding import ExpressionEmbedding
 from xtrimogene.network.encoder import RaggedTransformerEncoder
@@ -63,7 +63,14 @@ class XTrimoGeneNetwork(nn.Module):
             stabilizer=config.stabilizer,
         )
         # Last: the weights before it are those of the same seed without it.
-        self.product_head = None if config.product_head is None else ProductHead(config.dim, config.product_head)
+        self.product_head: ProductHead | None = None
+        if config.product_head is not None:
+            self.product_head = ProductHead(
+                config.dim, config.product_head, config.num_positions, dropout=config.product_dropout
+            )
+            # The decoder begins with adding nothing, as the encoder does in the head.
+            nn.init.zeros_(self.decoder.head.weight)
+            nn.init.zeros_(self.decoder.head.bias)
 
     @property
     def checkpoint_activations(self) -> bool:
@@ -98,13 +105,30 @@ class XTrimoGeneNetwork(nn.Module):
         """(total_nnz, dim): the encoder's row of every token of the batch."""
         return self.encoder(self.embedding(batch), batch.cu_seqlens, batch.max_seqlen)
 
-    def embed_batch(self, batch: RaggedBatch, pooling: str = "mean") -> Tensor:
-        """(batch, dim) float32 (4 dim for "all"): one embedding per cell, NaN for a cell without expressed genes.
+    def embed_batch(self, batch: RaggedBatch, pooling: str | None = None) -> Tensor:
+        """(batch, dim) float32: one embedding per cell, NaN for a cell without expressed genes.
+
+        pooling  "mean", "max" or "all" (4 dim): see pool; "product" (config.product_head): the cell's vector of the
+                 product head; None for "product" where there is such a head, else "mean"
 
         Runs in the model's present mode and with gradients if they are enabled: call eval() and torch.inference_mode()
         for embeddings alone.
         """
-        return pool(self(batch), batch.cu_seqlens, pooling, depth_tokens=self.config.depth_tokens)
+        pooling, encoded = self.config.pooling(pooling), self(batch)
+        if pooling != PRODUCT:
+            return pool(encoded, batch.cu_seqlens, pooling, depth_tokens=self.config.depth_tokens)
+        assert self.product_head is not None
+        vectors = self.product_head.cells(self.product_features(batch, encoded))
+        no_genes = batch.cu_seqlens.diff() <= 2 * self.config.depth_tokens
+        vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+        return vectors.masked_fill(no_genes[:, None], torch.nan)
+
+    def product_features(self, batch: RaggedBatch, encoded: Tensor | None) -> Tensor:
+        """What the product head reads of each cell, see ProductHead.features; encoded None for the head by itself."""
+        assert self.product_head is not None
+        return self.product_head.features(
+            self.embedding.gene_table[:-1], batch, encoded, depth_tokens=self.config.depth_tokens
+        )
 
     def masked_predictions(self, masked: MaskedBatch) -> Tensor:
         """(total_chosen,) float32: predicted log-normalised values of the chosen genes, in the order of chosen_ids."""
@@ -116,6 +140,11 @@ class XTrimoGeneNetwork(nn.Module):
             rows = self.decode(masked.batch, **_genes_of(masked))
             return self.decoder.squared_error(rows, masked.chosen_values, reduction)
         return F.mse_loss(self.masked_predictions(masked), masked.chosen_values, reduction=reduction)
+
+    def product_loss(self, masked: MaskedBatch, reduction: str = "sum") -> Tensor:
+        """The loss of the product head by itself, without encoder and decoder: a small part of the computation."""
+        products = self._products(masked.batch, None, masked.chosen_ids, masked.chosen_cu_seqlens)
+        return F.mse_loss(products, masked.chosen_values, reduction=reduction)
 
     def redraw_projections(self, generator: torch.Generator | None = None) -> None:
         """Fresh random projections in every decoder layer, of a generator on the CPU (None: torch's global one)."""
@@ -132,14 +161,19 @@ class XTrimoGeneNetwork(nn.Module):
         predictions = self.decoder.predictions(self._decode(encoded, batch, **genes))
         if self.product_head is None:
             return predictions
-        products = self.product_head(
-            self.embedding.gene_table[:-1], encoded, batch.cu_seqlens, depth_tokens=self.config.depth_tokens
-        ).flatten()
-        asked_ids, asked_cu_seqlens = genes.get("asked_ids"), genes.get("asked_cu_seqlens")
-        if asked_ids is not None and asked_cu_seqlens is not None:
-            rows = GeneRows.of(asked_ids, asked_cu_seqlens, self.config.num_positions).rows
-            products = products.index_select(0, rows)
-        return predictions + products
+        return predictions + self._products(batch, encoded, genes.get("asked_ids"), genes.get("asked_cu_seqlens"))
+
+    def _products(
+        self, batch: RaggedBatch, encoded: Tensor | None, asked_ids: Tensor | None, asked_cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """(n,) the product head's term at the asked genes, or (batch * positions,) at all."""
+        assert self.product_head is not None
+        features = self.product_features(batch, encoded)
+        products = self.product_head(self.embedding.gene_table[:-1], features).flatten()
+        products = products if products.dtype == torch.float64 else products.float()
+        if asked_ids is None or asked_cu_seqlens is None:
+            return products
+        return products.index_select(0, GeneRows.of(asked_ids, asked_cu_seqlens, self.config.num_positions).rows)
 
     def _decode(self, encoded: Tensor, batch: RaggedBatch, **genes: Tensor | None) -> Tensor:
         zero_row = self.embedding.value_rows(batch.values.new_zeros(1))[0]

@@ -74,6 +74,8 @@ class PretrainConfig:
     schedule        after the warm-up: "constant", or "cosine" down to final_rate_share of the rate at max_steps
     warmup_steps    steps of linear warm-up; None: the published 9,766 steps, at most a tenth of max_steps
     redraw_every    steps between two draws of the decoder's random projections
+    head_steps      steps at the beginning in which the product head learns alone, without encoder and decoder, at
+                    least half of max_steps being left for all of the model; then warm-up and schedule begin anew
 
     precision       "float32", or "bfloat16" through autocast (weights and optimizer stay float32)
     activation_checkpointing
@@ -126,6 +128,7 @@ class PretrainConfig:
     final_rate_share: float = 0.1
     warmup_steps: int | None = None
     redraw_every: int = 1000
+    head_steps: int = 0
 
     precision: str = "float32"
     activation_checkpointing: bool = False
@@ -180,16 +183,23 @@ class PretrainConfig:
         except ValueError as error:
             raise ValueError(f"config model: {error}") from None
 
-    def rate(self, step: int) -> float:
-        """Learning rate of optimizer step `step`, counted from 0."""
+    def head_steps_of(self, model: XTrimoGeneConfig) -> int:
+        """Steps in which the product head of such a model learns alone: none where it has learned already."""
+        if model.product_head is None or self.checkpoint is not None:
+            return 0
+        return min(self.head_steps, self.max_steps // 2)
+
+    def rate(self, step: int, head_steps: int = 0) -> float:
+        """Learning rate of optimizer step `step`, counted from 0, of a run whose head learns alone for head_steps."""
+        step, steps = (step, head_steps) if step < head_steps else (step - head_steps, self.max_steps - head_steps)
         warmup = self.warmup_steps
         if warmup is None:
-            warmup = min(PUBLISHED_WARMUP_STEPS, self.max_steps // 10)
+            warmup = min(PUBLISHED_WARMUP_STEPS, steps // 10)
         if step < warmup:
             return self.learning_rate * (step + 1) / (warmup + 1)
         if self.schedule == "constant":
             return self.learning_rate
-        done = min(1.0, (step - warmup) / max(1, self.max_steps - warmup))
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
         falling = (1 + math.cos(math.pi * done)) / 2
         return self.learning_rate * (self.final_rate_share + (1 - self.final_rate_share) * falling)
 
@@ -287,6 +297,7 @@ _LEAST = {
     "weight_decay": 0,
     "warmup_steps": 0,
     "redraw_every": 1,
+    "head_steps": 0,
     "log_every": 1,
     "validate_every": 1,
     "checkpoint_every": 1,

@@ -44,7 +44,7 @@ _WEIGHTS, _DROPOUT, _PROJECTIONS = 1, 2, 3
 # What is summed between two lines of the log: squared errors, chosen genes, cells, tokens, seconds.
 _SINCE_LOG = ("squares", "chosen", "cells", "tokens", "seconds")
 # Training cells whose moments the product head's norm takes, about.
-_SETTLED_CELLS = 256
+_SETTLED_CELLS = 512
 # Training cells that the baselines' means are taken over, at most.
 _BASELINE_CELLS = 20_000
 
@@ -129,6 +129,7 @@ class Run:
         self.config, self.cells, self.folder, self.ranks = config, cells, folder, ranks
         self.show_progress = show_progress and ranks.is_first
         self.progress = _Progress()
+        self._means: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None = None
         torch.manual_seed(_seed_of(config.seed, _WEIGHTS))
         if start is None:
             self.model = XTrimoGeneNetwork(config.model_config(len(cells.vocabulary)), cells.vocabulary)
@@ -136,7 +137,11 @@ class Run:
             self.model = XTrimoGeneNetwork.from_checkpoint(start)
         self.model.to(ranks.device)
         self.model.checkpoint_activations = config.activation_checkpointing
-        self.network: nn.Module = parallel(self.model, ranks, config.parallel)
+        if start is None and self.model.product_head is not None:
+            # Else the table's small rows would have to learn each gene's mean.
+            self.model.product_head.gene_bias.data[: len(cells.vocabulary)] = torch.from_numpy(self._chosen_means())
+        self.head_steps = config.head_steps_of(self.model.config)
+        self.network: nn.Module = parallel(self.model, ranks, config.parallel, head_alone=self.head_steps > 0)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -147,7 +152,6 @@ class Run:
             fused=True,
         )
         self.log: TrainingLog | None = None
-        self._means: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None = None
         self._counted: tuple[int, int] | None = None
         self._clock = 0.0
         self.rate = self.norm = math.nan
@@ -277,7 +281,7 @@ class Run:
             torch.manual_seed(_seed_of(config.seed, _DROPOUT, progress.step, number))
             with exchanging(self.network, part + 1 == config.accumulate):
                 with self._autocast():
-                    loss = self.network(masked.to(ranks.device))
+                    loss = self.network(masked.to(ranks.device), head_alone=self._head_alone())
                 loss.backward()
             squares += loss.detach()
             chosen += masked.total_chosen
@@ -300,9 +304,11 @@ class Run:
                 "start again, or look at the data"
             )
         for parameter in self.parameters:
-            if parameter.grad is not None:
-                # DDP and FSDP give the mean over the ranks of each one's sum.
-                parameter.grad.mul_(ranks.world_size / sums[1])
+            if parameter.grad is None:
+                # While the head learns alone. The optimizer's state is to be whole in every checkpoint.
+                parameter.grad = torch.zeros_like(parameter)
+            # DDP and FSDP give the mean over the ranks of each one's sum.
+            parameter.grad.mul_(ranks.world_size / sums[1])
         norm = nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
         self.norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not math.isfinite(self.norm):
@@ -310,7 +316,7 @@ class Run:
                 f"step {progress.step + 1:,}: the norm of the gradient is {self.norm}; lower learning_rate, or raise "
                 "warmup_steps, and start again, or look at the data"
             )
-        self.rate = config.rate(progress.step)
+        self.rate = config.rate(progress.step, self.head_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.optimizer.step()
@@ -322,6 +328,10 @@ class Run:
         for name, value in zip(_SINCE_LOG, sums, strict=True):
             progress.since_log[name] += value
         return signals.first([term, interrupt])
+
+    def _head_alone(self) -> bool:
+        """Whether the product head is learning without encoder and decoder."""
+        return self.progress.step < self.head_steps
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bfloat16")
@@ -376,7 +386,7 @@ class Run:
 
         Always the same masked cells, all of them on every rank: the moments depend on the weights alone.
         """
-        head, pooled, cells = self.model.product_head, [], 0
+        head, features, cells = self.model.product_head, [], 0
         if head is None:
             return
         self.network.eval()
@@ -384,13 +394,11 @@ class Run:
         with torch.no_grad(), contextlib.closing(batches):
             for masked in batches:
                 with self._autocast():
-                    pooled.append(self.network(masked.to(self.ranks.device), embeddings=True))
+                    features.append(self.network(masked.to(self.ranks.device), features=True))
                 cells += masked.batch_size
                 if cells >= _SETTLED_CELLS:
                     break
-        settled = torch.cat(pooled)
-        # A cell all of whose genes are hidden has no embedding.
-        settled = settled[settled.isfinite().all(dim=1)]
+        settled = torch.cat(features)
         if len(settled) > 1:
             head.norm.settle(settled)
 
@@ -406,6 +414,15 @@ class Run:
         if self._means is None:
             self._means = self.ranks.first(lambda: gene_means(self.cells, _BASELINE_CELLS))
         return self._means
+
+    def _chosen_means(self) -> npt.NDArray[np.float32]:
+        """(genes,) mean value of each gene over the training cells in which it is chosen, as the plan chooses."""
+        mean, nonzero_mean = self._gene_means()
+        share = np.divide(mean, nonzero_mean, out=np.zeros_like(mean), where=nonzero_mean > 0)
+        masking = self.config.masking
+        chosen = masking.nonzero_rate * share + masking.zero_rate * (1 - share)
+        values = masking.nonzero_rate * mean
+        return np.divide(values, chosen, out=np.zeros_like(mean), where=chosen > 0).astype(np.float32)
 
     def _save_model(self) -> Path:
         self._settle()
