@@ -16,8 +16,11 @@ from xtrimogene.network.encoder import RaggedTransformerEncoder
 from xtrimogene.network.folder import Checkpoint
 from xtrimogene.network.masked_batch import MaskedBatch
 from xtrimogene.network.pooling import pool
-from xtrimogene.network.product_head import ProductHead
+from xtrimogene.network.product_head import ProductHead, cells_of_tokens
 from xtrimogene.network.vocabulary import Vocabulary
+
+# Most tokens that are hidden beside the masked ones while the product head learns alone, as a share.
+PRODUCT_HIDDEN = 0.6
 
 
 class XTrimoGeneNetwork(nn.Module):
@@ -141,10 +144,37 @@ class XTrimoGeneNetwork(nn.Module):
             return self.decoder.squared_error(rows, masked.chosen_values, reduction)
         return F.mse_loss(self.masked_predictions(masked), masked.chosen_values, reduction=reduction)
 
-    def product_loss(self, masked: MaskedBatch, reduction: str = "sum") -> Tensor:
-        """The loss of the product head by itself, without encoder and decoder: a small part of the computation."""
-        products = self._products(masked.batch, None, masked.chosen_ids, masked.chosen_cu_seqlens)
-        return F.mse_loss(products, masked.chosen_values, reduction=reduction)
+    def product_loss(self, masked: MaskedBatch, nonzero_rate: float, zero_rate: float) -> Tensor:
+        """() the loss of the product head by itself, without encoder and decoder, at every gene the head is not shown.
+
+        Of the tokens a further share is hidden, for each cell another between 0 and PRODUCT_HIDDEN. The squared error
+        at a gene that is zero counts zero_rate, at another one that is hidden so much that all of the cell's would
+        count nonzero_rate: it is the sum that loss would give if other genes were chosen, with less noise.
+        """
+        assert self.product_head is not None
+        batch, genes = masked.batch, self.config.num_genes
+        cells = cells_of_tokens(batch)
+        is_gene = batch.gene_ids < genes
+        shares = PRODUCT_HIDDEN * torch.rand(batch.batch_size, device=batch.values.device)
+        kept = torch.rand_like(batch.values) >= shares[cells]
+        features = self.product_head.features(
+            self.embedding.gene_table[:-1],
+            batch,
+            None,
+            depth_tokens=self.config.depth_tokens,
+            weights=kept / (1 - shares[cells]),
+        )
+        predicted = self.product_head(self.embedding.gene_table[:-1], features)[:, :genes]
+        chosen = torch.repeat_interleave(masked.chosen_cu_seqlens.diff().long()), masked.chosen_ids.long()
+        truth, shown = torch.zeros_like(predicted), torch.zeros_like(predicted, dtype=torch.bool)
+        at = cells[is_gene], batch.gene_ids[is_gene].long()
+        truth[at], shown[at] = batch.values[is_gene].to(truth.dtype), kept[is_gene]
+        # What was chosen is hidden, or shown with a value that is not its own.
+        truth[chosen], shown[chosen] = masked.chosen_values.to(truth.dtype), False
+        hidden = (truth > 0) & ~shown
+        of_cell = (truth > 0).sum(dim=1) / hidden.sum(dim=1).clamp(min=1)
+        weights = torch.where(hidden, nonzero_rate * of_cell[:, None], zero_rate * (truth == 0))
+        return (weights * (predicted - truth).square()).sum()
 
     def redraw_projections(self, generator: torch.Generator | None = None) -> None:
         """Fresh random projections in every decoder layer, of a generator on the CPU (None: torch's global one)."""

@@ -43,6 +43,12 @@ class CellNorm(nn.Module):
         return (cells - self.mean) * (self.variance + self.eps).rsqrt() * self.weight + self.bias
 
 
+def cells_of_tokens(batch: RaggedBatch) -> Tensor:
+    """(total_nnz,) the cell of each token; slack counts to the last one."""
+    tokens = torch.arange(batch.total_nnz, device=batch.cu_seqlens.device, dtype=batch.cu_seqlens.dtype)
+    return torch.searchsorted(batch.cu_seqlens[1:], tokens, right=True).clamp(max=max(batch.batch_size - 1, 0))
+
+
 class ProductHead(nn.Module):
     """The term <W_g row_g, cell_c> + b_g of the prediction of gene g in cell c, cell_c the cell's vector:
 
@@ -77,19 +83,28 @@ class ProductHead(nn.Module):
             for layer in (self.cell_map, self.hidden):
                 layer.weight[:, -dim:] = 0
 
-    def features(self, gene_rows: Tensor, batch: RaggedBatch, encoded: Tensor | None, *, depth_tokens: bool) -> Tensor:
+    def features(
+        self,
+        gene_rows: Tensor,
+        batch: RaggedBatch,
+        encoded: Tensor | None,
+        *,
+        depth_tokens: bool,
+        weights: Tensor | None = None,
+    ) -> Tensor:
         """(batch, 3 + 2 dim) depth_c, bag_c and pooled_c of each cell, all zeros for a cell without genes.
 
         gene_rows     (positions, dim), one row for each gene (and depth token)
         encoded       (total_nnz, dim), the encoder's rows of the batch's tokens; None for zeros
         depth_tokens  whether each cell's last two tokens are T and S, of which bag and depth know nothing
+        weights       (total_nnz,) of the tokens in the bag; None for 1
         """
         dtype = self.norm.weight.dtype
         with torch.autocast(gene_rows.device.type, enabled=False):
             starts, ends = batch.cu_seqlens[:-1], batch.cu_seqlens[1:]
             gene_ends = torch.maximum(ends - 2 * depth_tokens, starts)
             tokens = torch.arange(batch.total_nnz, device=gene_rows.device, dtype=starts.dtype)
-            cells = torch.searchsorted(ends, tokens, right=True).clamp(max=max(batch.batch_size - 1, 0))
+            cells = cells_of_tokens(batch)
             # Depth tokens and slack, whose ids may be anything, weigh nothing.
             values = torch.where(tokens < gene_ends[cells], batch.values.to(dtype), 0)
             bag = F.embedding_bag(
@@ -97,7 +112,7 @@ class ProductHead(nn.Module):
                 gene_rows.to(dtype),
                 starts,
                 mode="sum",
-                per_sample_weights=values,
+                per_sample_weights=values if weights is None else values * weights,
             )
             genes = (gene_ends - starts).to(dtype)
             total = torch.segment_reduce(values, "sum", offsets=batch.cu_seqlens.long(), axis=0)

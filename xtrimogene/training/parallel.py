@@ -23,17 +23,19 @@ class _LossOf(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, masked: MaskedBatch, *, head_alone: bool = False, features: bool = False) -> Tensor:
+    def forward(
+        self, masked: MaskedBatch, *, head_alone: tuple[float, float] | None = None, features: bool = False
+    ) -> Tensor:
         if features:
             return self.model.product_features(masked.batch, self.model(masked.batch))
-        return self.model.product_loss(masked) if head_alone else self.model.loss(masked)
+        return self.model.loss(masked) if head_alone is None else self.model.product_loss(masked, *head_alone)
 
 
 def parallel(model: XTrimoGeneNetwork, ranks: Ranks, how: str, *, head_alone: bool = False) -> nn.Module:
     """The module whose forward is the model's summed loss of a MaskedBatch: "ddp" or "fsdp" where there are ranks.
 
-    With head_alone=True, there and here, it is the loss of the product head without encoder and decoder; with
-    features=True what the head reads of the cells, as they are masked.
+    With head_alone, the rates of the masking plan, it is the loss of the product head without encoder and decoder, for
+    which the argument here makes room; with features=True what the head reads of the cells, as they are masked.
     """
     network = _LossOf(model)
     if ranks.world_size == 1:

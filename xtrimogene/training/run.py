@@ -329,9 +329,10 @@ class Run:
             progress.since_log[name] += value
         return signals.first([term, interrupt])
 
-    def _head_alone(self) -> bool:
-        """Whether the product head is learning without encoder and decoder."""
-        return self.progress.step < self.head_steps
+    def _head_alone(self) -> tuple[float, float] | None:
+        """The rates of the masking plan while the product head learns without encoder and decoder, else None."""
+        masking = self.config.masking
+        return (masking.nonzero_rate, masking.zero_rate) if self.progress.step < self.head_steps else None
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bfloat16")

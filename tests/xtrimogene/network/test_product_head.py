@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import CPU_BACKENDS
 from tests.xtrimogene.network.test_decoder import GENES, SIZES, VOCABULARY, _double, _masked, _model
 from xtg_kernels import RaggedBatch, use_backend
 from xtrimogene.model import XTrimoGene
+from xtrimogene.network import model as network_model
 from xtrimogene.network.devices import prepared
 from xtrimogene.network.masked_batch import MaskedBatch
 from xtrimogene.network.product_head import CellNorm
@@ -170,9 +172,11 @@ def test_a_fresh_one_predicts_as_if_it_were_alone_and_learns_alone() -> None:
     """Encoder and decoder add nothing at first, and the head's own loss gives them no gradient."""
     model = XTrimoGene.from_preset("tiny", VOCABULARY, **{**SIZES, "product_head": 5, "product_dropout": 0.5})
     masked = _masked()
-    torch.testing.assert_close(model.product_loss(masked), model.loss(masked))
-    assert model.product_loss(masked, "mean") == model.product_loss(masked) / masked.total_chosen
-    model.product_loss(masked).backward()
+    alone = F.mse_loss(
+        model._products(masked.batch, None, masked.chosen_ids, masked.chosen_cu_seqlens), masked.chosen_values
+    )
+    torch.testing.assert_close(model.loss(masked, "mean"), alone)
+    model.product_loss(masked, 0.3, 0.03).backward()
     learned = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert learned == {
         "embedding.gene_table",
@@ -184,8 +188,44 @@ def test_a_fresh_one_predicts_as_if_it_were_alone_and_learns_alone() -> None:
     # But they begin to learn at once.
     assert grads["product_head.cell_map.weight"][:, -model.config.dim :].abs().max() > 0
     assert grads["decoder.head.weight"].abs().max() > 0
-    model.train()
-    assert model.product_loss(masked) != model.product_loss(masked)  # channels are dropped
+
+
+def test_the_heads_own_loss_is_that_of_every_gene_it_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written out, gene by gene; with nothing hidden beside the masked ones, so that nothing is random."""
+    model, masked = _product(), _masked()
+    batch, total = masked.batch, 0.0
+    for share in (0.0, 1e-9):
+        monkeypatch.setattr(network_model, "PRODUCT_HIDDEN", share)
+        got = model.product_loss(masked, 0.5, 0.2)
+    bounds, ends = batch.cu_seqlens.tolist(), masked.chosen_cu_seqlens.tolist()
+    for cell, predicted in enumerate(
+        model.product_head(model.embedding.gene_table[:-1], model.product_features(batch, None))
+    ):
+        own = slice(bounds[cell], bounds[cell + 1])
+        truth = dict(zip(batch.gene_ids[own].tolist(), batch.values[own].tolist(), strict=True))
+        chosen = slice(ends[cell], ends[cell + 1])
+        hidden = dict(zip(masked.chosen_ids[chosen].tolist(), masked.chosen_values[chosen].tolist(), strict=True))
+        truth |= hidden
+        nonzero, unseen = (sum(value > 0 for value in values.values()) for values in (truth, hidden))
+        for gene in range(GENES):
+            value = truth.get(gene, 0.0)
+            weight = 0.2 if value == 0 else 0.5 * nonzero / unseen if gene in hidden else 0.0
+            total += weight * (float(predicted[gene]) - value) ** 2
+    assert float(got) == pytest.approx(total, rel=1e-5)
+    monkeypatch.undo()
+    assert model.product_loss(masked, 0.5, 0.2) != model.product_loss(masked, 0.5, 0.2)
+
+
+def test_channels_of_the_cells_vector_are_dropped_in_training_alone() -> None:
+    model, batch = _product(width=64, product_dropout=0.25), _masked().batch
+    features = model.product_features(batch, None)
+    assert model.product_head is not None
+    whole = model.product_head.cells(features)
+    model.product_head.norm.eval()
+    model.product_head.dropout.train()
+    some = model.product_head.cells(features)
+    assert 0.1 < float((some == 0).float().mean()) < 0.4
+    torch.testing.assert_close(some, torch.where(some == 0, 0.0, whole / 0.75))
 
 
 def test_a_cells_embedding_is_its_vector_of_the_head() -> None:
