@@ -12,12 +12,11 @@ from xtrimogene.network.pooling import pool
 
 
 class CellNorm(nn.Module):
-    """Each channel of the cells' vectors with mean 0 and variance 1 over cells, times `weight`, plus `bias`.
+    """Each channel of the cells' vectors less `mean`, by the root of `variance`, times `weight`, plus `bias`.
 
-    What cells have in common is large beside what tells them apart, and a LayerNorm would leave it there. In training
-    the moments are those of the batch, as in batch norm (Ioffe and Szegedy 2015); in evaluation, and for a batch of one
-    cell, they are `mean` and `variance`, which settle sets. They are not averaged along the way: such averages
-    lag behind the weights.
+    What cells have in common is large beside what tells them apart, and a LayerNorm would leave it there. The moments
+    are those of cells that settle was given, in training too: cells of a batch are often of one file, and the moments
+    of a batch (batch norm) would take away what these have in common, and make a cell's prediction depend on others.
     """
 
     mean: Tensor
@@ -32,14 +31,12 @@ class CellNorm(nn.Module):
         self.register_buffer("variance", torch.ones(dim))
 
     def settle(self, cells: Tensor) -> None:
-        """Take the moments of these cells (n, dim), n > 1, for evaluation."""
+        """Take the moments of these cells (n, dim), n > 1."""
         self.mean.copy_(cells.mean(dim=0))
         self.variance.copy_(cells.var(dim=0, correction=0))
 
     def forward(self, cells: Tensor) -> Tensor:
         """(n, dim) -> (n, dim)."""
-        if self.training and len(cells) > 1:
-            return F.batch_norm(cells, None, None, self.weight, self.bias, training=True, eps=self.eps)
         return (cells - self.mean) * (self.variance + self.eps).rsqrt() * self.weight + self.bias
 
 

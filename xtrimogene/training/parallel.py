@@ -24,10 +24,10 @@ class _LossOf(nn.Module):
         self.model = model
 
     def forward(
-        self, masked: MaskedBatch, *, head_alone: tuple[float, float] | None = None, features: bool = False
+        self, masked: MaskedBatch, head_alone: tuple[float, float] | None = None, *, features: bool = False
     ) -> Tensor:
         if features:
-            return self.model.product_features(masked.batch, self.model(masked.batch))
+            return self.model.product_features(masked.batch, None if head_alone else self.model(masked.batch))
         return self.model.loss(masked) if head_alone is None else self.model.product_loss(masked, *head_alone)
 
 

@@ -37,14 +37,15 @@ from xtrimogene.training.log import TrainingLog
 from xtrimogene.training.parallel import exchanging, parallel
 from xtrimogene.training.ranks import Ranks, StopSignals
 from xtrimogene.training.run_folder import MODEL_FOLDER, RunFolder
-from xtrimogene.training.validation import Losses, gene_means, validate
+from xtrimogene.training.validation import Losses, evenly_spaced, gene_means, validate
 
 # Streams of random numbers: different first words for different uses of one seed.
 _WEIGHTS, _DROPOUT, _PROJECTIONS = 1, 2, 3
 # What is summed between two lines of the log: squared errors, chosen genes, cells, tokens, seconds.
 _SINCE_LOG = ("squares", "chosen", "cells", "tokens", "seconds")
-# Training cells whose moments the product head's norm takes, about.
+# The product head's norm takes the moments of at most so many training cells, every so many steps.
 _SETTLED_CELLS = 512
+_SETTLE_EVERY = 200
 # Training cells that the baselines' means are taken over, at most.
 _BASELINE_CELLS = 20_000
 
@@ -152,6 +153,7 @@ class Run:
             fused=True,
         )
         self.log: TrainingLog | None = None
+        self._settling: list[MaskedBatch] | None = None
         self._counted: tuple[int, int] | None = None
         self._clock = 0.0
         self.rate = self.norm = math.nan
@@ -234,11 +236,14 @@ class Run:
             ) as bar,
         ):
             self._clock = time.perf_counter()
+            if not progress.step:
+                self._settle_where_due()
             # Broken off here, a run has nothing to save: it has made no step, or is where its checkpoint is.
             number = self._validate_where_due(bar, signals)
             while not (number or self._is_over()):
                 number = self._step(batches, signals)
                 bar.update()
+                self._settle_where_due()
                 if progress.step % config.log_every == 0 or self._is_over():
                     self._log_step(bar)
                 if not number:
@@ -281,7 +286,7 @@ class Run:
             torch.manual_seed(_seed_of(config.seed, _DROPOUT, progress.step, number))
             with exchanging(self.network, part + 1 == config.accumulate):
                 with self._autocast():
-                    loss = self.network(masked.to(ranks.device), head_alone=self._head_alone())
+                    loss = self.network(masked.to(ranks.device), self._head_alone())
                 loss.backward()
             squares += loss.detach()
             chosen += masked.total_chosen
@@ -382,29 +387,28 @@ class Run:
             bar.write(f"step {step:,}: validation loss {validated.model:.4f}", file=sys.stderr)
         return 0
 
-    def _settle(self) -> None:
-        """Give the product head's norm the moments of the cells as the weights make them now.
+    def _settle_where_due(self) -> None:
+        """Give the product head's norm the moments of the cells as the weights make them now, every so many steps.
 
-        Always the same masked cells, all of them on every rank: the moments depend on the weights alone.
+        Always the same masked cells, evenly spaced over all data sets, all of them on every rank: the moments depend on
+        the weights alone.
         """
-        head, features, cells = self.model.product_head, [], 0
-        if head is None:
+        head, step = self.model.product_head, self.progress.step
+        if head is None or not (step % _SETTLE_EVERY == 0 or step == self.head_steps):
             return
+        if self._settling is None:
+            self._settling = list(self.cells.masked(evenly_spaced(self.cells.training, _SETTLED_CELLS), 0))
         self.network.eval()
-        batches = self.cells.iterate(0)
-        with torch.no_grad(), contextlib.closing(batches):
-            for masked in batches:
+        features = []
+        with torch.no_grad():
+            for masked in self._settling:
                 with self._autocast():
-                    features.append(self.network(masked.to(self.ranks.device), features=True))
-                cells += masked.batch_size
-                if cells >= _SETTLED_CELLS:
-                    break
+                    features.append(self.network(masked.to(self.ranks.device), self._head_alone(), features=True))
         settled = torch.cat(features)
         if len(settled) > 1:
             head.norm.settle(settled)
 
     def _validate(self, signals: StopSignals) -> Losses | int:
-        self._settle()
         losses = validate(self.network, self.cells, self.ranks, signals, self._autocast, self._gene_means())
         if isinstance(losses, Losses) and not losses.chosen:
             raise TrainingFailed("validation: no gene was chosen; raise masking.nonzero_rate or masking.zero_rate")
@@ -426,7 +430,6 @@ class Run:
         return np.divide(values, chosen, out=np.zeros_like(mean), where=chosen > 0).astype(np.float32)
 
     def _save_model(self) -> Path:
-        self._settle()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         tensors: dict[str, Any] = get_model_state_dict(self.model, options=options)
 
