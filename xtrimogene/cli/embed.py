@@ -32,9 +32,9 @@ def add_to(commands: Commands) -> None:
     command.add_argument("--embed-key", default=DEFAULT_KEY, metavar="KEY", help="key in obsm (default: %(default)s)")
     command.add_argument(
         "--pooling",
-        default="mean",
         choices=POOLINGS,
-        help="default: %(default)s; all (S, T, max, mean): only for models with depth tokens, as scFoundation's",
+        help="default: product (the vector of the product head) for models that have it, else mean; all (S, T, max, "
+        "mean): only for models with depth tokens, as scFoundation's",
     )
     command.add_argument(
         "--max-tokens",

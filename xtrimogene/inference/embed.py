@@ -19,10 +19,8 @@ from xtrimogene.inference.model_cells import WINDOW, ModelCells, opened
 from xtrimogene.inference.options import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DTYPES
 from xtrimogene.inference.precision import BFLOAT16_TOLERANCE, bfloat16_error, choose_dtype
 from xtrimogene.inference.shards import Destination, check_key
-from xtrimogene.network.config import POOLINGS
 from xtrimogene.network.devices import backend_name, choose_device, prepared
 from xtrimogene.network.model import XTrimoGeneNetwork
-from xtrimogene.network.pooling import check_pooling
 from xtrimogene.progress import progress_bar
 
 # Cells that are read, packed, sorted by length and, for a path, written as one shard.
@@ -35,7 +33,7 @@ def embed(
     *,
     output: str | os.PathLike[str] | None = None,
     layer: str | None = None,
-    pooling: str = "mean",
+    pooling: str | None = None,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     key_added: str = DEFAULT_KEY,
     dtype: str = "auto",
@@ -73,6 +71,8 @@ def embed(
         layer: matrix to embed, None for X; "raw" for ``.raw``.
         pooling: "mean" or "max" over the encoder's rows of a cell; for a model with depth tokens over T and S too, as
             scFoundation does, and also "all", its cell embedding (4 dim): row of S, row of T, max and mean over genes.
+            "product": the cell's vector of the product head, where the model has one. None: "product" for such a model,
+            else "mean".
         max_tokens: most expressed genes in a batch. More is faster, up to a point, and takes more memory.
         key_added: key in obsm; a key that is there already is replaced.
         dtype: arithmetic of the encoder: "float32", "bfloat16", or "auto". Auto takes bfloat16 where the GPU or the CPU
@@ -105,7 +105,7 @@ def embed(
             to do. Nothing is written then.
     """
     started = time.perf_counter()
-    _check_options(pooling, max_tokens, key_added, dtype, num_threads)
+    _check_options(max_tokens, key_added, dtype, num_threads)
     destination = None
     if output is not None:
         if isinstance(adata_or_path, AnnData):
@@ -120,7 +120,7 @@ def embed(
     network = opened(model)
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device)
-    check_pooling(pooling, network.config)
+    pooling = network.config.pooling(pooling)
     with open_cells(adata_or_path, layer=layer, gene_symbols=gene_symbols) as source:
         cells = ModelCells.checked(
             source,
@@ -191,9 +191,7 @@ def embed(
     return report
 
 
-def _check_options(pooling: str, max_tokens: int, key_added: str, dtype: str, num_threads: int | None) -> None:
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
+def _check_options(max_tokens: int, key_added: str, dtype: str, num_threads: int | None) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     check_key(key_added)

@@ -14,7 +14,6 @@ from xtrimogene.cells.matrix import CsrArrays
 from xtrimogene.cells.packing import split_by_tokens
 from xtrimogene.inference.model_cells import ModelCells, of_columns
 from xtrimogene.network.model import XTrimoGeneNetwork
-from xtrimogene.network.pooling import pooled_dim
 
 Embeddings = npt.NDArray[np.float32]
 
@@ -99,7 +98,7 @@ class Encoding:
     @property
     def width(self) -> int:
         """Numbers of one embedding."""
-        return pooled_dim(self.network.config, self.pooling)
+        return self.network.config.embedding_dim(self.pooling)
 
     def windows(self) -> list[tuple[int, int]]:
         return self.cells.windows(self.window)

@@ -23,7 +23,11 @@ _PRESET_SIZES = {
     "100m": (12, 768, 12, 6, 512, 8),
 }
 STABILIZERS = ("head", "cell")
-POOLINGS = ("mean", "max", "all")
+PRODUCT = "product"
+# Of the product head: numbers that say how deep a cell is, and its hidden layer as a multiple of product_head.
+DEPTH_NUMBERS = 3
+PRODUCT_HIDDEN_MULT = 8
+POOLINGS = ("mean", "max", "all", PRODUCT)
 PRESETS = {name: dict(zip(_PRESET_KEYS, sizes, strict=True)) for name, sizes in _PRESET_SIZES.items()}
 
 
@@ -55,6 +59,7 @@ class XTrimoGeneConfig:
     stabilizer      what the keys' features are scaled by: the maximum of each cell and "head", or of the whole "cell"
                     (as the published network has it for one cell: for converted weights)
     product_head    width of the product of gene and cell in every prediction (ProductHead); None for none, as published
+    product_dropout share of the channels of a cell's vector that the product head drops, in training only
     gene_std        standard deviation of a fresh gene table; loaded weights are what they are
 
     Raises ValueError, naming the key, the expected and the given value, for a value that no model can have.
@@ -78,14 +83,16 @@ class XTrimoGeneConfig:
     favor_eps: float = 1e-4
     stabilizer: str = "head"
     product_head: int | None = None
+    product_dropout: float = 0.0
     gene_std: float = 1.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = typed(field.name, str(field.type), getattr(self, field.name), least=1)
             object.__setattr__(self, field.name, value)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"config dropout: expected 0 <= dropout < 1, got {self.dropout!r}")
+        for name in ("dropout", "product_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"config {name}: expected 0 <= {name} < 1, got {getattr(self, name)!r}")
         if self.stabilizer not in STABILIZERS:
             raise ValueError(f"config stabilizer: expected one of {', '.join(STABILIZERS)}, got {self.stabilizer!r}")
         for name in ("layer_norm_eps", "target_sum", "favor_eps", "gene_std"):
@@ -97,6 +104,27 @@ class XTrimoGeneConfig:
                     f"config {width}: expected a multiple of {heads} = {getattr(self, heads)}, "
                     f"got {getattr(self, width)}"
                 )
+
+    def pooling(self, asked: str | None) -> str:
+        """How a cell's embedding is made where this is asked for; None for the way of such models.
+
+        Raises ValueError for a pooling that there is not, or that models of this config do not have.
+        """
+        if asked is None:
+            return "mean" if self.product_head is None else PRODUCT
+        if asked not in POOLINGS:
+            raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {asked!r}")
+        if asked == "all" and not self.depth_tokens:
+            raise ValueError("pooling: expected mean or max for a model without depth tokens, got 'all'")
+        if asked == PRODUCT and self.product_head is None:
+            raise ValueError(f"pooling: expected mean or max for a model without product_head, got {asked!r}")
+        return asked
+
+    def embedding_dim(self, pooling: str) -> int:
+        """Width of the embeddings that a pooling gives."""
+        if pooling == PRODUCT and self.product_head is not None:
+            return self.product_head
+        return 4 * self.dim if pooling == "all" else self.dim
 
     @property
     def head_dim(self) -> int:

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from xtrimogene.network.config import XTrimoGeneConfig, num_favor_features
+from xtrimogene.network.config import DEPTH_NUMBERS, PRODUCT_HIDDEN_MULT, XTrimoGeneConfig, num_favor_features
 
 Counts = Sequence[int] | npt.NDArray[np.integer]
 
@@ -302,10 +302,12 @@ def _decoder_rows(
 
 
 def _product(config: XTrimoGeneConfig, cells: int) -> int:
-    """Forward FLOPs of the product head: two maps of every cell, and its product with every position's row."""
+    """Forward FLOPs of the product head: the maps of every cell, and its product with every position's row."""
     if config.product_head is None:
         return 0
-    return cells * 2 * config.dim * (2 * config.product_head + config.num_positions)
+    width, features = config.product_head, DEPTH_NUMBERS + 2 * config.dim
+    maps = features * width + PRODUCT_HIDDEN_MULT * width * (features + width) + width * config.dim
+    return cells * 2 * (maps + config.dim * config.num_positions)
 
 
 def _linear(config: XTrimoGeneConfig) -> int:

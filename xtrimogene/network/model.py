@@ -9,15 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xtg_kernels import RaggedBatch
-from xtrimogene.network.config import XTrimoGeneConfig
+from xtrimogene.network.config import PRODUCT, XTrimoGeneConfig
 from xtrimogene.network.decoder import Decoder, GeneRows
 from xtrimogene.network.embedding import ExpressionEmbedding
 from xtrimogene.network.encoder import RaggedTransformerEncoder
 from xtrimogene.network.folder import Checkpoint
 from xtrimogene.network.masked_batch import MaskedBatch
 from xtrimogene.network.pooling import pool
-from xtrimogene.network.product_head import ProductHead
+from xtrimogene.network.product_head import ProductHead, cells_of_tokens
 from xtrimogene.network.vocabulary import Vocabulary
+
+# Most tokens that are hidden beside the masked ones while the product head learns alone, as a share.
+PRODUCT_HIDDEN = 0.6
 
 
 class XTrimoGeneNetwork(nn.Module):
@@ -63,7 +66,14 @@ class XTrimoGeneNetwork(nn.Module):
             stabilizer=config.stabilizer,
         )
         # Last: the weights before it are those of the same seed without it.
-        self.product_head = None if config.product_head is None else ProductHead(config.dim, config.product_head)
+        self.product_head: ProductHead | None = None
+        if config.product_head is not None:
+            self.product_head = ProductHead(
+                config.dim, config.product_head, config.num_positions, dropout=config.product_dropout
+            )
+            # The decoder begins with adding nothing, as the encoder does in the head.
+            nn.init.zeros_(self.decoder.head.weight)
+            nn.init.zeros_(self.decoder.head.bias)
 
     @property
     def checkpoint_activations(self) -> bool:
@@ -98,13 +108,30 @@ class XTrimoGeneNetwork(nn.Module):
         """(total_nnz, dim): the encoder's row of every token of the batch."""
         return self.encoder(self.embedding(batch), batch.cu_seqlens, batch.max_seqlen)
 
-    def embed_batch(self, batch: RaggedBatch, pooling: str = "mean") -> Tensor:
-        """(batch, dim) float32 (4 dim for "all"): one embedding per cell, NaN for a cell without expressed genes.
+    def embed_batch(self, batch: RaggedBatch, pooling: str | None = None) -> Tensor:
+        """(batch, dim) float32: one embedding per cell, NaN for a cell without expressed genes.
+
+        pooling  "mean", "max" or "all" (4 dim): see pool; "product" (config.product_head): the cell's vector of the
+                 product head; None for "product" where there is such a head, else "mean"
 
         Runs in the model's present mode and with gradients if they are enabled: call eval() and torch.inference_mode()
         for embeddings alone.
         """
-        return pool(self(batch), batch.cu_seqlens, pooling, depth_tokens=self.config.depth_tokens)
+        pooling, encoded = self.config.pooling(pooling), self(batch)
+        if pooling != PRODUCT:
+            return pool(encoded, batch.cu_seqlens, pooling, depth_tokens=self.config.depth_tokens)
+        assert self.product_head is not None
+        vectors = self.product_head.cells(self.product_features(batch, encoded))
+        no_genes = batch.cu_seqlens.diff() <= 2 * self.config.depth_tokens
+        vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
+        return vectors.masked_fill(no_genes[:, None], torch.nan)
+
+    def product_features(self, batch: RaggedBatch, encoded: Tensor | None) -> Tensor:
+        """What the product head reads of each cell, see ProductHead.features; encoded None for the head by itself."""
+        assert self.product_head is not None
+        return self.product_head.features(
+            self.embedding.gene_table[:-1], batch, encoded, depth_tokens=self.config.depth_tokens
+        )
 
     def masked_predictions(self, masked: MaskedBatch) -> Tensor:
         """(total_chosen,) float32: predicted log-normalised values of the chosen genes, in the order of chosen_ids."""
@@ -116,6 +143,38 @@ class XTrimoGeneNetwork(nn.Module):
             rows = self.decode(masked.batch, **_genes_of(masked))
             return self.decoder.squared_error(rows, masked.chosen_values, reduction)
         return F.mse_loss(self.masked_predictions(masked), masked.chosen_values, reduction=reduction)
+
+    def product_loss(self, masked: MaskedBatch, nonzero_rate: float, zero_rate: float) -> Tensor:
+        """() the loss of the product head by itself, without encoder and decoder, at every gene the head is not shown.
+
+        Of the tokens a further share is hidden, for each cell another between 0 and PRODUCT_HIDDEN. The squared error
+        at a gene that is zero counts zero_rate, at another one that is hidden so much that all of the cell's would
+        count nonzero_rate: it is the sum that loss would give if other genes were chosen, with less noise.
+        """
+        assert self.product_head is not None
+        batch, genes = masked.batch, self.config.num_genes
+        cells = cells_of_tokens(batch)
+        is_gene = batch.gene_ids < genes
+        shares = PRODUCT_HIDDEN * torch.rand(batch.batch_size, device=batch.values.device)
+        kept = torch.rand_like(batch.values) >= shares[cells]
+        features = self.product_head.features(
+            self.embedding.gene_table[:-1],
+            batch,
+            None,
+            depth_tokens=self.config.depth_tokens,
+            weights=kept / (1 - shares[cells]),
+        )
+        predicted = self.product_head(self.embedding.gene_table[:-1], features)[:, :genes]
+        chosen = torch.repeat_interleave(masked.chosen_cu_seqlens.diff().long()), masked.chosen_ids.long()
+        truth, shown = torch.zeros_like(predicted), torch.zeros_like(predicted, dtype=torch.bool)
+        at = cells[is_gene], batch.gene_ids[is_gene].long()
+        truth[at], shown[at] = batch.values[is_gene].to(truth.dtype), kept[is_gene]
+        # What was chosen is hidden, or shown with a value that is not its own.
+        truth[chosen], shown[chosen] = masked.chosen_values.to(truth.dtype), False
+        hidden = (truth > 0) & ~shown
+        of_cell = (truth > 0).sum(dim=1) / hidden.sum(dim=1).clamp(min=1)
+        weights = torch.where(hidden, nonzero_rate * of_cell[:, None], zero_rate * (truth == 0))
+        return (weights * (predicted - truth).square()).sum()
 
     def redraw_projections(self, generator: torch.Generator | None = None) -> None:
         """Fresh random projections in every decoder layer, of a generator on the CPU (None: torch's global one)."""
@@ -132,14 +191,19 @@ class XTrimoGeneNetwork(nn.Module):
         predictions = self.decoder.predictions(self._decode(encoded, batch, **genes))
         if self.product_head is None:
             return predictions
-        products = self.product_head(
-            self.embedding.gene_table[:-1], encoded, batch.cu_seqlens, depth_tokens=self.config.depth_tokens
-        ).flatten()
-        asked_ids, asked_cu_seqlens = genes.get("asked_ids"), genes.get("asked_cu_seqlens")
-        if asked_ids is not None and asked_cu_seqlens is not None:
-            rows = GeneRows.of(asked_ids, asked_cu_seqlens, self.config.num_positions).rows
-            products = products.index_select(0, rows)
-        return predictions + products
+        return predictions + self._products(batch, encoded, genes.get("asked_ids"), genes.get("asked_cu_seqlens"))
+
+    def _products(
+        self, batch: RaggedBatch, encoded: Tensor | None, asked_ids: Tensor | None, asked_cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """(n,) the product head's term at the asked genes, or (batch * positions,) at all."""
+        assert self.product_head is not None
+        features = self.product_features(batch, encoded)
+        products = self.product_head(self.embedding.gene_table[:-1], features).flatten()
+        products = products if products.dtype == torch.float64 else products.float()
+        if asked_ids is None or asked_cu_seqlens is None:
+            return products
+        return products.index_select(0, GeneRows.of(asked_ids, asked_cu_seqlens, self.config.num_positions).rows)
 
     def _decode(self, encoded: Tensor, batch: RaggedBatch, **genes: Tensor | None) -> Tensor:
         zero_row = self.embedding.value_rows(batch.values.new_zeros(1))[0]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xtrimogene.network.config import POOLINGS, XTrimoGeneConfig
+_POOLS = ("mean", "max", "all")
 
 
 def pool(encoded: Tensor, cu_seqlens: Tensor, how: str, *, depth_tokens: bool = False) -> Tensor:
@@ -23,9 +23,10 @@ def pool(encoded: Tensor, cu_seqlens: Tensor, how: str, *, depth_tokens: bool = 
     A cell's tokens are reduced in their own order by one thread, so its row has the same bits whatever the other cells.
     Raises ValueError for another `how`, or "all" without depth tokens.
     """
-    if how not in POOLINGS:
-        raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {how!r}")
-    _check_all(how, depth_tokens)
+    if how not in _POOLS:
+        raise ValueError(f"pooling: expected one of {', '.join(_POOLS)}, got {how!r}")
+    if how == "all" and not depth_tokens:
+        raise ValueError("pooling: expected mean or max for a model without depth tokens, got 'all'")
     rows = encoded if encoded.dtype == torch.float64 else encoded.float()
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     gene_ends = torch.maximum(ends - 2, starts) if depth_tokens else ends
@@ -40,18 +41,3 @@ def pool(encoded: Tensor, cu_seqlens: Tensor, how: str, *, depth_tokens: bool = 
         parts.append(torch.segment_reduce(rows, reduction, offsets=offsets, axis=0)[::2])
     # The maximum of nothing comes back as -inf, and without a gene T and S say nothing but that.
     return torch.cat(parts, dim=1).masked_fill((gene_ends == starts).unsqueeze(1), torch.nan)
-
-
-def pooled_dim(config: XTrimoGeneConfig, how: str) -> int:
-    """Width of the rows that pool gives."""
-    return 4 * config.dim if how == "all" else config.dim
-
-
-def check_pooling(how: str, config: XTrimoGeneConfig) -> None:
-    """Raises ValueError for a pooling that models of this config do not have."""
-    _check_all(how, config.depth_tokens)
-
-
-def _check_all(how: str, depth_tokens: bool) -> None:
-    if how == "all" and not depth_tokens:
-        raise ValueError("pooling: expected mean or max for a model without depth tokens, got 'all'")

@@ -1,4 +1,4 @@
-"""ProductHead: what a gene and a cell have to do with each other, as a product of a map of each."""
+"""ProductHead: what a gene and a cell have to do with each other, as a product of a vector of each."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xtg_kernels import RaggedBatch
+from xtrimogene.network.config import DEPTH_NUMBERS, PRODUCT_HIDDEN_MULT
 from xtrimogene.network.pooling import pool
 
 
 class CellNorm(nn.Module):
-    """Each channel of the cells' vectors with mean 0 and variance 1 over cells, times `weight`, plus `bias`.
+    """Each channel of the cells' vectors less `mean`, by the root of `variance`, times `weight`, plus `bias`.
 
-    What cells have in common is large beside what tells them apart, and a LayerNorm would leave it there. In training
-    the moments are those of the batch, as in batch norm (Ioffe and Szegedy 2015); in evaluation, and for a batch of one
-    cell, they are `mean` and `variance`, which settle sets. They are not averaged along the way: such averages
-    lag behind the weights.
+    What cells have in common is large beside what tells them apart, and a LayerNorm would leave it there. The moments
+    are those of cells that settle was given, in training too: cells of a batch are often of one file, and the moments
+    of a batch (batch norm) would take away what these have in common, and make a cell's prediction depend on others.
     """
 
     mean: Tensor
@@ -30,48 +31,108 @@ class CellNorm(nn.Module):
         self.register_buffer("variance", torch.ones(dim))
 
     def settle(self, cells: Tensor) -> None:
-        """Take the moments of these cells (n, dim), n > 1, for evaluation."""
+        """Take the moments of these cells (n, dim), n > 1."""
         self.mean.copy_(cells.mean(dim=0))
         self.variance.copy_(cells.var(dim=0, correction=0))
 
     def forward(self, cells: Tensor) -> Tensor:
         """(n, dim) -> (n, dim)."""
-        if self.training and len(cells) > 1:
-            return F.batch_norm(cells, None, None, self.weight, self.bias, training=True, eps=self.eps)
         return (cells - self.mean) * (self.variance + self.eps).rsqrt() * self.weight + self.bias
 
 
+def cells_of_tokens(batch: RaggedBatch) -> Tensor:
+    """(total_nnz,) the cell of each token; slack counts to the last one."""
+    tokens = torch.arange(batch.total_nnz, device=batch.cu_seqlens.device, dtype=batch.cu_seqlens.dtype)
+    return torch.searchsorted(batch.cu_seqlens[1:], tokens, right=True).clamp(max=max(batch.batch_size - 1, 0))
+
+
 class ProductHead(nn.Module):
-    """The term <W_g row_g, W_c norm(pooled_c)> of the prediction of gene g in cell c.
+    """The term <W_g row_g, cell_c> + b_g of the prediction of gene g in cell c, cell_c the cell's vector:
 
-    row_g is the gene's row of the gene table, pooled_c the mean of the encoder's rows of the cell's tokens, norm a
-    CellNorm, W_g and W_c linear maps (width, dim). The published decoder has no way to multiply what it knows of the
-    gene by what it knows of the cell but its feed-forward and attention layers, which learn that product slowly; as a
-    term of its own (the "MVC" decoder of scGPT, Cui et al. 2024) it is there from the first step.
+        n_c    = CellNorm([depth_c, bag_c, pooled_c])
+        cell_c = A n_c + C relu(B n_c)
 
-    The arithmetic is float32 (float64 for float64), under autocast too: it costs next to nothing.
+    row_g     row g of the gene table
+    depth_c   log(1 + genes), mean and sum of the values that are seen of the cell
+    bag_c     sum over the genes seen of value * row_g, divided by the square root of their number
+    pooled_c  mean of the encoder's rows of the cell's tokens
+
+    The published network has no way to multiply what it knows of the gene by what it knows of the cell, nor a value by
+    its gene's row, but its feed-forward and attention layers, which learn products slowly. As terms of their own (the
+    "MVC" decoder of scGPT, Cui et al. 2024, has the first) they are there from the first step: without pooled_c, the
+    term is an auto-encoder of one hidden layer beside principal components. A and B start with zeros for pooled_c.
+
+    In training a share `dropout` of the channels of cell_c is dropped. The arithmetic is float32 (float64 for float64),
+    under autocast too.
     """
 
-    def __init__(self, dim: int, width: int) -> None:
+    def __init__(self, dim: int, width: int, positions: int, *, dropout: float = 0.0) -> None:
         super().__init__()
-        self.norm = CellNorm(dim)
-        self.cell_map = nn.Linear(dim, width, bias=False)
+        features = DEPTH_NUMBERS + 2 * dim
+        self.norm = CellNorm(features)
+        self.cell_map = nn.Linear(features, width)
+        self.hidden = nn.Linear(features, PRODUCT_HIDDEN_MULT * width)
+        self.out = nn.Linear(PRODUCT_HIDDEN_MULT * width, width, bias=False)
         self.gene_map = nn.Linear(dim, width, bias=False)
+        self.gene_bias = nn.Parameter(torch.zeros(positions))
+        self.dropout = nn.Dropout(dropout)
+        with torch.no_grad():
+            for layer in (self.cell_map, self.hidden):
+                layer.weight[:, -dim:] = 0
 
-    def forward(self, gene_rows: Tensor, encoded: Tensor, cu_seqlens: Tensor, *, depth_tokens: bool) -> Tensor:
-        """The term of every gene in every cell, (batch, positions) float32 (float64 for float64).
+    def features(
+        self,
+        gene_rows: Tensor,
+        batch: RaggedBatch,
+        encoded: Tensor | None,
+        *,
+        depth_tokens: bool,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """(batch, 3 + 2 dim) depth_c, bag_c and pooled_c of each cell, all zeros for a cell without genes.
 
-        gene_rows             (positions, dim), one row for each gene (and depth token)
-        encoded, cu_seqlens   (total_nnz, dim), (batch + 1,) int32: the encoder's rows of the tokens of each cell
-        depth_tokens          whether each cell's last two tokens are T and S
-
-        A cell without genes is taken for one whose pooled row is 0.
+        gene_rows     (positions, dim), one row for each gene (and depth token)
+        encoded       (total_nnz, dim), the encoder's rows of the batch's tokens; None for zeros
+        depth_tokens  whether each cell's last two tokens are T and S, of which bag and depth know nothing
+        weights       (total_nnz,) of the tokens in the bag; None for 1
         """
-        with torch.autocast(encoded.device.type, enabled=False):
-            pooled = pool(encoded, cu_seqlens, "mean", depth_tokens=depth_tokens)
-            no_genes = cu_seqlens.diff() <= 2 * depth_tokens
-            pooled = pooled.masked_fill(no_genes[:, None], 0.0).to(self.norm.weight.dtype)
-            # <W_g row, v> = <row, W_g^T v>: a map of each cell, where a map of each gene would cost the whole table.
-            cells = self.cell_map(self.norm(pooled)) @ self.gene_map.weight
-            products = cells @ gene_rows.to(cells.dtype).t()
-        return products if products.dtype == torch.float64 else products.float()
+        dtype = self.norm.weight.dtype
+        with torch.autocast(gene_rows.device.type, enabled=False):
+            starts, ends = batch.cu_seqlens[:-1], batch.cu_seqlens[1:]
+            gene_ends = torch.maximum(ends - 2 * depth_tokens, starts)
+            tokens = torch.arange(batch.total_nnz, device=gene_rows.device, dtype=starts.dtype)
+            cells = cells_of_tokens(batch)
+            # Depth tokens and slack, whose ids may be anything, weigh nothing.
+            values = torch.where(tokens < gene_ends[cells], batch.values.to(dtype), 0)
+            bag = F.embedding_bag(
+                batch.gene_ids.to(starts.dtype).clamp(0, len(gene_rows) - 1),
+                gene_rows.to(dtype),
+                starts,
+                mode="sum",
+                per_sample_weights=values if weights is None else values * weights,
+            )
+            genes = (gene_ends - starts).to(dtype)
+            total = torch.segment_reduce(values, "sum", offsets=batch.cu_seqlens.long(), axis=0)
+            # The sum in thousands: a channel of about 1, whatever norm it goes through.
+            numbers = [genes.log1p(), total / genes.clamp(min=1), total / 1000]
+            pooled = torch.zeros_like(bag)
+            if encoded is not None:
+                pooled = pool(encoded, batch.cu_seqlens, "mean", depth_tokens=depth_tokens).to(dtype)
+                pooled = pooled.masked_fill((genes == 0)[:, None], 0.0)
+            return torch.cat([torch.stack(numbers, dim=1), bag / genes.clamp(min=1).sqrt()[:, None], pooled], dim=1)
+
+    def cells(self, features: Tensor) -> Tensor:
+        """(batch, width) the cells' vectors, of their features."""
+        with torch.autocast(features.device.type, enabled=False):
+            normed = self.norm(features)
+            return self.dropout(self.cell_map(normed) + self.out(F.relu(self.hidden(normed))))
+
+    def forward(self, gene_rows: Tensor, features: Tensor) -> Tensor:
+        """The term of every gene in every cell, (batch, positions) in the dtype of the weights.
+
+        gene_rows (positions, dim), features (batch, 3 + 2 dim) those of the cells.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            # <W_g row, cell> = <row, W_g^T cell>: a map of each cell, where one of each gene would be of a whole table.
+            cells = self.cells(features) @ self.gene_map.weight
+            return torch.addmm(self.gene_bias, cells, gene_rows.to(cells.dtype).t())

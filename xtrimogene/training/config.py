@@ -30,10 +30,13 @@ _DEFAULT_MODEL = {"preset": "3m"}
 RECIPES: dict[str, dict[str, Any]] = {
     "published": {"model": _DEFAULT_MODEL},
     "small": {
-        "model": {"preset": "tiny", "dropout": 0.0, "product_head": 64, "gene_std": 0.05},
-        "batch_cells": 8,
-        "learning_rate": 5e-3,
-        "beta2": 0.95,
+        "model": {"preset": "tiny", "dropout": 0.0, "product_head": 64, "product_dropout": 0.2, "gene_std": 0.05},
+        "batch_cells": 32,
+        "learning_rate": 1e-3,
+        # Below, the median of a rare gene is learned in place of its mean: Adam divides by what it remembers.
+        "beta2": 0.99,
+        "head_steps": 4000,
+        "head_learning_rate": 5e-3,
         "schedule": "cosine",
         "final_rate_share": 0.05,
     },
@@ -74,6 +77,10 @@ class PretrainConfig:
     schedule        after the warm-up: "constant", or "cosine" down to final_rate_share of the rate at max_steps
     warmup_steps    steps of linear warm-up; None: the published 9,766 steps, at most a tenth of max_steps
     redraw_every    steps between two draws of the decoder's random projections
+    head_steps      steps at the beginning in which the product head learns alone, without encoder and decoder, which
+                    takes little time; at most nine tenths of max_steps. Then warm-up and schedule begin anew
+    head_learning_rate
+                    learning rate of these steps
 
     precision       "float32", or "bfloat16" through autocast (weights and optimizer stay float32)
     activation_checkpointing
@@ -126,6 +133,8 @@ class PretrainConfig:
     final_rate_share: float = 0.1
     warmup_steps: int | None = None
     redraw_every: int = 1000
+    head_steps: int = 0
+    head_learning_rate: float = 5e-3
 
     precision: str = "float32"
     activation_checkpointing: bool = False
@@ -145,7 +154,7 @@ class PretrainConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"config {name}: expected at least {low}, got {value!r}")
-        for name in ("learning_rate", "adam_eps", "clip_norm"):
+        for name in ("learning_rate", "head_learning_rate", "adam_eps", "clip_norm"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"config {name}: expected a number > 0, got {getattr(self, name)!r}")
         for name in ("beta1", "beta2", "validation_share"):
@@ -180,18 +189,28 @@ class PretrainConfig:
         except ValueError as error:
             raise ValueError(f"config model: {error}") from None
 
-    def rate(self, step: int) -> float:
-        """Learning rate of optimizer step `step`, counted from 0."""
+    def head_steps_of(self, model: XTrimoGeneConfig) -> int:
+        """Steps in which the product head of such a model learns alone: none where it has learned already."""
+        if model.product_head is None or self.checkpoint is not None:
+            return 0
+        return min(self.head_steps, self.max_steps * 9 // 10)
+
+    def rate(self, step: int, head_steps: int = 0) -> float:
+        """Learning rate of optimizer step `step`, counted from 0, of a run whose head learns alone for head_steps."""
+        if step < head_steps:
+            highest, steps = self.head_learning_rate, head_steps
+        else:
+            highest, step, steps = self.learning_rate, step - head_steps, self.max_steps - head_steps
         warmup = self.warmup_steps
         if warmup is None:
-            warmup = min(PUBLISHED_WARMUP_STEPS, self.max_steps // 10)
+            warmup = min(PUBLISHED_WARMUP_STEPS, steps // 10)
         if step < warmup:
-            return self.learning_rate * (step + 1) / (warmup + 1)
+            return highest * (step + 1) / (warmup + 1)
         if self.schedule == "constant":
-            return self.learning_rate
-        done = min(1.0, (step - warmup) / max(1, self.max_steps - warmup))
+            return highest
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
         falling = (1 + math.cos(math.pi * done)) / 2
-        return self.learning_rate * (self.final_rate_share + (1 - self.final_rate_share) * falling)
+        return highest * (self.final_rate_share + (1 - self.final_rate_share) * falling)
 
     def to_dict(self) -> dict[str, Any]:
         """All keys and values, in the order of the class; the sections as dicts."""
@@ -287,6 +306,7 @@ _LEAST = {
     "weight_decay": 0,
     "warmup_steps": 0,
     "redraw_every": 1,
+    "head_steps": 0,
     "log_every": 1,
     "validate_every": 1,
     "checkpoint_every": 1,

@@ -16,27 +16,33 @@ from xtrimogene.training.ranks import Ranks
 
 
 class _LossOf(nn.Module):
-    """The model's summed loss as a module's forward, which is what DDP and FSDP act on; or its cells' embeddings."""
+    """The model's summed loss as a module's forward, which is what DDP and FSDP act on, or that of its product head
+    alone; or what the product head reads of the cells."""
 
     def __init__(self, model: XTrimoGeneNetwork) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, masked: MaskedBatch, *, embeddings: bool = False) -> Tensor:
-        return self.model.embed_batch(masked.batch) if embeddings else self.model.loss(masked, reduction="sum")
+    def forward(
+        self, masked: MaskedBatch, head_alone: tuple[float, float] | None = None, *, features: bool = False
+    ) -> Tensor:
+        if features:
+            return self.model.product_features(masked.batch, None if head_alone else self.model(masked.batch))
+        return self.model.loss(masked) if head_alone is None else self.model.product_loss(masked, *head_alone)
 
 
-def parallel(model: XTrimoGeneNetwork, ranks: Ranks, how: str) -> nn.Module:
+def parallel(model: XTrimoGeneNetwork, ranks: Ranks, how: str, *, head_alone: bool = False) -> nn.Module:
     """The module whose forward is the model's summed loss of a MaskedBatch: "ddp" or "fsdp" where there are ranks.
 
-    With embeddings=True it is the mean embeddings of the cells, as the encoder sees them masked.
+    With head_alone, the rates of the masking plan, it is the loss of the product head without encoder and decoder, for
+    which the argument here makes room; with features=True what the head reads of the cells, as they are masked.
     """
     network = _LossOf(model)
     if ranks.world_size == 1:
         return network
     if how == "ddp":
         # Projections are drawn alike on all ranks: there is nothing to broadcast.
-        return DistributedDataParallel(network, broadcast_buffers=False)
+        return DistributedDataParallel(network, broadcast_buffers=False, find_unused_parameters=head_alone)
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for layer in (*model.encoder.layers, *model.decoder.layers):
         fully_shard(layer, mesh=mesh)

@@ -37,14 +37,15 @@ from xtrimogene.training.log import TrainingLog
 from xtrimogene.training.parallel import exchanging, parallel
 from xtrimogene.training.ranks import Ranks, StopSignals
 from xtrimogene.training.run_folder import MODEL_FOLDER, RunFolder
-from xtrimogene.training.validation import Losses, gene_means, validate
+from xtrimogene.training.validation import Losses, evenly_spaced, gene_means, validate
 
 # Streams of random numbers: different first words for different uses of one seed.
 _WEIGHTS, _DROPOUT, _PROJECTIONS = 1, 2, 3
 # What is summed between two lines of the log: squared errors, chosen genes, cells, tokens, seconds.
 _SINCE_LOG = ("squares", "chosen", "cells", "tokens", "seconds")
-# Training cells whose moments the product head's norm takes, about.
-_SETTLED_CELLS = 256
+# The product head's norm takes the moments of at most so many training cells, every so many steps.
+_SETTLED_CELLS = 512
+_SETTLE_EVERY = 200
 # Training cells that the baselines' means are taken over, at most.
 _BASELINE_CELLS = 20_000
 
@@ -129,6 +130,7 @@ class Run:
         self.config, self.cells, self.folder, self.ranks = config, cells, folder, ranks
         self.show_progress = show_progress and ranks.is_first
         self.progress = _Progress()
+        self._means: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None = None
         torch.manual_seed(_seed_of(config.seed, _WEIGHTS))
         if start is None:
             self.model = XTrimoGeneNetwork(config.model_config(len(cells.vocabulary)), cells.vocabulary)
@@ -136,7 +138,11 @@ class Run:
             self.model = XTrimoGeneNetwork.from_checkpoint(start)
         self.model.to(ranks.device)
         self.model.checkpoint_activations = config.activation_checkpointing
-        self.network: nn.Module = parallel(self.model, ranks, config.parallel)
+        if start is None and self.model.product_head is not None:
+            # Else the table's small rows would have to learn each gene's mean.
+            self.model.product_head.gene_bias.data[: len(cells.vocabulary)] = torch.from_numpy(self._chosen_means())
+        self.head_steps = config.head_steps_of(self.model.config)
+        self.network: nn.Module = parallel(self.model, ranks, config.parallel, head_alone=self.head_steps > 0)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -147,7 +153,7 @@ class Run:
             fused=True,
         )
         self.log: TrainingLog | None = None
-        self._means: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]] | None = None
+        self._settling: list[MaskedBatch] | None = None
         self._counted: tuple[int, int] | None = None
         self._clock = 0.0
         self.rate = self.norm = math.nan
@@ -230,11 +236,14 @@ class Run:
             ) as bar,
         ):
             self._clock = time.perf_counter()
+            if not progress.step:
+                self._settle_where_due()
             # Broken off here, a run has nothing to save: it has made no step, or is where its checkpoint is.
             number = self._validate_where_due(bar, signals)
             while not (number or self._is_over()):
                 number = self._step(batches, signals)
                 bar.update()
+                self._settle_where_due()
                 if progress.step % config.log_every == 0 or self._is_over():
                     self._log_step(bar)
                 if not number:
@@ -277,7 +286,7 @@ class Run:
             torch.manual_seed(_seed_of(config.seed, _DROPOUT, progress.step, number))
             with exchanging(self.network, part + 1 == config.accumulate):
                 with self._autocast():
-                    loss = self.network(masked.to(ranks.device))
+                    loss = self.network(masked.to(ranks.device), self._head_alone())
                 loss.backward()
             squares += loss.detach()
             chosen += masked.total_chosen
@@ -300,9 +309,11 @@ class Run:
                 "start again, or look at the data"
             )
         for parameter in self.parameters:
-            if parameter.grad is not None:
-                # DDP and FSDP give the mean over the ranks of each one's sum.
-                parameter.grad.mul_(ranks.world_size / sums[1])
+            if parameter.grad is None:
+                # While the head learns alone. The optimizer's state is to be whole in every checkpoint.
+                parameter.grad = torch.zeros_like(parameter)
+            # DDP and FSDP give the mean over the ranks of each one's sum.
+            parameter.grad.mul_(ranks.world_size / sums[1])
         norm = nn.utils.clip_grad_norm_(self.parameters, config.clip_norm)
         self.norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not math.isfinite(self.norm):
@@ -310,7 +321,7 @@ class Run:
                 f"step {progress.step + 1:,}: the norm of the gradient is {self.norm}; lower learning_rate, or raise "
                 "warmup_steps, and start again, or look at the data"
             )
-        self.rate = config.rate(progress.step)
+        self.rate = config.rate(progress.step, self.head_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.optimizer.step()
@@ -322,6 +333,11 @@ class Run:
         for name, value in zip(_SINCE_LOG, sums, strict=True):
             progress.since_log[name] += value
         return signals.first([term, interrupt])
+
+    def _head_alone(self) -> tuple[float, float] | None:
+        """The rates of the masking plan while the product head learns without encoder and decoder, else None."""
+        masking = self.config.masking
+        return (masking.nonzero_rate, masking.zero_rate) if self.progress.step < self.head_steps else None
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bfloat16")
@@ -371,31 +387,28 @@ class Run:
             bar.write(f"step {step:,}: validation loss {validated.model:.4f}", file=sys.stderr)
         return 0
 
-    def _settle(self) -> None:
-        """Give the product head's norm the moments of the cells as the weights make them now.
+    def _settle_where_due(self) -> None:
+        """Give the product head's norm the moments of the cells as the weights make them now, every so many steps.
 
-        Always the same masked cells, all of them on every rank: the moments depend on the weights alone.
+        Always the same masked cells, evenly spaced over all data sets, all of them on every rank: the moments depend on
+        the weights alone.
         """
-        head, pooled, cells = self.model.product_head, [], 0
-        if head is None:
+        head, step = self.model.product_head, self.progress.step
+        if head is None or not (step % _SETTLE_EVERY == 0 or step == self.head_steps):
             return
+        if self._settling is None:
+            self._settling = list(self.cells.masked(evenly_spaced(self.cells.training, _SETTLED_CELLS), 0))
         self.network.eval()
-        batches = self.cells.iterate(0)
-        with torch.no_grad(), contextlib.closing(batches):
-            for masked in batches:
+        features = []
+        with torch.no_grad():
+            for masked in self._settling:
                 with self._autocast():
-                    pooled.append(self.network(masked.to(self.ranks.device), embeddings=True))
-                cells += masked.batch_size
-                if cells >= _SETTLED_CELLS:
-                    break
-        settled = torch.cat(pooled)
-        # A cell all of whose genes are hidden has no embedding.
-        settled = settled[settled.isfinite().all(dim=1)]
+                    features.append(self.network(masked.to(self.ranks.device), self._head_alone(), features=True))
+        settled = torch.cat(features)
         if len(settled) > 1:
             head.norm.settle(settled)
 
     def _validate(self, signals: StopSignals) -> Losses | int:
-        self._settle()
         losses = validate(self.network, self.cells, self.ranks, signals, self._autocast, self._gene_means())
         if isinstance(losses, Losses) and not losses.chosen:
             raise TrainingFailed("validation: no gene was chosen; raise masking.nonzero_rate or masking.zero_rate")
@@ -407,8 +420,16 @@ class Run:
             self._means = self.ranks.first(lambda: gene_means(self.cells, _BASELINE_CELLS))
         return self._means
 
+    def _chosen_means(self) -> npt.NDArray[np.float32]:
+        """(genes,) mean value of each gene over the training cells in which it is chosen, as the plan chooses."""
+        mean, nonzero_mean = self._gene_means()
+        share = np.divide(mean, nonzero_mean, out=np.zeros_like(mean), where=nonzero_mean > 0)
+        masking = self.config.masking
+        chosen = masking.nonzero_rate * share + masking.zero_rate * (1 - share)
+        values = masking.nonzero_rate * mean
+        return np.divide(values, chosen, out=np.zeros_like(mean), where=chosen > 0).astype(np.float32)
+
     def _save_model(self) -> Path:
-        self._settle()
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         tensors: dict[str, Any] = get_model_state_dict(self.model, options=options)
 

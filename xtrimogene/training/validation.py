@@ -70,10 +70,15 @@ def validate(
     return Losses(model, mean_loss, zero_mean_loss, int(chosen))
 
 
+def evenly_spaced(numbers: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:
+    """At most so many of them, from the first to the last."""
+    return numbers[np.linspace(0, len(numbers) - 1, min(most, len(numbers))).astype(int)]
+
+
 def gene_means(cells: TrainingCells, most: int) -> Means:
     """(genes,) mean log-normalised value of each gene over at most so many training cells, evenly spaced, and its mean
     over those of them where it is not zero (0 where there is none)."""
-    sample = cells.training[np.linspace(0, len(cells.training) - 1, min(most, len(cells.training))).astype(int)]
+    sample = evenly_spaced(cells.training, most)
     genes = len(cells.vocabulary)
     sums, counts = np.zeros(genes), np.zeros(genes)
     for start in range(0, len(sample), _READ_CELLS):

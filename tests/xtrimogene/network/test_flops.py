@@ -276,7 +276,8 @@ def test_the_decoder_written_out() -> None:
     assert flops.head == 2 * 128 * asked
     assert flops.product == 0
     with_product = XTrimoGeneConfig.from_dict({**config.to_dict(), "product_head": 64})
-    assert decoder_flops(with_product, [100, 200, 0, 0]).product == 4 * (2 * 2 * 128 * 64 + 2 * 128 * 1002)
+    maps = 259 * 64 + 512 * 259 + 64 * 512 + 64 * 128
+    assert decoder_flops(with_product, [100, 200, 0, 0]).product == 4 * 2 * (maps + 128 * 1002)
     plain = decoder_flops(config, [100, 200, 0, 0], savings=False)
     assert plain.linear == 3 * 24 * square * everything
     assert plain.favor == 8 * 128 * 266 * 3 * everything

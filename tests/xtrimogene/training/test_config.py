@@ -41,14 +41,15 @@ def test_yaml_with_changes(tmp_path: Path) -> None:
 def test_a_recipe_is_what_the_given_keys_leave_out(tmp_path: Path) -> None:
     assert PretrainConfig.from_yaml(None, recipe="published") == PretrainConfig()
     small = PretrainConfig.from_yaml(None, recipe="small")
-    assert (small.batch_cells, small.learning_rate, small.beta2, small.schedule) == (8, 5e-3, 0.95, "cosine")
-    sizes = {"dropout": 0.0, "product_head": 64, "gene_std": 0.05}
+    assert (small.batch_cells, small.learning_rate, small.beta2, small.schedule) == (32, 1e-3, 0.99, "cosine")
+    assert (small.head_steps, small.head_learning_rate) == (4000, 5e-3)
+    sizes = {"dropout": 0.0, "product_head": 64, "product_dropout": 0.2, "gene_std": 0.05}
     assert small.model_config(9) == XTrimoGeneConfig.preset("tiny", num_genes=9, **sizes)
     assert PretrainConfig.from_dict({}, recipe="small") == small
     path = tmp_path / "config.yaml"
     path.write_text("model:\n  preset: 3m\n  dropout: 0.2\nbeta2: 0.9\n")
     changed = PretrainConfig.from_yaml(path, ["model.product_head=7", "batch_cells=3"], recipe="small")
-    assert (changed.batch_cells, changed.beta2, changed.learning_rate) == (3, 0.9, 5e-3)
+    assert (changed.batch_cells, changed.beta2, changed.learning_rate) == (3, 0.9, 1e-3)
     wanted = {**sizes, "dropout": 0.2, "product_head": 7}
     assert changed.model_config(9) == XTrimoGeneConfig.preset("3m", num_genes=9, **wanted)
     one = PretrainConfig.from_yaml(None, ["model.dim=32"], recipe="small")
@@ -64,9 +65,10 @@ def test_a_recipe_is_what_the_given_keys_leave_out(tmp_path: Path) -> None:
 def test_a_recipe_leaves_sizes_without_preset_and_checkpoints_alone() -> None:
     sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "decoder_dim": 8, "decoder_layers": 1, "decoder_heads": 2}
     config = PretrainConfig.from_dict({"model": sizes}, recipe="small")
-    assert config.model_config(5) == XTrimoGeneConfig(num_genes=5, **sizes, dropout=0.0, product_head=64, gene_std=0.05)
+    own = {"dropout": 0.0, "product_head": 64, "product_dropout": 0.2, "gene_std": 0.05}
+    assert config.model_config(5) == XTrimoGeneConfig(num_genes=5, **sizes, **own)
     tuned = PretrainConfig.from_dict({"checkpoint": "folder"}, recipe="small")
-    assert (tuned.learning_rate, tuned.model) == (5e-3, PretrainConfig().model)
+    assert (tuned.learning_rate, tuned.model) == (1e-3, PretrainConfig().model)
     with pytest.raises(ValueError, match="recipe: expected one of published, small, got 'big'"):
         PretrainConfig.from_yaml(None, ["model.dim=3"], recipe="big")
 

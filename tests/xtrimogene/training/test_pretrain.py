@@ -261,31 +261,74 @@ def test_accumulated_batches_are_one_batch(path: Path, tmp_path: Path) -> None:
         assert losses(tmp_path / "four", name=name) == pytest.approx(losses(tmp_path / "one", name=name), rel=1e-4)
 
 
-def test_a_product_head_ends_with_the_moments_of_training_cells_and_resumes_bit_for_bit(
-    path: Path, tmp_path: Path
+def test_a_product_head_takes_the_moments_of_training_cells_and_resumes_bit_for_bit(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: dict[str, Any] = {"model": {**MODEL, "product_head": 4, "dropout": 0.0}}
-    run(path, tmp_path / "whole", **changes)
-    model = XTrimoGene.from_pretrained(tmp_path / "whole" / "model")
+    run(path, tmp_path / "still", **changes, learning_rate=1e-30)
+    model = XTrimoGene.from_pretrained(tmp_path / "still" / "model")
     with (
         TrainingCells(
             path, model.vocabulary, masking=config().masking, min_genes=3, validation_share=0.1, batch_cells=8
         ) as stream,
         torch.no_grad(),
     ):
-        pooled = torch.cat([model.embed_batch(masked.batch) for masked in stream.iterate(0)])
+        batches = [masked.batch for masked in stream.masked(stream.training, 0)]
+        features = torch.cat([model.product_features(batch, model(batch)) for batch in batches])
         norm = model.product_head.norm
-        torch.testing.assert_close(norm.mean, pooled.mean(0))
-        torch.testing.assert_close(norm.variance, pooled.var(0, correction=0))
+        torch.testing.assert_close(norm.mean, features.mean(0))
+        torch.testing.assert_close(norm.variance, features.var(0, correction=0))
         # The last validation is of the model that is saved.
         squares, chosen = 0.0, 0
         for masked in stream.validation():
             squares, chosen = squares + float(model.loss(masked)), chosen + masked.total_chosen
-    assert losses(tmp_path / "whole", "validation")[-1] == pytest.approx(squares / chosen, rel=1e-5)
+    assert losses(tmp_path / "still", "validation")[-1] == pytest.approx(squares / chosen, rel=1e-5)
 
+    # Moments of an even step are in the checkpoint of an odd one.
+    monkeypatch.setattr("xtrimogene.training.run._SETTLE_EVERY", 2)
+    changes["head_steps"] = 4
+    run(path, tmp_path / "whole", **changes)
     run(path, tmp_path / "halved", **changes, max_seconds=1e-9)
     run(path, tmp_path / "halved", **changes, resume=True)
     assert_same_weights(tmp_path / "halved", tmp_path / "whole")
+    settled = [weights(tmp_path / name)["product_head.norm.variance"] for name in ("still", "whole")]
+    assert not torch.allclose(*settled)
+
+
+def test_the_product_head_begins_with_the_means_and_learns_alone_at_first(path: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"model": {**MODEL, "product_head": 4}, "masking": MaskingConfig(zero_rate=0.2)}
+    # The fresh model, the one after a step of the head alone, and after a step of all of it.
+    for name, rate, head_steps in (("fresh", 1e-30, 3), ("head", 1e-2, 3), ("all", 1e-2, 0)):
+        run(
+            path,
+            tmp_path / name,
+            **changes,
+            learning_rate=rate,
+            head_learning_rate=rate,
+            warmup_steps=0,
+            head_steps=head_steps,
+            max_seconds=1e-9,
+        )
+    fresh, head, everything = (weights(tmp_path / name) for name in ("fresh", "head", "all"))
+    for name, tensor in fresh.items():
+        learns = name == "embedding.gene_table" or name.startswith("product_head")
+        if learns and "norm" not in name:
+            assert not torch.equal(head[name], tensor), name
+        elif not learns:
+            assert torch.equal(head[name], tensor), name
+    assert not torch.equal(everything["decoder.head.weight"], fresh["decoder.head.weight"])
+    # Each gene's mean where it is chosen, over the training cells, which are chosen often enough here.
+    vocabulary = XTrimoGene.from_pretrained(tmp_path / "fresh" / "model").vocabulary
+    masking = MaskingConfig(zero_rate=0.2)
+    with TrainingCells(path, vocabulary, masking=masking, min_genes=3, validation_share=0.1, batch_cells=8) as stream:
+        genes, values = [], []
+        for epoch in range(60):
+            for masked in stream.iterate(epoch):
+                genes.append(masked.chosen_ids.numpy())
+                values.append(masked.chosen_values.numpy())
+    found = np.bincount(np.concatenate(genes), np.concatenate(values)) / np.bincount(np.concatenate(genes))
+    assert np.corrcoef(found, fresh["product_head.gene_bias"].numpy())[0, 1] > 0.99
+    np.testing.assert_allclose(fresh["product_head.gene_bias"].numpy().mean(), found.mean(), rtol=0.05)
 
 
 def test_checkpointed_activations_change_no_bit(path: Path, tmp_path: Path, uninterrupted: Path) -> None:

@@ -50,9 +50,10 @@ def test_two_ranks_learn_what_one_learns(path: Path, tmp_path: Path, torchrun: T
     """With a product head, whose norm takes the moments of a batch: those of two ranks are those of one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    run(path, tmp_path / "one", accumulate=2, **{**CHANGES, "model": {**CHANGES["model"], "product_head": 4}})
+    own = {"model": {**CHANGES["model"], "product_head": 4}, "head_steps": 4}
+    run(path, tmp_path / "one", accumulate=2, **{**CHANGES, **own})
     torch.set_num_threads(threads)
-    changes = ["batch_cells=4", "model.dropout=0", "model.product_head=4"]
+    changes = ["batch_cells=4", "model.dropout=0", "model.product_head=4", "head_steps=4"]
     process = torchrun(*arguments(path, tmp_path / "two", *changes))
     out, err = process.communicate()
     assert process.returncode == 0, err
@@ -69,7 +70,7 @@ def test_two_ranks_learn_what_one_learns(path: Path, tmp_path: Path, torchrun: T
 def test_fsdp_saves_loads_and_goes_on(path: Path, tmp_path: Path, torchrun: Torchrun) -> None:
     output = tmp_path / "run"
     changes = ["batch_cells=4", "parallel=fsdp", "activation_checkpointing=true"]
-    changes += ["max_steps=4", "checkpoint_every=2", "validate_every=4", "model.product_head=4"]
+    changes += ["max_steps=4", "checkpoint_every=2", "validate_every=4", "model.product_head=4", "head_steps=1"]
     process = torchrun(*arguments(path, output, *changes))
     assert process.wait() == 0, process.communicate()[1]
     shutil.move(output / "model", tmp_path / "whole" / "model")
@@ -84,7 +85,8 @@ def test_fsdp_saves_loads_and_goes_on(path: Path, tmp_path: Path, torchrun: Torc
     assert_same_weights(output, tmp_path / "whole")
     assert XTrimoGene.from_pretrained(output / "model").config.dim == 16
     model = {**MODEL, "product_head": 4}
-    run(path, tmp_path / "one", model=model, accumulate=2, max_steps=4, validate_every=4, batch_cells=4)
+    own = {"max_steps": 4, "validate_every": 4, "head_steps": 1}
+    run(path, tmp_path / "one", model=model, accumulate=2, batch_cells=4, **own)
     assert losses(output) == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
