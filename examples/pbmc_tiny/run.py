@@ -2,8 +2,9 @@
 
 DATA is a folder with zheng_pbmc_facs.h5ad (BSD-2-Clause), pbmc3k_counts_labelled.h5ad (MIT) and
 scp1884_gut_1020cells.h5ad (Apache-2.0): raw counts, cell types in obs["celltype"]. A tenth of the cells of each is held
-out. Writes the model with its card into xtrimogene/models/pbmc-tiny, the evaluations and the log of the run into this
-folder. What is trained is in OUTPUT/run; started again it goes on.
+out. Writes the model with its card into xtrimogene/models/pbmc-tiny, the evaluations, the log of the run and a UMAP of
+cells that scanpy ships, which are not among these, into this folder. What is trained is in OUTPUT/run; started again it
+goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy.typing as npt
 import torch
 
 import xtrimogene
-from xtrimogene import Vocabulary, XTrimoGene
+from xtrimogene import Vocabulary, XTrimoGene, embed
+from xtrimogene.demo import draw, load_cells
 from xtrimogene.evaluation.evaluate import Evaluation, evaluate
 from xtrimogene.evaluation.report import masked_table, spaces_table, verdict, write
 from xtrimogene.network import folder
@@ -85,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tensors["embedding.gene_table"] = tensors["embedding.gene_table"].bfloat16()
     card = card_of(report, config, everything, labelled)
     folder.save(options.model, tensors, model.config, model.vocabulary, card=card, overwrite=True)
+    cells = load_cells()
+    embed(cells, model, normalized=True, progress=False)
+    draw(cells, {"X_xtrimogene": NAME, "X_pca": "principal components"}, options.output / "umap.png")
     print(masked_table(everything), verdict(everything), spaces_table(labelled), sep="\n\n")
 
 
