@@ -1,0 +1,1 @@
+"""The three tasks: cell types, perturbation effects, drug pairs."""
