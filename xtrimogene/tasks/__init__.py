@@ -1,1 +1,1 @@
-"""The three tasks: cell types, perturbation effects, drug pairs."""
+"""Tasks: what embeddings are for, a file each, over what they share: splits, fits, folders and reports."""
