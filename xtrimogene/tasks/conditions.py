@@ -38,7 +38,9 @@ def control_of(labels: Collection[str], control: str | None, *, column: str) -> 
     likely = sorted(label for label in labels if all(map(is_control_word, label.split("+"))))
     if control is not None:
         if control not in labels:
-            near = difflib.get_close_matches(control, sorted(labels), n=1) + [each for each in likely if each != control]
+            near = difflib.get_close_matches(control, sorted(labels), n=1) + [
+                each for each in likely if each != control
+            ]
             shown = near or sorted(labels)[:_SHOWN]
             raise ValueError(
                 f"control: expected a label of obs[{column!r}], got {control!r}; it has {', '.join(map(repr, shown))}"

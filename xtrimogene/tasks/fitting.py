@@ -26,7 +26,6 @@ SAVE_SECONDS = 10.0
 CLIP_NORM = 1.0
 # The share of the steps of a fit over which the rate rises.
 WARMUP_SHARE = 0.05
-_STATE = "state"
 # The moments of batch norms and the like are kept beside the parameters; the frozen rest is not.
 _MODEL, _BEST, _OPTIMIZER = "model.", "best.", "optimizer."
 
@@ -62,6 +61,7 @@ def fit(
     progress: bool = True,
     desc: str = "fit",
     save_seconds: float = SAVE_SECONDS,
+    name: str = "state",
 ) -> Fitted:
     """Train a module and leave it, in evaluation mode, with the weights of the epoch of the least validation loss.
 
@@ -76,10 +76,11 @@ def fit(
         seed: of what is random in the module, such as dropout; torch's global state is left as it was.
         work: where the fit is kept; None to keep nothing. It goes on with what it finds there.
         save_seconds: seconds of work between two saves.
+        name: under which work keeps it, another one for each fit of a work folder.
 
     Raises FitFailed for a loss that is not finite.
     """
-    state = _State.found(module, optimizer, work) or _State()
+    state = _State.found(module, optimizer, work, name) or _State()
     total = epochs * len(batches(0))
     rates = [group["lr"] for group in optimizer.param_groups]
     saved = time.perf_counter()
@@ -107,7 +108,7 @@ def fit(
                 state.steps_done += 1
                 bar.update()
                 if work is not None and time.perf_counter() - saved >= save_seconds:
-                    state.save(module, optimizer, work)
+                    state.save(module, optimizer, work, name)
                     saved = time.perf_counter()
             module.eval()
             with torch.no_grad():
@@ -120,7 +121,7 @@ def fit(
             state.end_epoch(module, score, _schedule(state.steps_done - 1, total) * max(rates), len(parts))
             bar.set_postfix_str(f"epoch {state.epoch}, validation {score:.4f}", refresh=False)
         if work is not None:
-            state.save(module, optimizer, work)
+            state.save(module, optimizer, work, name)
     _put(module, state.best)
     module.eval()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -163,17 +164,19 @@ class _State:
         self.history.append({"epoch": self.epoch + 1, "rate": rate, **line})
         self.epoch, self.step, self.losses = self.epoch + 1, 0, 0.0
 
-    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, work: WorkFolder) -> None:
+    def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, work: WorkFolder, file: str) -> None:
         tensors = {_MODEL + name: tensor for name, tensor in _moving(module).items()}
         tensors |= {_BEST + name: tensor for name, tensor in self.best.items()}
         for number, kept in optimizer.state_dict()["state"].items():
             tensors |= {f"{_OPTIMIZER}{number}.{name}": torch.as_tensor(value) for name, value in kept.items()}
         numbers: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "best"}
-        work.save(_STATE, tensors, numbers)
+        work.save(file, tensors, numbers)
 
     @classmethod
-    def found(cls, module: nn.Module, optimizer: torch.optim.Optimizer, work: WorkFolder | None) -> _State | None:
-        kept = None if work is None else work.load(_STATE)
+    def found(
+        cls, module: nn.Module, optimizer: torch.optim.Optimizer, work: WorkFolder | None, file: str
+    ) -> _State | None:
+        kept = None if work is None else work.load(file)
         if kept is None:
             return None
         tensors, numbers = kept

@@ -24,7 +24,7 @@ from xtrimogene.tasks.conditions import Perturbation, control_of, name_of, pertu
 
 Array = npt.NDArray[Any]
 _WINDOW = 1024
-_CONTROL = -1
+CONTROL = -1
 _TARGET_SUM = 1e4
 _SHOWN = 5
 
@@ -64,7 +64,7 @@ class Screen:
 
     @property
     def control_rows(self) -> Array:
-        return self.rows_of(_CONTROL)
+        return self.rows_of(CONTROL)
 
     def read(self, rows: Array, genes: Array | None = None) -> Iterator[tuple[Array, sparse.csr_matrix]]:
         """Windows of some ascending rows: (n,) the rows and (n, genes) what they hold, log-normalised."""
@@ -87,26 +87,14 @@ class Screen:
         width = len(self.genes if genes is None else genes)
         return np.concatenate([np.zeros((0, width), np.float32), *found])
 
-    def raw(self, rows: Array, total_counts: str | None) -> AnnData:
-        """Some ascending rows as they are in the source, for a model to read: columns and totals with them."""
-        pieces = []
-        for row in rows.tolist():
-            indptr, indices, data = self.source.read_rows(row, row + 1)
-            pieces.append(sparse.csr_matrix((data, indices, indptr), shape=(1, self.source.n_vars)))
-        names = pd.Index([self.source.cell_name(row) for row in rows.tolist()], dtype=object)
-        obs = pd.DataFrame(index=names)
-        if total_counts is not None:
-            obs[total_counts] = self.source.obs()[total_counts].to_numpy()[rows]
-        return AnnData(sparse.vstack(pieces, format="csr"), obs=obs, var=self.source.var.copy())
-
     def sums(self, part: Array, parts: int, *, progress: bool = True) -> Sums:
         """Sums over the cells of each condition, group and part; part (n_obs,) numbers from 0."""
         shape = (len(self.perturbations) + 1, len(self.groups), parts)
-        place = np.ravel_multi_index((self.condition.clip(min=_CONTROL) + 1, self.group, part), shape)
+        place = np.ravel_multi_index((self.condition.clip(min=CONTROL) + 1, self.group, part), shape)
         totals = np.zeros((int(np.prod(shape)), len(self.genes)))
         squares = np.zeros((shape[0], len(self.genes)))
         counts = np.zeros(len(totals), np.int64)
-        rows = np.flatnonzero(self.condition >= _CONTROL)
+        rows = np.flatnonzero(self.condition >= CONTROL)
         with progress_bar(len(rows), unit="cell", desc="read screen", disable=not progress) as bar:
             for own, matrix in self.read(rows):
                 matrix = matrix.astype(np.float64)
@@ -197,20 +185,18 @@ def open_screen(
                 f"condition: expected at least two perturbations of at least {min_cells} cells in obs[{condition!r}], "
                 f"got {len(kept)}; give more cells, or a smaller min_cells (--min-cells)"
             )
-        position = {(): _CONTROL, **{each: number for number, each in enumerate(kept)}}
+        position = {(): CONTROL, **{each: number for number, each in enumerate(kept)}}
         conditions = np.array([position.get(each, -2) for each in meaning])[place]
         groups, group_of = np.unique(
             _labels(source, group, "group") if group is not None else np.zeros(len(labels), int), return_inverse=True
         )
         for number, each in enumerate(groups.tolist()):
-            if not np.any((group_of == number) & (conditions == _CONTROL)) and np.any(group_of == number):
+            if not np.any((group_of == number) & (conditions == CONTROL)) and np.any(group_of == number):
                 raise ValueError(
                     f"group: expected control cells in every group, got none in obs[{group!r}] == {each!r}; changes are "
                     "taken within groups: take these cells out, or leave group out (--group)"
                 )
-        mapped = MappedCells.checked(
-            source, Vocabulary(genes), kind, total_counts=total_counts, target_sum=_TARGET_SUM
-        )
+        mapped = MappedCells.checked(source, Vocabulary(genes), kind, total_counts=total_counts, target_sum=_TARGET_SUM)
         yield Screen(
             mapped,
             genes,
