@@ -54,7 +54,9 @@ def _add_fit(parts: Commands) -> None:
     )
     fit.add_argument("--output", required=True, metavar="MODEL", help="folder to write")
     fit.add_argument(
-        "--control", metavar="NAME", help="label of the control cells (default: the only one such as ctrl, control or NT)"
+        "--control",
+        metavar="NAME",
+        help="label of the control cells (default: the only one such as ctrl, control or NT)",
     )
     fit.add_argument(
         "--split",
@@ -75,7 +77,9 @@ def _add_fit(parts: Commands) -> None:
         "training cells)",
     )
     fit.add_argument(
-        "--group", metavar="COL", help="column of obs, such as a cell line: changes are taken within each (default: none)"
+        "--group",
+        metavar="COL",
+        help="column of obs, such as a cell line: changes are taken within each (default: none)",
     )
     fit.add_argument(
         "--compare",
@@ -123,9 +127,13 @@ def _add_evaluate(parts: Commands) -> None:
     )
     evaluate.set_defaults(run=_evaluate, smaller="; name a screen of fewer genes")
     evaluate.add_argument("--model", required=True, metavar="MODEL", help="folder that fit has written")
-    evaluate.add_argument("--data", required=True, metavar="FILE", help="the screen, or another one, with control cells")
+    evaluate.add_argument(
+        "--data", required=True, metavar="FILE", help="the screen, or another one, with control cells"
+    )
     evaluate.add_argument("--output", required=True, metavar="REPORT", help="folder to write")
-    evaluate.add_argument("--condition", metavar="COL", help="column of obs with perturbed genes (default: as in the fit)")
+    evaluate.add_argument(
+        "--condition", metavar="COL", help="column of obs with perturbed genes (default: as in the fit)"
+    )
     evaluate.add_argument("--control", metavar="NAME", help="label of the control cells (default: as in the fit)")
     evaluate.add_argument("--group", metavar="COL", help="column of obs, such as a cell line (default: as in the fit)")
     evaluate.add_argument("--min-cells", type=int, metavar="N", help="perturbations of fewer cells are left out")

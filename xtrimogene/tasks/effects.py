@@ -124,10 +124,11 @@ def judge(predicted: Array, truth: Array, common: Array) -> dict[str, Array]:
     rows = np.arange(len(truth))[:, None]
     errors = (predicted - truth) ** 2
     beyond = predicted - common, truth - common
-    distance = ((truth[:, None] - predicted[None]) ** 2).sum(2)  # [p, q]: of the prediction for q from the truth of p
-    own = np.diag(distance)[:, None]
+    further = np.empty(len(truth))
+    for number, profile in enumerate(truth):
+        distances = ((predicted - profile) ** 2).sum(1)
+        further[number] = (distances > distances[number]).sum() + 0.5 * ((distances == distances[number]).sum() - 1)
     others = max(len(truth) - 1, 0)
-    further = (distance > own).sum(1) + 0.5 * ((distance == own).sum(1) - 1)
     return {
         MSE_TOP: errors[rows, top].mean(1),
         MSE_ALL: errors.mean(1),

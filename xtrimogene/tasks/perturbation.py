@@ -8,6 +8,7 @@ that averages to nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import warnings
@@ -63,7 +64,7 @@ class PerturbationReport:
     genes    "measured" ones that are predicted, "perturbed" ones, and how many of each the checkpoint knows
     graph    where the graph of perturbed genes is from, and for how many of them it has neighbours, in words
     unknown  perturbed genes of which nothing is known but what they do in this screen
-    epochs   that early stopping has chosen, for each version of the network
+    epochs   what validation has chosen for each version of the network, see perturbation_training.Chosen
     """
 
     output: str
@@ -74,7 +75,7 @@ class PerturbationReport:
     genes: dict[str, int]
     graph: str
     unknown: list[str]
-    epochs: dict[str, int]
+    epochs: dict[str, dict[str, int]]
 
     def __str__(self) -> str:
         parts = ", ".join(f"{len(self.parts[name]):,} {name}" for name in ("training", "validation", "test"))
@@ -84,7 +85,11 @@ class PerturbationReport:
             f"{self.genes['measured']:,} measured genes, {self.genes['measured, known']:,} of them known to the "
             f"checkpoint; {self.genes['perturbed']:,} perturbed genes, {self.genes['perturbed, known']:,} known",
             f"graph of perturbed genes: {self.graph}",
-            f"epochs: {', '.join(f'{epochs} ({version})' for version, epochs in self.epochs.items())}",
+            *(
+                f"{version}: {chosen['epochs']} epochs; genes that were not perturbed here: "
+                + (f"{chosen['others']} epochs" if chosen["others"] else "as an average gene, leaving out gained nothing")
+                for version, chosen in self.epochs.items()
+            ),
         ]
         if self.parts["few"]:
             lines.append(f"left out for too few cells: {listed(self.parts['few'])}")
@@ -212,7 +217,7 @@ def fit(
             inputs = Inputs(settings, tensors, network.vocabulary)
             settings["told"] = _told(inputs, screen.perturbations, trained, graph)
             for version in VERSIONS if compare else (OURS,):
-                module, settings["epochs"][version] = fit_version(
+                module, chosen = fit_version(
                     inputs,
                     version,
                     screen.perturbations,
@@ -224,6 +229,7 @@ def fit(
                     progress=progress,
                 )
                 tensors |= {f"{version}.{name}": tensor for name, tensor in module.state_dict().items()}
+                settings["epochs"][version] = dataclasses.asdict(chosen)
             report = PerturbationReport.of(settings, str(output))
             model = folder.TaskFolder(settings, tensors, network)
             folder.save(output, TASK, model, card=_card(report), overwrite=overwrite)

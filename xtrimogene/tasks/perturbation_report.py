@@ -189,10 +189,7 @@ def verdict(evaluation: PerturbationEvaluation) -> str:
     groups = evaluation.groups()
     lines = []
     for group in groups:
-        errors = {
-            name: evaluation.mean(name, MSE_TOP, group)
-            for name in (NETWORK[OURS], *BASELINES)
-        }
+        errors = {name: evaluation.mean(name, MSE_TOP, group) for name in (NETWORK[OURS], *BASELINES)}
         ours = errors.pop(NETWORK[OURS])
         better = [name for name, error in errors.items() if ours < error]
         worse = [f"{name} ({error:.4f})" for name, error in errors.items() if error <= ours]
@@ -200,7 +197,9 @@ def verdict(evaluation: PerturbationEvaluation) -> str:
         if not worse:
             words += "below that of every guess"
         else:
-            words += f"not below that of {', '.join(worse)}" + (f", but below that of {', '.join(better)}" if better else "")
+            words += f"not below that of {', '.join(worse)}" + (
+                f", but below that of {', '.join(better)}" if better else ""
+            )
         lines.append(words)
     return ".\n- ".join(["- " + lines[0], *lines[1:]]) + "."
 
@@ -227,7 +226,9 @@ def sections(evaluation: PerturbationEvaluation) -> list[Section]:
         header = [f"{group} ({int(own.sum())})", *METRICS]
         found.append(Section(f"Perturbations: {group}", [Table(header, rows, _HOW)]))
     found.append(Section("Against the guesses", [_differences(evaluation)]))
-    found.append(Section("Changes", [Picture("changes", f"Change of the {TOP_GENES} most changed genes of each perturbation")]))
+    found.append(
+        Section("Changes", [Picture("changes", f"Change of the {TOP_GENES} most changed genes of each perturbation")])
+    )
     found.append(Section("Each perturbation", [_each(evaluation)]))
     found.append(Section("What the rows and columns are", [_ROWS, _COLUMNS]))
     return found
@@ -266,7 +267,9 @@ def _row(evaluation: PerturbationEvaluation, name: str, own: Array) -> list[str]
         digits = _DIGITS.get(metric, 3)
         bounds = interval(values)
         text = report.shown(float(values.mean()), digits)
-        cells.append(text if bounds is None or not text else f"{text} ({bounds[0]:.{digits}f} to {bounds[1]:.{digits}f})")
+        cells.append(
+            text if bounds is None or not text else f"{text} ({bounds[0]:.{digits}f} to {bounds[1]:.{digits}f})"
+        )
     return cells
 
 
@@ -281,7 +284,9 @@ def _differences(evaluation: PerturbationEvaluation) -> Table:
         for own in groups.values():
             values = (ours - evaluation.metrics[name][MSE_TOP])[own]
             bounds = interval(values)
-            line.append(f"{values.mean():+.4f}" + ("" if bounds is None else f" ({bounds[0]:+.4f} to {bounds[1]:+.4f})"))
+            line.append(
+                f"{values.mean():+.4f}" + ("" if bounds is None else f" ({bounds[0]:+.4f} to {bounds[1]:+.4f})")
+            )
         body.append(line)
     how = (
         "Squared error of the network on the 20 most changed genes less that of the guess, pair by pair: below 0 the "
@@ -311,7 +316,9 @@ def _draw_errors(figure: Any, evaluation: PerturbationEvaluation) -> None:
     groups = evaluation.groups()
     names: Sequence[str] = [*_names(evaluation), REPLICATE]
     figure.set_size_inches(3.2 + 2.4 * len(groups), 0.6 + 0.32 * len(names))
-    for axes, (group, own) in zip(figure.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups.items(), strict=True):
+    for axes, (group, own) in zip(
+        figure.subplots(1, len(groups), sharey=True, squeeze=False)[0], groups.items(), strict=True
+    ):
         for row, name in enumerate(names):
             values = evaluation.metrics[name][MSE_TOP][own]
             color = "C1" if name in NETWORK.values() else "0.6" if name == REPLICATE else "C0"

@@ -1,4 +1,9 @@
-"""Fits the network of perturbation effects: early stopping by perturbations that are held out, then all of them."""
+"""Fits the network of perturbation effects: early stopping by perturbations that are held out, then all of them.
+
+Two questions are fitted one after the other, since they want to stop at different times: what each perturbed gene does,
+which its own cells show, and what a gene does that was never perturbed, of which there is as much to learn from as there
+are perturbations, and as much to overfit.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xtrimogene.tasks.conditions import Perturbation
 from xtrimogene.tasks.fitting import fit
@@ -16,13 +21,14 @@ from xtrimogene.tasks.perturbation_network import PerturbationNetwork
 from xtrimogene.tasks.work import WorkFolder
 
 _RATE, _WEIGHT_DECAY = 1e-2, 1e-2
-# What is known of a gene beside its own perturbation is learned so much more slowly: it is what overfits, and early
-# stopping can only choose how long all of it is trained.
-_SLOWER = 0.03
-# Weight of the loss in which no gene has an identity, as one that was never perturbed has none.
+# Weight of the loss in which no gene has an embedding of its own: what it leaves is what an average gene does.
 _NAMELESS = 0.2
-_CELLS_A_STEP, _PERTURBATIONS_A_STEP, _STEPS_AN_EPOCH = 4, 32, 10
+_CELLS_A_STEP, _PERTURBATIONS_A_STEP = 4, 32
+# An epoch has every perturbation once, but at least and at most so many steps.
+_STEPS = (10, 25)
 _VALIDATION_CELLS = 8
+_OTHERS_RATE, _OTHERS_EPOCHS, _OTHERS_PATIENCE = 1e-3, 30, 8
+_FOLDS = 4
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,15 @@ class Schedule:
     seed: int
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What validation has chosen: epochs of the network, and of what it knows of genes that were not perturbed in
+    training, 0 where that is no better than an average gene."""
+
+    epochs: int
+    others: int
+
+
 def fit_version(
     inputs: Inputs,
     version: str,
@@ -55,51 +70,84 @@ def fit_version(
     *,
     work: WorkFolder,
     progress: bool,
-) -> tuple[PerturbationNetwork, int]:
-    """The network fitted to training and validation perturbations (positions) and the number of its epochs.
+) -> tuple[PerturbationNetwork, Chosen]:
+    """The network fitted to training and validation perturbations (positions).
 
-    First it is fitted to the training part alone, and judged after every epoch by two errors, each relative to
-    predicting no change: of the validation perturbations, which it has not seen, and of cells of the training
-    perturbations that were kept back. Then a fresh one is fitted to both parts, all cells of them, for as many epochs as
-    were best: a screen has few perturbations, and what a gene does is known from its own alone.
+    First it is fitted to the training part alone and judged after every epoch by two errors, each relative to that of no
+    change: of the validation perturbations, and of cells of the training perturbations that were kept back. Then a fresh
+    one is fitted to both parts, all cells of them, for as many epochs as were best: a screen has few perturbations, and
+    what a gene does is known from its own alone. Last, with the network as it is, the maps for genes that were never
+    perturbed: for how long is chosen by leaving genes out, a quarter of them at a time.
     """
     fitted = sorted([*training, *validation])
-    first = _Fit(inputs, version, [perturbations[n] for n in training], changes.seen[list(training)], schedule.seed)
+    first = _Steps(inputs, version, [perturbations[n] for n in training], changes.seen[list(training)], schedule.seed)
     judges = [
         _Judge(inputs, version, first.trained, [perturbations[n] for n in part], truth[list(part)])
         for part, truth in ((validation, changes.whole), (training, changes.held))
     ]
     desc = f"fit {version}"
-    chosen = fit(
-        first.network, first.optimizer, first.batches, first.loss,
-        lambda: sum(judge(first.network) for judge in judges) / len(judges),
+    network = inputs.network(first.trained, version, schedule.seed)
+    epochs = fit(
+        network, _optimizer(network, _RATE), first.batches, lambda batch: first.loss(network, batch),
+        lambda: sum(judge(network) for judge in judges) / len(judges),
         epochs=schedule.epochs, patience=schedule.patience, seed=schedule.seed, work=work, progress=progress,
         desc=f"{desc}, epochs", name=f"{version}_epochs",
     ).best_epoch  # fmt: skip
-    whole = [perturbations[n] for n in fitted]
-    last = _Fit(inputs, version, whole, changes.whole[fitted], schedule.seed)
-    own = _Judge(inputs, version, last.trained, whole, changes.whole[fitted])
+    steps = _Steps(inputs, version, [perturbations[n] for n in fitted], changes.whole[fitted], schedule.seed)
+    network = inputs.network(steps.trained, version, schedule.seed)
+    own = _Judge(inputs, version, steps.trained, steps.perturbations, steps.changes)
     fit(
-        last.network, last.optimizer, last.batches, last.loss, lambda: own(last.network),
-        epochs=chosen, patience=chosen, seed=schedule.seed, work=work, progress=progress, desc=desc, name=version,
+        network, _optimizer(network, _RATE), steps.batches, lambda batch: steps.loss(network, batch),
+        lambda: own(network), epochs=epochs, patience=epochs, seed=schedule.seed, work=work, progress=progress,
+        desc=desc, name=version,
     )  # fmt: skip
-    return last.network, chosen
+    return network, Chosen(epochs, _fit_others(steps, network, schedule.seed, version, work, progress))
 
 
-class _Fit:
-    """A fresh network, and the steps by which it is fitted to changes of perturbations."""
+def _optimizer(module: nn.Module, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=_WEIGHT_DECAY)
+
+
+def _fit_others(
+    steps: _Steps, network: PerturbationNetwork, seed: int, version: str, work: WorkFolder, progress: bool
+) -> int:
+    """Fits the maps for genes that were not perturbed in training, and returns their epochs: 0, and the maps stay zero,
+    where nothing is gained for genes that are left out."""
+    network.requires_grad_(False)
+    folds = np.random.default_rng((seed, 1)).permutation(len(steps.trained)) % _FOLDS
+    in_fold = torch.from_numpy(np.eye(_FOLDS, dtype=np.float32)[folds])  # (genes, folds)
+    left_out = (steps.hot @ in_fold > 0).T  # (folds, perturbations)
+    options = {"seed": seed, "work": work, "progress": progress}
+    trial = _Others(steps, network, ~left_out, left_out)
+    untrained = trial.error()
+    found = fit(
+        trial, _optimizer(trial, _OTHERS_RATE), steps.batches, trial.loss, trial.error, epochs=_OTHERS_EPOCHS,
+        patience=_OTHERS_PATIENCE, desc=f"fit {version}, genes left out", name=f"{version}_left_out", **options,
+    )  # fmt: skip
+    epochs = found.best_epoch if found.validation_loss < untrained else 0
+    if epochs:
+        every = torch.ones(1, len(steps.hot), dtype=torch.bool)
+        last = _Others(steps, network, every, every)
+        fit(
+            last, _optimizer(last, _OTHERS_RATE), steps.batches, last.loss, last.error, epochs=epochs, patience=epochs,
+            desc=f"fit {version}, other genes", name=f"{version}_others", **options,
+        )  # fmt: skip
+        with torch.no_grad():
+            network.known.copy_(last.known[0])
+            network.neighbours.copy_(last.neighbours[0])
+    network.requires_grad_(True)
+    return epochs
+
+
+class _Steps:
+    """The steps in which a network is fitted to the changes of perturbations."""
 
     def __init__(
         self, inputs: Inputs, version: str, perturbations: list[Perturbation], changes: Tensor, seed: int
     ) -> None:
+        self.perturbations, self.changes, self.seed = perturbations, changes, seed
         self.trained = perturbed_genes(perturbations)
-        self.network = inputs.network(self.trained, version, seed)
-        slow = [self.network.neighbours, self.network.known]
-        others = [each for each in self.network.parameters() if all(each is not one for one in slow)]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": others}, {"params": slow, "lr": _RATE * _SLOWER}], lr=_RATE, weight_decay=_WEIGHT_DECAY
-        )
-        self.rows, self.changes, self.seed = inputs.rows(version), changes, seed
+        self.rows = inputs.rows(version)
         self.identity, self.neighbours, self.known = inputs.of(self.trained, self.trained, version)
         self.hot = hot(perturbations, self.trained)
         # A perturbation of n genes may be off by what each of them is off. And the loss is 1 for no change.
@@ -110,9 +158,9 @@ class _Fit:
         """Perturbations and control cells of each step."""
         rng = np.random.default_rng((self.seed, epoch))
         count, cells = len(self.hot), len(self.rows)
-        steps = max(_STEPS_AN_EPOCH, -(-count // _PERTURBATIONS_A_STEP))
-        order = np.concatenate([rng.permutation(count) for _ in range(-(-steps * _PERTURBATIONS_A_STEP // count))])
         size = min(count, _PERTURBATIONS_A_STEP)
+        steps = min(max(-(-count // size), _STEPS[0]), _STEPS[1])
+        order = np.concatenate([rng.permutation(count) for _ in range(-(-steps * size // count))])
         return [
             (
                 torch.from_numpy(np.sort(order[step * size : (step + 1) * size])),
@@ -121,17 +169,54 @@ class _Fit:
             for step in range(steps)
         ]
 
-    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, network: PerturbationNetwork, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The error of the genes by their own embeddings, and of what an average gene would do in their place."""
         chosen, cells = batch
         used = torch.nonzero(self.hot[chosen].sum(0))[:, 0]
-        of_cells = self.network.of_cells(self.rows[cells])
-        found = torch.zeros(())
-        for weight, identity in ((1.0, self.identity), (_NAMELESS, torch.zeros_like(self.identity))):
-            perturbed = self.network.of_perturbed(identity[used], self.neighbours[used], self.known[used])
-            changes = self.hot[chosen][:, used] @ self.network(of_cells, perturbed).mean(1)
-            errors = (changes - self.changes[chosen]) ** 2
-            found = found + weight * (self.weights[chosen, None] * errors).mean() / self.scale
-        return found
+        of_cells = network.of_cells(self.rows[cells])
+        named = network(of_cells, self.identity[used] @ network.identities).mean(1)
+        average = network(of_cells, torch.zeros_like(network.identities[:1])).mean(1)
+        several = self.hot[chosen][:, used]
+        return self.error(several @ named, chosen) + _NAMELESS * self.error(several.sum(1, keepdim=True) * average, chosen)
+
+    def error(self, predicted: Tensor, chosen: Tensor) -> Tensor:
+        """() of predictions for some perturbations, relative to that of no change for all."""
+        errors = (predicted - self.changes[chosen]) ** 2
+        return (self.weights[chosen, None] * errors).mean() / self.scale
+
+
+class _Others(nn.Module):
+    """Maps for genes that were not perturbed, for each fold of genes that are left out, over a network as it is.
+
+    trained, judged  (folds, perturbations) those that the maps of a fold are fitted to, and judged by
+    """
+
+    def __init__(self, steps: _Steps, network: PerturbationNetwork, trained: Tensor, judged: Tensor) -> None:
+        super().__init__()
+        self.known = nn.Parameter(torch.zeros(len(trained), *network.known.shape))
+        self.neighbours = nn.Parameter(torch.zeros(len(trained), *network.neighbours.shape))
+        self._steps, self._network, self._trained, self._judged = steps, [network], trained, judged
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        chosen, cells = batch
+        parts = [chosen[own[chosen]] for own in self._trained]
+        found = [self._error(fold, part, cells) for fold, part in enumerate(parts) if len(part)]
+        return torch.stack(found).mean() if found else self.known.sum() * 0.0
+
+    def error(self) -> float:
+        """Of the judged perturbations, in the mean over the folds."""
+        cells = torch.arange(min(_CELLS_A_STEP, len(self._steps.rows)))
+        parts = [torch.nonzero(own)[:, 0] for own in self._judged]
+        with torch.no_grad():
+            found = [float(self._error(fold, part, cells)) for fold, part in enumerate(parts) if len(part)]
+        return sum(found) / len(found)
+
+    def _error(self, fold: int, chosen: Tensor, cells: Tensor) -> Tensor:
+        steps, network = self._steps, self._network[0]
+        used = torch.nonzero(steps.hot[chosen].sum(0))[:, 0]
+        given = steps.neighbours[used], steps.known[used], self.neighbours[fold], self.known[fold]
+        alone = network(network.of_cells(steps.rows[cells]), network.of_others(*given)).mean(1)
+        return steps.error(steps.hot[chosen][:, used] @ alone, chosen)
 
 
 class _Judge:
@@ -145,5 +230,5 @@ class _Judge:
         self.inputs, self.hot, self.truth = inputs.of(genes, trained, version), hot(perturbations, genes), truth
 
     def __call__(self, network: PerturbationNetwork) -> float:
-        alone = network(network.of_cells(self.rows), network.of_perturbed(*self.inputs)).mean(1)
+        alone = network.mean_alone(network.of_cells(self.rows), network.of_perturbed(*self.inputs))
         return float(((self.hot @ alone - self.truth) ** 2).sum() / (self.truth**2).sum().clamp(min=1e-12))
