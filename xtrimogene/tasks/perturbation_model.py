@@ -67,12 +67,12 @@ class Inputs:
         """(cells, G, D)"""
         return self._rows[version]
 
-    def network(self, trained: Sequence[str], version: str, seed: int) -> PerturbationNetwork:
-        """A fresh network for genes that are perturbed in training; of the seed alone."""
+    def network(self, trained: Sequence[str], average: Tensor, version: str, seed: int) -> PerturbationNetwork:
+        """A fresh network for genes that are perturbed in training, and what an average gene does (G,)."""
+        width, learned = self._rows[OURS].shape[2], version == LEARNED
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            width = self._rows[OURS].shape[2]
-            return PerturbationNetwork(self.gene_graph, len(trained), width, _HIDDEN, learned=version == LEARNED)
+            return PerturbationNetwork(self.gene_graph, average, len(trained), width, _HIDDEN, learned=learned)
 
     def of(self, genes: Sequence[str], trained: Sequence[str], version: str) -> tuple[Tensor, Tensor, Tensor]:
         """identity, neighbours and known of PerturbationNetwork.of_perturbed, for perturbed genes."""
@@ -129,10 +129,10 @@ class PerturbationModel:
         self.changes: Array = tensors["changes"].double().numpy()
         self.control: npt.NDArray[np.float32] = tensors["control_values"].numpy()
         self._tensors = tensors
-        self.versions = [version for version in VERSIONS if f"{version}.gene_bias" in tensors]
+        self.versions = [version for version in VERSIONS if f"{version}.average" in tensors]
         self._networks: dict[str, PerturbationNetwork] = {}
         for version in self.versions:
-            network = self.inputs.network(self.trained, version, 0)
+            network = self.inputs.network(self.trained, torch.zeros(len(self.genes)), version, 0)
             prefix = f"{version}."
             network.load_state_dict(
                 {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -3,7 +3,8 @@
 GEARS (Roohani et al., Nature Biotechnology 2023) adds the embeddings of a cell's genes, smoothed over a co-expression
 graph, and those of perturbed genes, smoothed over a graph of these, and reads each gene's change off the sum with
 weights of its own. Here the embeddings of genes are given rows of that very cell. A gene that was perturbed in training
-is known by its own embedding, and any other by that of its neighbours in the graph and by its rows in control cells.
+is known by its own embedding, and any other by those of its neighbours in the graph and by its rows in control cells;
+a gene of which nothing is known does what an average gene does.
 What several genes do is the sum of what each does: screens hold too few pairs to learn more that is true of others.
 """
 
@@ -17,25 +18,37 @@ class PerturbationNetwork(nn.Module):
     """Changes of log-normalised expression.
 
     gene_graph   (G, G) sparse: the co-expression graph of the measured genes, normalised, with loops
+    average      (G,) what an average gene does
     num_trained  genes that are perturbed in training, N
     width        of the rows of genes, D
     hidden       width inside, H
     learned      the rows of genes are a table that is learned, the same in every cell, and none are given
 
     Parameters `known` (H, D) and `neighbours` (H, H) serve genes that were not perturbed in training. They begin at
-    zero, as do `identities` (N, H) and the weights of the measured genes: untrained, it predicts no change.
+    zero, as do `identities` (N, H): untrained, every gene is an average one.
     """
 
-    def __init__(self, gene_graph: Tensor, num_trained: int, width: int, hidden: int, *, learned: bool = False) -> None:
+    average: Tensor
+
+    def __init__(
+        self,
+        gene_graph: Tensor,
+        average: Tensor,
+        num_trained: int,
+        width: int,
+        hidden: int,
+        *,
+        learned: bool = False,
+    ) -> None:
         super().__init__()
         self.gene_graph = gene_graph
+        self.register_buffer("average", average)
         num_genes = gene_graph.shape[0]
         self.table = nn.Parameter(torch.randn(num_genes, width)) if learned else None
         self.rows = nn.Linear(width, hidden)
         self.places = nn.Parameter(0.1 * torch.randn(num_genes, hidden))
         self.identities = nn.Parameter(torch.zeros(num_trained, hidden))
-        self.gene_weights = nn.Parameter(torch.zeros(num_genes, hidden))
-        self.gene_bias = nn.Parameter(torch.zeros(num_genes))
+        self.gene_weights = nn.Parameter(0.1 * torch.randn(num_genes, hidden))
         self.known = nn.Parameter(torch.zeros(hidden, width))
         self.neighbours = nn.Parameter(torch.zeros(hidden, hidden))
 
@@ -62,8 +75,8 @@ class PerturbationNetwork(nn.Module):
 
     def forward(self, cells: Tensor, perturbed: Tensor) -> Tensor:
         """(n, cells, G): the change that each perturbed gene alone makes, of what of_cells and of_perturbed give."""
-        hidden = torch.relu(cells[None] + perturbed[:, None, None])
-        return torch.einsum("ncgh,gh->ncg", hidden, self.gene_weights) + self.gene_bias
+        hidden = torch.relu(cells[None] + perturbed[:, None, None]) - torch.relu(cells)
+        return torch.einsum("ncgh,gh->ncg", hidden, self.gene_weights) + self.average
 
     def mean_alone(self, cells: Tensor, perturbed: Tensor) -> Tensor:
         """(n, G): what forward gives in the mean over the cells, gene after gene, so that many need no more memory."""

@@ -21,8 +21,6 @@ from xtrimogene.tasks.perturbation_network import PerturbationNetwork
 from xtrimogene.tasks.work import WorkFolder
 
 _RATE, _WEIGHT_DECAY = 1e-2, 1e-2
-# Weight of the loss in which no gene has an embedding of its own: what it leaves is what an average gene does.
-_NAMELESS = 0.2
 _CELLS_A_STEP, _PERTURBATIONS_A_STEP = 4, 32
 # An epoch has every perturbation once, but at least and at most so many steps.
 _STEPS = (10, 25)
@@ -73,20 +71,20 @@ def fit_version(
 ) -> tuple[PerturbationNetwork, Chosen]:
     """The network fitted to training and validation perturbations (positions).
 
-    First it is fitted to the training part alone and judged after every epoch by two errors, each relative to that of no
-    change: of the validation perturbations, and of cells of the training perturbations that were kept back. Then a fresh
-    one is fitted to both parts, all cells of them, for as many epochs as were best: a screen has few perturbations, and
+    First it is fitted to the training part alone and judged after every epoch by two errors: of the validation
+    perturbations, and of cells of the training perturbations that were kept back. Then a fresh one is fitted to both parts, all cells of them, for as many epochs as were best: a screen has few perturbations, and
     what a gene does is known from its own alone. Last, with the network as it is, the maps for genes that were never
     perturbed: for how long is chosen by leaving genes out, a quarter of them at a time.
     """
     fitted = sorted([*training, *validation])
     first = _Steps(inputs, version, [perturbations[n] for n in training], changes.seen[list(training)], schedule.seed)
+    scale = float((changes.whole[fitted] ** 2).mean()) or 1.0
     judges = [
-        _Judge(inputs, version, first.trained, [perturbations[n] for n in part], truth[list(part)])
+        _Judge(inputs, version, first.trained, [perturbations[n] for n in part], truth[list(part)], scale)
         for part, truth in ((validation, changes.whole), (training, changes.held))
     ]
     desc = f"fit {version}"
-    network = inputs.network(first.trained, version, schedule.seed)
+    network = inputs.network(first.trained, first.average, version, schedule.seed)
     epochs = fit(
         network, _optimizer(network, _RATE), first.batches, lambda batch: first.loss(network, batch),
         lambda: sum(judge(network) for judge in judges) / len(judges),
@@ -94,8 +92,8 @@ def fit_version(
         desc=f"{desc}, epochs", name=f"{version}_epochs",
     ).best_epoch  # fmt: skip
     steps = _Steps(inputs, version, [perturbations[n] for n in fitted], changes.whole[fitted], schedule.seed)
-    network = inputs.network(steps.trained, version, schedule.seed)
-    own = _Judge(inputs, version, steps.trained, steps.perturbations, steps.changes)
+    network = inputs.network(steps.trained, steps.average, version, schedule.seed)
+    own = _Judge(inputs, version, steps.trained, steps.perturbations, steps.changes, scale)
     fit(
         network, _optimizer(network, _RATE), steps.batches, lambda batch: steps.loss(network, batch),
         lambda: own(network), epochs=epochs, patience=epochs, seed=schedule.seed, work=work, progress=progress,
@@ -153,6 +151,8 @@ class _Steps:
         # A perturbation of n genes may be off by what each of them is off. And the loss is 1 for no change.
         self.weights = 1 / self.hot.sum(1) ** 2
         self.scale = float((self.weights[:, None] * changes**2).mean()) or 1.0
+        # Of all (G,), the one that makes the least such error if every gene does the same.
+        self.average = (changes / self.hot.sum(1, keepdim=True)).mean(0)
 
     def batches(self, epoch: int) -> list[tuple[Tensor, Tensor]]:
         """Perturbations and control cells of each step."""
@@ -170,14 +170,11 @@ class _Steps:
         ]
 
     def loss(self, network: PerturbationNetwork, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The error of the genes by their own embeddings, and of what an average gene would do in their place."""
+        """The error of what the genes do together."""
         chosen, cells = batch
         used = torch.nonzero(self.hot[chosen].sum(0))[:, 0]
-        of_cells = network.of_cells(self.rows[cells])
-        named = network(of_cells, self.identity[used] @ network.identities).mean(1)
-        average = network(of_cells, torch.zeros_like(network.identities[:1])).mean(1)
-        several = self.hot[chosen][:, used]
-        return self.error(several @ named, chosen) + _NAMELESS * self.error(several.sum(1, keepdim=True) * average, chosen)
+        alone = network(network.of_cells(self.rows[cells]), self.identity[used] @ network.identities).mean(1)
+        return self.error(self.hot[chosen][:, used] @ alone, chosen)
 
     def error(self, predicted: Tensor, chosen: Tensor) -> Tensor:
         """() of predictions for some perturbations, relative to that of no change for all."""
@@ -220,15 +217,22 @@ class _Others(nn.Module):
 
 
 class _Judge:
-    """The squared error of a network's changes of some perturbations, relative to that of no change."""
+    """The squared error of a network's changes of some perturbations, in units of scale."""
 
     def __init__(
-        self, inputs: Inputs, version: str, trained: list[str], perturbations: list[Perturbation], truth: Tensor
+        self,
+        inputs: Inputs,
+        version: str,
+        trained: list[str],
+        perturbations: list[Perturbation],
+        truth: Tensor,
+        scale: float,
     ) -> None:
         genes = perturbed_genes(perturbations)
         self.rows = inputs.rows(version)[:_VALIDATION_CELLS]
-        self.inputs, self.hot, self.truth = inputs.of(genes, trained, version), hot(perturbations, genes), truth
+        self.inputs, self.hot = inputs.of(genes, trained, version), hot(perturbations, genes)
+        self.truth, self.scale = truth, scale
 
     def __call__(self, network: PerturbationNetwork) -> float:
         alone = network.mean_alone(network.of_cells(self.rows), network.of_perturbed(*self.inputs))
-        return float(((self.hot @ alone - self.truth) ** 2).sum() / (self.truth**2).sum().clamp(min=1e-12))
+        return float(((self.hot @ alone - self.truth) ** 2).mean()) / self.scale
