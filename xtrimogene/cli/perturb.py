@@ -42,9 +42,10 @@ def _add_fit(parts: Commands) -> None:
     fit = parts.add_parser(
         "fit",
         help="fit a model to a screen",
-        description="Fit a network after GEARS to the mean changes of a screen's perturbations, over embeddings of genes "
-        "by a checkpoint in the screen's control cells, and write the model's folder. Perturbations are left out for "
-        "evaluate, and others kept for validation, which decides how long is trained. A killed fit goes on with --resume.",
+        description="Fit a network after GEARS to the mean changes of a screen's perturbations, over embeddings of "
+        "genes by a checkpoint in the screen's control cells, and write the model's folder. Perturbations are left out "
+        "for evaluate, and others kept for validation, which decides how long is trained. A killed fit goes on with "
+        "--resume.",
     )
     fit.set_defaults(run=_fit, kept=_kept, smaller="; try a smaller --max-genes or --control-cells")
     fit.add_argument("--checkpoint", required=True, metavar="DIR", help="folder or name of the pre-trained model")
@@ -61,8 +62,8 @@ def _add_fit(parts: Commands) -> None:
     fit.add_argument(
         "--split",
         metavar="S",
-        help="what is left out: unseen-single (genes), unseen-double (perturbations of several genes), none, or a table, "
-        "condition<tab>train|validation|test (default: unseen-double where there are such, else unseen-single)",
+        help="what is left out: unseen-single (genes), unseen-double (perturbations of several genes), none, or a "
+        "table, condition<tab>train|validation|test (default: unseen-double where there are such, else unseen-single)",
     )
     fit.add_argument(
         "--test-share",

@@ -1,4 +1,4 @@
-"""Names of conditions as screens have them, A, A+B, A_B, A+ctrl, non-targeting, read as the genes that are perturbed."""
+"""Names of conditions as screens have them, A, A+B, A_B, A+ctrl, non-targeting, read as the genes perturbed."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ def _divided(label: str, known: Collection[str]) -> list[str]:
     ways = best[-1][1]
     if len(ways) > 1:
         raise ValueError(
-            f"condition {label!r}: can be read as {' and as '.join(' + '.join(way) for way in ways[:2])}, of known genes "
-            "all; give another name to one of the genes"
+            f"condition {label!r}: can be read as {' and as '.join(' + '.join(way) for way in ways[:2])}, of known "
+            "genes all; give another name to one of the genes"
         )
     return ways[0]
 

@@ -59,8 +59,8 @@ def graph_between(weights: Array, genes: Sequence[str]) -> Graph:
 
 
 def read_graph(path: str | os.PathLike[str]) -> Graph:
-    """Two tab-separated columns, gene and gene, and a third with a weight above 0 (1 without it); a link goes both ways.
-    A first line whose weight is no number, or that is "gene", "gene" or "source", "target", is a header.
+    """Two tab-separated columns, gene and gene, and a third with a weight above 0 (1 without it); links go both ways. A
+    first line whose weight is no number, or that is "gene", "gene" or "source", "target", is a header.
 
     Raises FileNotFoundError, or ValueError that names file and line.
     """
@@ -76,18 +76,13 @@ def read_graph(path: str | os.PathLike[str]) -> Graph:
         cells = [cell.strip() for cell in row]
         if not any(cells):
             continue
+        if number == 1 and _is_header(cells):
+            continue
         weight = _weight(cells)
         if weight is None:
-            if number == 1 and len(cells) in (2, 3):
-                continue
             raise ValueError(
                 f"graph {path}: line {number}: expected gene<tab>gene or gene<tab>gene<tab>weight above 0, got {row}"
             )
-        if number == 1 and [cell.casefold().rstrip("12_ab") for cell in cells[:2]] in (
-            ["gene", "gene"],
-            ["source", "target"],
-        ):
-            continue
         first, second = cells[:2]
         if first != second:
             for gene, other in ((first, second), (second, first)):
@@ -98,14 +93,24 @@ def read_graph(path: str | os.PathLike[str]) -> Graph:
     return graph
 
 
+def _is_header(cells: list[str]) -> bool:
+    names = [cell.casefold().rstrip("12_ab") for cell in cells[:2]]
+    return names in (["gene", "gene"], ["source", "target"]) or (len(cells) == 3 and not _is_number(cells[2]))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _weight(cells: list[str]) -> float | None:
     """The weight of a line, None where it is none of a graph."""
-    if len(cells) not in (2, 3) or not all(cells):
+    if len(cells) not in (2, 3) or not all(cells) or not all(map(_is_number, cells[2:])):
         return None
-    try:
-        weight = float(cells[2]) if len(cells) == 3 else 1.0
-    except ValueError:
-        return None
+    weight = float(cells[2]) if len(cells) == 3 else 1.0
     return weight if np.isfinite(weight) and weight > 0 else None
 
 

@@ -86,8 +86,8 @@ class PerturbationReport:
             f"checkpoint; {self.genes['perturbed']:,} perturbed genes, {self.genes['perturbed, known']:,} known",
             f"graph of perturbed genes: {self.graph}",
             *(
-                f"{version}: {chosen['epochs']} epochs; genes that were not perturbed here: "
-                + (f"{chosen['others']} epochs" if chosen["others"] else "as an average gene, leaving out gained nothing")
+                f"{version}: {chosen['epochs']} epochs; for genes not perturbed here: "
+                + (f"{chosen['others']} epochs" if chosen["others"] else "an average gene, no more was to be learned")
                 for version, chosen in self.epochs.items()
             ),
         ]
@@ -144,7 +144,8 @@ def fit(
         group: column of obs, such as a cell line: changes are taken against control cells of the same group.
         compare: also fit the network with learned and with shuffled embeddings of the same width.
         min_cells: perturbations of fewer cells are left out.
-        max_genes: of more measured genes, those that vary most in the training cells are predicted.
+        max_genes: of more measured genes, those that are perturbed and then those that vary most in the training cells
+            are predicted.
         control_cells: at most so many control cells are embedded, and kept with the model.
         epochs, patience: most epochs, and most of them in turn without a better validation.
         seed: of the split, of the cells that are kept, and of the network.
@@ -165,13 +166,13 @@ def fit(
     known = {*network.vocabulary.genes, *(links or ())}
     options = {"condition": condition, "control": control, "group": group, "min_cells": min_cells, **reading}
     with open_screen(data, known=known, **options) as screen:
-        names = {*screen.genes, *known, *perturbed_genes(screen.perturbations)}
+        readable = {*screen.genes, *known, *perturbed_genes(screen.perturbations)}
         parts = parts_of(
             screen.perturbations,
             split,
             test_share=test_share,
             seed=seed,
-            read=lambda label: genes_of(label, names, screen.control),
+            read=lambda label: genes_of(label, readable, screen.control),
         )
         cells = ModelCells.checked(
             screen.source, network, target_depth=target_depth, aliases=aliases, **_numbers(reading)
@@ -190,7 +191,7 @@ def fit(
         if work.is_over(identity):
             return PerturbationReport.of(folder.load(output, TASK).settings, str(output))
         with work.open(identity):
-            genes = np.sort(np.argsort(-sums.variances(np.array(parts.fitted)), kind="stable")[:max_genes])
+            genes = _chosen_genes(screen, sums.variances(np.array(parts.fitted)), max_genes)
             tensors, names = _embedded(screen, cells, network, genes, control_cells, seed, work, torch_device, progress)
             coexpression, tensors["own_rows"] = _coexpression(screen, parts, genes, seed)
             gene_graph = normalised(coexpression)
@@ -246,8 +247,8 @@ def predict(
 ) -> list[Perturbation]:
     """Write the model's control cells as each perturbation would change them, as an h5ad file.
 
-    Its cells are every control cell of the model under every perturbation: obs["perturbation"], obs["control_cell"]; X is
-    log-normalised expression, (cells, genes) float32, not below 0, and layers["change"] the predicted change.
+    Its cells are every control cell of the model under every perturbation: obs["perturbation"], obs["control_cell"]; X
+    is log-normalised expression, (cells, genes) float32, not below 0, and layers["change"] the predicted change.
 
     Args:
         perturbations: conditions, A or A+B, as in fit.
@@ -301,8 +302,8 @@ def read_conditions(model: PerturbationModel, perturbations: Sequence[str]) -> l
     if unknown:
         raise ValueError(
             f"perturbations: nothing is known of {listed(unknown)}: not perturbed in the screen that the model was "
-            "fitted to, not a gene of its checkpoint, and without neighbours in its graph; leave these out, or fit with a "
-            "checkpoint or a graph (--graph) that has them"
+            "fitted to, not a gene of its checkpoint, and without neighbours in its graph; leave these out, or fit "
+            "with a checkpoint or a graph (--graph) that has them"
         )
     return found
 
@@ -322,6 +323,12 @@ def _held_cells(screen: Screen, seed: int) -> Array:
     return held
 
 
+def _chosen_genes(screen: Screen, variances: Array, most: int) -> Array:
+    """Positions of the genes that are predicted, ascending."""
+    perturbed = np.isin(screen.genes, perturbed_genes(screen.perturbations))
+    return np.sort(np.lexsort((-variances, ~perturbed))[:most])
+
+
 def _embedded(
     screen: Screen,
     cells: ModelCells,
@@ -333,8 +340,8 @@ def _embedded(
     device: torch.device,
     progress: bool,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Control cells, each a row: their values, the embeddings of measured genes in them, and mean embeddings of all genes
-    of the vocabulary over them; and the names of the cells. They are computed once, and kept."""
+    """Control cells, each a row: their values, the embeddings of measured genes in them, and mean embeddings of all
+    genes of the vocabulary over them; and the names of the cells. They are computed once, and kept."""
     found = work.load(_CONTROL)
     if found is not None:
         return found[0], found[1]["names"]
@@ -372,13 +379,13 @@ def _embedded(
             bar.update(len(full))
     if not kept:
         raise ValueError(
-            f"{screen.source.name}: none of the {len(order):,} control cells expresses a gene of the checkpoint; take a "
-            "checkpoint that knows the genes of the screen"
+            f"{screen.source.name}: none of the {len(order):,} control cells expresses a gene of the checkpoint; take "
+            "a checkpoint that knows the genes of the screen"
         )
     if len(kept) < most:
         warnings.warn(
-            f"{screen.source.name}: {len(kept):,} of {len(order):,} control cells express a gene of the checkpoint; the "
-            "others are not embedded",
+            f"{screen.source.name}: {len(kept):,} of {len(order):,} control cells express a gene of the checkpoint; "
+            "the others are not embedded",
             stacklevel=3,
         )
     by_row = np.argsort(kept)
@@ -394,8 +401,8 @@ def _embedded(
 
 
 def _coexpression(screen: Screen, parts: Parts, genes: Array, seed: int) -> tuple[Array, Tensor]:
-    """(G, G) correlations of neighbouring genes and (G, rank) their principal components, over cells that are trained on
-    and control cells."""
+    """(G, G) correlations of neighbouring genes and (G, rank) their principal components, over control cells and those
+    that are trained on."""
     rows = np.flatnonzero(np.isin(screen.condition, [CONTROL, *parts.fitted]))
     rows = np.sort(np.random.default_rng((seed, 3)).permutation(rows)[:_GRAPH_CELLS])
     values = screen.dense(rows, genes)
@@ -444,7 +451,7 @@ def _digest(*parts: Any) -> str:
 
 def _card(report: PerturbationReport) -> str:
     return (
-        "# Perturbation effects\n\nA model of `xtrimogene perturb`: the change of every measured gene of a control cell "
-        f"when genes are perturbed.\n\n```text\n{report}\n```\n\nIt holds {report.genes['measured']:,} genes of the "
-        "screen in some of its control cells: mind the licence of the screen.\n"
+        "# Perturbation effects\n\nA model of `xtrimogene perturb`: the change of every measured gene of a control "
+        f"cell when genes are perturbed.\n\n```text\n{report}\n```\n\nIt holds {report.genes['measured']:,} genes of "
+        "the screen in some of its control cells: mind the licence of the screen.\n"
     )

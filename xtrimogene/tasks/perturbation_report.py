@@ -139,15 +139,16 @@ def evaluate(
         if not test:
             raise ValueError(
                 f"{screen.source.name}: expected perturbations that the model was not fitted to, got none among "
-                f"{len(screen.perturbations):,}; fit with a split that leaves some out (--split), or give another screen"
+                f"{len(screen.perturbations):,}; fit with a split that leaves some out (--split), or give another "
+                "screen"
             )
         place = {gene: number for number, gene in enumerate(screen.genes)}
         shared = [gene for gene in model.genes if gene in place]
         if len(shared) < min(_LEAST_GENES, len(model.genes)):
             raise ValueError(
                 f"{screen.source.name}: expected the genes that the model predicts, such as "
-                f"{', '.join(model.genes[:3])}, got {len(shared):,} of {len(model.genes):,}; name the var column that has "
-                "them (--gene-symbols), or give the screen that the model was made for"
+                f"{', '.join(model.genes[:3])}, got {len(shared):,} of {len(model.genes):,}; name the var column "
+                "that has them (--gene-symbols), or give the screen that the model was made for"
             )
         halves = np.random.default_rng(0).permutation(screen.source.n_obs) % 2
         sums = screen.sums(halves, 2, progress=progress)
@@ -193,7 +194,8 @@ def verdict(evaluation: PerturbationEvaluation) -> str:
         ours = errors.pop(NETWORK[OURS])
         better = [name for name, error in errors.items() if ours < error]
         worse = [f"{name} ({error:.4f})" for name, error in errors.items() if error <= ours]
-        words = f"{group} ({int(groups[group].sum())}): the network's error on the {TOP_GENES} most changed genes, {ours:.4f}, is "
+        count = int(groups[group].sum())
+        words = f"{group} ({count}): the network's error on the {TOP_GENES} most changed genes, {ours:.4f}, is "
         if not worse:
             words += "below that of every guess"
         else:
@@ -209,15 +211,15 @@ def sections(evaluation: PerturbationEvaluation) -> list[Section]:
     groups = evaluation.groups()
     genes = evaluation.genes
     intro = (
-        f"{len(evaluation.perturbations):,} perturbations of {evaluation.cells:,} cells, to none of which the model was "
-        f"fitted; it was fitted to {evaluation.fitted:,} others. {genes['judged']:,} of its {genes['model']:,} genes are "
-        "judged."
+        f"{len(evaluation.perturbations):,} perturbations of {evaluation.cells:,} cells, to none of which the model "
+        f"was fitted; it was fitted to {evaluation.fitted:,} others. {genes['judged']:,} of its {genes['model']:,} "
+        "genes are judged."
     )
     parts: list[str | Table | Picture] = [verdict(evaluation), intro]
     if evaluation.unknown:
         parts.append(
-            f"Nothing is known of {listed(evaluation.unknown)}: for them the network can only predict what an average gene "
-            "does, and `perturb predict` refuses them."
+            f"Nothing is known of {listed(evaluation.unknown)}: for them the network can only predict what an "
+            "average gene does, and `perturb predict` refuses them."
         )
     parts.append(Picture("errors", f"Error on the {TOP_GENES} most changed genes, with intervals"))
     found = [Section("In short", parts)]
@@ -239,20 +241,20 @@ _HOW = (
     "centroid accuracy 1."
 )
 _ROWS = (
-    f"`{NO_CHANGE}`: control. `{MEAN}`: the mean change of the perturbations that were fitted to. `{ADDITIVE}`: the sum of "
-    f"the changes of the genes that were fitted to alone, nothing for others; `{ADDITIVE_MEAN}`: the mean change for others. "
-    f"`{LINEAR_OWN}`, `{LINEAR_MODEL}`: a low-rank linear map between embeddings of the perturbed and of the measured genes, "
-    "by principal components of the training cells (measured genes only) and by the checkpoint's rows in control cells, "
-    f"beside the mean. `{REPLICATE}`: half of a perturbation's cells as the prediction for its other half, the noise of a "
-    "half. `learned` and `shuffled embeddings`: the same network, as wide, with a table that it learns in place of the "
-    "checkpoint's rows, and with the rows of other genes."
+    f"`{NO_CHANGE}`: control. `{MEAN}`: the mean change of the perturbations that were fitted to. `{ADDITIVE}`: the "
+    f"sum of the changes of the genes that were fitted to alone, nothing for others; `{ADDITIVE_MEAN}`: the mean "
+    f"change for others. `{LINEAR_OWN}`, `{LINEAR_MODEL}`: a low-rank linear map between embeddings of the perturbed "
+    "and of the measured genes, by principal components of the training cells (measured genes only) and by the "
+    f"checkpoint's rows in control cells, beside the mean. `{REPLICATE}`: half of a perturbation's cells as the "
+    "prediction for its other half, the noise of a half. `learned` and `shuffled embeddings`: the same network, as "
+    "wide, with a table that it learns in place of the checkpoint's rows, and with the rows of other genes."
 )
 _COLUMNS = (
-    "Changes are differences of mean log-normalised expression from control cells. `top 20`: the genes that truly change "
-    "most. `beyond mean`: from the mean of the fitted perturbations instead of from control, so that what all "
-    "perturbations share earns nothing. `centroid accuracy`: of the predictions for the other perturbations judged here, "
-    "the share further from the truth than the right one; 0.5 is chance. Seen: genes perturbed, alone or with others, in "
-    "what the model was fitted to."
+    "Changes are differences of mean log-normalised expression from control cells. `top 20`: the genes that truly "
+    "change most. `beyond mean`: from the mean of the fitted perturbations instead of from control, so that what "
+    "all perturbations share earns nothing. `centroid accuracy`: of the predictions for the other perturbations "
+    "judged here, the share further from the truth than the right one; 0.5 is chance. Seen: genes perturbed, alone "
+    "or with others, in what the model was fitted to."
 )
 
 

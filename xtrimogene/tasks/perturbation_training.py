@@ -1,14 +1,15 @@
 """Fits the network of perturbation effects: early stopping by perturbations that are held out, then all of them.
 
-Two questions are fitted one after the other, since they want to stop at different times: what each perturbed gene does,
-which its own cells show, and what a gene does that was never perturbed, of which there is as much to learn from as there
-are perturbations, and as much to overfit.
+Two questions are fitted one after the other, since they want to stop at different times: what each perturbed gene
+does, which its own cells show, and what a gene does that was never perturbed, for which each perturbation is one
+example, and there is more to overfit than to learn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,9 +73,10 @@ def fit_version(
     """The network fitted to training and validation perturbations (positions).
 
     First it is fitted to the training part alone and judged after every epoch by two errors: of the validation
-    perturbations, and of cells of the training perturbations that were kept back. Then a fresh one is fitted to both parts, all cells of them, for as many epochs as were best: a screen has few perturbations, and
-    what a gene does is known from its own alone. Last, with the network as it is, the maps for genes that were never
-    perturbed: for how long is chosen by leaving genes out, a quarter of them at a time.
+    perturbations, and of cells of the training perturbations that were kept back. Then a fresh one is fitted to both
+    parts, all cells of them, for as many epochs as were best: a screen has few perturbations, and what a gene does is
+    known from its own alone. Last, with the network as it is, the maps for genes that were never perturbed: for how
+    long is chosen by leaving genes out, a quarter of them at a time.
     """
     fitted = sorted([*training, *validation])
     first = _Steps(inputs, version, [perturbations[n] for n in training], changes.seen[list(training)], schedule.seed)
@@ -115,7 +117,7 @@ def _fit_others(
     folds = np.random.default_rng((seed, 1)).permutation(len(steps.trained)) % _FOLDS
     in_fold = torch.from_numpy(np.eye(_FOLDS, dtype=np.float32)[folds])  # (genes, folds)
     left_out = (steps.hot @ in_fold > 0).T  # (folds, perturbations)
-    options = {"seed": seed, "work": work, "progress": progress}
+    options: dict[str, Any] = {"seed": seed, "work": work, "progress": progress}
     trial = _Others(steps, network, ~left_out, left_out)
     untrained = trial.error()
     found = fit(
@@ -192,6 +194,7 @@ class _Others(nn.Module):
         super().__init__()
         self.known = nn.Parameter(torch.zeros(len(trained), *network.known.shape))
         self.neighbours = nn.Parameter(torch.zeros(len(trained), *network.neighbours.shape))
+        # In a list: it is not of the module, and stays as it is.
         self._steps, self._network, self._trained, self._judged = steps, [network], trained, judged
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:

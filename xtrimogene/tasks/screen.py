@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from anndata import AnnData
 from scipy import sparse
 
@@ -193,8 +192,8 @@ def open_screen(
         for number, each in enumerate(groups.tolist()):
             if not np.any((group_of == number) & (conditions == CONTROL)) and np.any(group_of == number):
                 raise ValueError(
-                    f"group: expected control cells in every group, got none in obs[{group!r}] == {each!r}; changes are "
-                    "taken within groups: take these cells out, or leave group out (--group)"
+                    f"group: expected control cells in every group, got none in obs[{group!r}] == {each!r}; changes "
+                    "are taken within groups: take these cells out, or leave group out (--group)"
                 )
         mapped = MappedCells.checked(source, Vocabulary(genes), kind, total_counts=total_counts, target_sum=_TARGET_SUM)
         yield Screen(
