@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -53,7 +52,7 @@ def screen_of(conditions: Sequence[str], cells: int = 60, seed: int = 0, shift: 
 
 
 READING: dict[str, Any] = {"condition": "condition", "total_counts": "total"}
-FIT: dict[str, Any] = {**READING, "epochs": 25, "patience": 8, "control_cells": 16, "progress": False}
+FIT: dict[str, Any] = {**READING, "epochs": 12, "patience": 4, "control_cells": 16, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +223,10 @@ from xtrimogene.tasks import fitting, perturbation
 fitting.SAVE_SECONDS = 0.0
 fitting.fit.__kwdefaults__["save_seconds"] = 0.0
 step = fitting._step
-fitting._step = lambda *given: (time.sleep(0.02), step(*given))[1]
+fitting._step = lambda *given: (time.sleep(0.01), step(*given))[1]
 data, checkpoint, output, split = sys.argv[1:]
-perturbation.fit(checkpoint, data, output, split=split, condition="condition", total_counts="total", epochs=25,
-                 patience=8, control_cells=16, progress=False)
+perturbation.fit(checkpoint, data, output, split=split, condition="condition", total_counts="total", epochs=12,
+                 patience=4, control_cells=16, progress=False)
 """
 
 
@@ -242,8 +241,8 @@ def test_a_fit_that_was_killed_goes_on_with_the_same_bits(
     command = [sys.executable, "-c", _FIT_IN_A_PROCESS, *map(str, (data, checkpoint, output, split))]
     root = str(Path(__file__).parents[3])
     running = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE)
-    kept = tmp_path / "model.partial" / "ours.safetensors"
-    for _ in range(600):
+    kept = tmp_path / "model.partial" / "ours_epochs.safetensors"
+    for _ in range(3000):
         if kept.exists() or running.poll() is not None:
             break
         time.sleep(0.1)
@@ -331,11 +330,9 @@ def test_a_split_leaves_out_what_it_says(seed: int) -> None:
     perturbations = [*SINGLE_NAMES, *PAIR_NAMES]
     parts = parts_of(perturbations, "unseen-single", seed=seed, read=_read)
     known = {gene for number in parts.fitted for gene in perturbations[number]}
-    tested = [perturbations[number] for number in parts.test]
-    left_out = {each[0] for each in tested if len(each) == 1}
+    left_out = {perturbations[number][0] for number in parts.test if len(perturbations[number]) == 1}
     assert len(left_out) == 2
     assert not left_out & known
-    assert sum(set(each) <= known for each in tested) >= 0
     assert sorted([*parts.training, *parts.validation, *parts.test]) == list(range(12))
     assert parts.validation
     parts = parts_of(perturbations, "unseen-double", seed=seed, read=_read)
@@ -445,4 +442,3 @@ def test_the_command_fits_predicts_and_says_what_was_done(
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
     assert "nothing is known of 'X'" in errors[1]
-    assert os.listdir(tmp_path / "model") == os.listdir(tmp_path / "model")
