@@ -18,14 +18,6 @@ from xtrimogene.tasks.report import write as write_report
 
 TITLE = "Cell types"
 OURS = "this model"
-_NOTES = {
-    OURS: "the encoder and its linear layers",
-    "this model, majority vote": "its types, voted on in small clusters of like cells",
-    "logistic regression, L2": "on log1p CP10k of all genes",
-    "logistic regression, L1": "one against the rest, on the genes that vary most",
-    "logistic regression, L2, majority vote": "as CellTypist does it",
-    "untrained network, same tuning": "what the pre-training is worth",
-}
 
 
 @dataclass(frozen=True)
@@ -120,14 +112,15 @@ def methods_table(evaluation: Evaluation) -> Table:
     if evaluation.compared is not None:
         how += (
             f" What needs fitting was fitted to the {evaluation.compared['cells']:,} cells that this model was fitted "
-            f"to (its validation part too), on {evaluation.compared['genes']:,} genes; the genes that this model reads "
-            "may be fewer."
+            f"to (its validation part too), on log1p CP10k of {evaluation.compared['genes']:,} genes, the L1 "
+            f"regression on the {baselines.L1_GENES:,} that vary most; the genes that this model reads may be fewer. "
+            "Majority votes are taken in small clusters of like cells, as CellTypist does. The untrained network, fitted "
+            "in the same way, tells what the pre-training is worth."
         )
     columns: dict[str, Callable[[Any], str]] = {
         "way": lambda row: row[0],
         "macro-F1": lambda row: shown(row[1]["macro_f1"]),
         "accuracy": lambda row: shown(row[1]["accuracy"]),
-        "": lambda row: _NOTES.get(row[0], ""),
     }
     return Table.of(ordered, columns, how)
 
@@ -255,8 +248,8 @@ def card(name: str, settings: Mapping[str, Any]) -> str:
         "```",
         "",
         f"Tuned `{fit['tune']}`, seed {fit['seed']}, on {settings['training']:,} cells, in which",
-        f"{settings['genes_found']:,} genes of its vocabulary were measured. On the cells kept for validation, by which",
-        f"epoch and temperature were chosen: accuracy {shown(validation['accuracy'])}, macro-F1",
+        f"{settings['genes_found']:,} genes of its vocabulary were measured. On the cells kept for validation, by",
+        f"which epoch and temperature were chosen: accuracy {shown(validation['accuracy'])}, macro-F1",
         f"{shown(validation['macro_f1'])}, expected calibration error {shown(validation['calibration_error'])}.",
         "",
         "It names the types that it was fitted to, and no others: cells of another kind get the likeliest of these,",

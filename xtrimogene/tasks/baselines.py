@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,9 +32,20 @@ def log_normalised(
 ) -> sparse.csr_matrix:
     """(n, genes) log1p(count / total * 10,000) of cells by their numbers, over all genes of a vocabulary."""
     options = {name: value for name, value in reading.items() if value is not None}
-    with TrainingCells(
-        data, vocabulary, **options, validation_share=0.0, min_genes=0, batch_tokens=1 << 30, prefetch=0, progress=False
-    ) as stream:
+    # What there is to say of the genes was said when the model's were read.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stream = TrainingCells(
+            data,
+            vocabulary,
+            **options,
+            validation_share=0.0,
+            min_genes=0,
+            batch_tokens=1 << 30,
+            prefetch=0,
+            progress=False,
+        )
+    with stream:
         batch = stream.read(cells)
     return sparse.csr_matrix(
         (batch.values.numpy(), batch.gene_ids.numpy(), batch.cu_seqlens.numpy()), shape=(len(cells), len(vocabulary))
