@@ -114,8 +114,8 @@ def methods_table(evaluation: Evaluation) -> Table:
             f" What needs fitting was fitted to the {evaluation.compared['cells']:,} cells that this model was fitted "
             f"to (its validation part too), on log1p CP10k of {evaluation.compared['genes']:,} genes, the L1 "
             f"regression on the {baselines.L1_GENES:,} that vary most; the genes that this model reads may be fewer. "
-            "Majority votes are taken in small clusters of like cells, as CellTypist does. The untrained network, fitted "
-            "in the same way, tells what the pre-training is worth."
+            "Majority votes are taken in small clusters of like cells, as CellTypist does. The untrained network, "
+            "fitted in the same way, tells what the pre-training is worth."
         )
     columns: dict[str, Callable[[Any], str]] = {
         "way": lambda row: row[0],

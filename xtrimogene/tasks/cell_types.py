@@ -48,6 +48,8 @@ EPOCHS = {"head": 200, "published": 30, "all": 30}
 PATIENCE = {"head": 20, "published": 5, "all": 5}
 # Cells whose features are kept on disk together.
 _PIECE = 4096
+# Training cells whose moments the batch norm takes before a validation, about.
+_SETTLED_CELLS = 512
 READING = ("layer", "gene_symbols", "aliases", "normalized", "values", "fractional_counts", "total_counts")
 Codes = npt.NDArray[np.int64]
 
@@ -70,6 +72,17 @@ class CellTypeHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(n, dim) float32 -> (n, types) float32 scores."""
         return self.out(F.relu(self.hidden(self.norm(features))))
+
+    def settle(self, features: Tensor) -> None:
+        """Take the moments of these cells (n, dim), n > 1, for evaluation.
+
+        Those that a batch norm averages along the way lag behind an encoder that is trained, and cells lie so close
+        together that this makes nonsense of all.
+        """
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
+        self.norm.running_mean.copy_(features.mean(dim=0))
+        self.norm.running_var.copy_(features.var(dim=0))
 
     def probabilities(self, features: Tensor) -> Tensor:
         """(n, dim) float32 -> (n, types) float32 calibrated probabilities, NaN for a cell of NaN."""
@@ -233,6 +246,8 @@ class LabelledCells:
 
 @dataclass(frozen=True)
 class FittedTypes:
+    """A network fitted and calibrated, the epochs of its fit, and the figures of its validation cells."""
+
     module: CellTypeNetwork
     fitted: Fitted
     validation: dict[str, float]
@@ -266,16 +281,22 @@ def fitted_types(
 
     features = encoded(module, cells.packed, options.batch_tokens, work, progress) if options.tune == "head" else None
 
+    def batch_of(rows: npt.NDArray[np.int64]) -> RaggedBatch:
+        return taken(cells.packed, rows).to(device)
+
+    settling = training[:: -(-len(training) // _SETTLED_CELLS)]
+
     def scores(rows: npt.NDArray[np.int64]) -> Tensor:
         if features is not None:
             return module.head(features[torch.from_numpy(rows)].to(device))
-        return module(taken(cells.packed, rows).to(device))
+        return module(batch_of(rows))
 
     def validated() -> Tensor:
-        by_length = validation[np.argsort(lengths[validation], kind="stable")]
-        order = _order(by_length, lengths, options)
-        found = torch.cat([scores(rows) for rows in order])
-        return found[torch.from_numpy(np.argsort(np.argsort(lengths[validation], kind="stable"), kind="stable"))]
+        if features is not None:
+            head.settle(features[torch.from_numpy(training)].to(device))
+        else:
+            head.settle(torch.cat([module.features(batch_of(rows)) for rows in _order(settling, lengths, options)]))
+        return torch.cat([scores(rows) for rows in _order(validation, lengths, options)])
 
     def batches(epoch: int) -> list[npt.NDArray[np.int64]]:
         shuffled = training[np.random.default_rng((options.seed, epoch)).permutation(len(training))]
@@ -299,7 +320,7 @@ def fitted_types(
         progress=progress,
     )
     with torch.no_grad():
-        found = validated().double().cpu().numpy()
+        found = validated().double().cpu().numpy()  # the moments are those of the best epoch again
     temperature = baselines.temperature_of(found, codes[validation])
     head.temperature.fill_(temperature)
     probabilities = baselines.softmax(found / temperature)
