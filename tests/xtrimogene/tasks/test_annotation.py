@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from tests.xtrimogene.cells.test_formats import loom
 from xtrimogene import Vocabulary, XTrimoGene, cli
 from xtrimogene.tasks import baselines
 from xtrimogene.tasks.annotation import evaluate, fit, predict
@@ -117,7 +117,10 @@ def test_a_file_is_annotated_as_the_same_cells_in_memory(model: Path, tmp_path: 
     cells.X[4] = 0
     path = tmp_path / f"cells{suffix}"
     if suffix == ".loom":
-        loom(path, np.asarray(cells.X), {"Gene": np.array(GENES)}, {"CellID": cells.obs_names.to_numpy(object)})
+        with h5py.File(path, "w") as file:
+            file["matrix"] = np.asarray(cells.X).T
+            file["row_attrs/Gene"] = np.array(GENES, dtype=h5py.string_dtype())
+            file["col_attrs/CellID"] = np.array(cells.obs_names, dtype=h5py.string_dtype())
     else:
         (cells.write_zarr if suffix == ".zarr" else cells.write_h5ad)(path)
     output = tmp_path / f"out{'.zarr' if suffix == '.zarr' else '.h5ad'}"
@@ -183,11 +186,8 @@ def test_temperature_and_calibration_error() -> None:
     shares = baselines.softmax(scores)
     truth = (shares.cumsum(axis=1) < rng.random((20_000, 1))).sum(axis=1)
     assert baselines.temperature_of(3 * scores, truth) == pytest.approx(3, rel=0.05)
-    assert (
-        baselines.calibration_error(shares, truth)
-        < 0.02
-        < baselines.calibration_error(baselines.softmax(3 * scores), truth)
-    )
+    assert baselines.calibration_error(shares, truth) < 0.02
+    assert baselines.calibration_error(baselines.softmax(3 * scores), truth) > 0.1
     # By hand: ten cells of confidence 0.9, of which six are right.
     certain = np.tile([0.9, 0.1], (10, 1))
     assert baselines.calibration_error(certain, np.array([0] * 6 + [1] * 4)) == pytest.approx(0.3)
@@ -226,7 +226,7 @@ annotation.fit({str(reference)!r}, {str(tmp_path / "checkpoint")!r}, "kind", {st
     common: dict[str, Any] = {**QUIET, **options}
     with pytest.raises(FileExistsError, match="--resume"):
         fit(reference, tmp_path / "checkpoint", "kind", tmp_path / "killed", **common)
-    with pytest.raises(ValueError, match="resume: expected the data and options .* seed was 3, is 4"):
+    with pytest.raises(ValueError, match=r"resume: expected the data and options .* seed was 3, is 4"):
         fit(reference, tmp_path / "checkpoint", "kind", tmp_path / "killed", resume=True, **{**common, "seed": 4})
     fit(reference, tmp_path / "checkpoint", "kind", tmp_path / "killed", resume=True, **common)
     fit(reference, tmp_path / "checkpoint", "kind", tmp_path / "whole", **common)
@@ -299,7 +299,7 @@ def test_bad_labels_are_refused_before_any_work(network: XTrimoGene, model: Path
         evaluate(model, rare, "kind", **QUIET)
     gaps = _cells(60, 2)
     gaps.obs.iloc[5, 0] = np.nan
-    with pytest.raises(ValueError, match="got none for 1 of 60 in obs.'kind'., such as 's2_5'"):
+    with pytest.raises(ValueError, match=r"got none for 1 of 60 in .* such as 's2_5'"):
         fit(gaps, network, "kind", output, **FIT)
     with pytest.raises(ValueError, match="batch_tokens: expected room for the two longest cells"):
         fit(cells, network, "kind", output, **FIT, batch_tokens=70)

@@ -71,7 +71,7 @@ def test_columns_are_read_as_text_and_gaps_are_named() -> None:
     with open_cells(AnnData(np.ones((3, 2), np.float32), obs=obs)) as source:
         assert column_of([source, source], "number", "label").tolist() == ["1", "2", "3"] * 2
         for column in ("kind", "blank"):
-            with pytest.raises(ValueError, match="got none for 1 of 3 in obs.*such as 'v'"):
+            with pytest.raises(ValueError, match=r"got none for 1 of 3 in obs.*such as 'v'"):
                 column_of([source], column, "label")
         with pytest.raises(ValueError, match="got 'donor'; columns: kind, number, blank"):
             column_of([source], "donor", "label")
