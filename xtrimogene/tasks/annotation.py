@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from anndata import AnnData
+from anndata.io import read_elem
 from torch import Tensor
 
 from xtg_kernels import RaggedBatch
@@ -28,7 +29,7 @@ from xtrimogene.cells.data_sets import Data, genes_of_data
 from xtrimogene.cells.depth import TargetDepth
 from xtrimogene.cells.kinds import ValueKind
 from xtrimogene.cells.mapped import MappedCells
-from xtrimogene.cells.sources import CellSource, open_cells
+from xtrimogene.cells.sources import CellSource, open_cells, open_store
 from xtrimogene.inference.encoding import Embeddings, EmbedReport, Encoding
 from xtrimogene.inference.model_cells import WINDOW, ModelCells, opened
 from xtrimogene.inference.options import DEFAULT_MAX_TOKENS, DEFAULT_TARGET_DEPTH
@@ -473,11 +474,11 @@ def _categories(types: list[str], codes: Codes) -> pd.Series:
 
 def _of_result(path: Path, types: list[str]) -> tuple[Codes, Embeddings]:
     """The types and confidences of a result that is there already."""
-    with open_cells(path) as source:
-        obs = source.obs()
+    root, closing = open_store(path)
+    with closing:
+        names, confidence = (read_elem(root["obs"][column]) for column in (TYPE_COLUMN, CONFIDENCE_COLUMN))
     code = {name: number for number, name in enumerate(types)}
-    codes = np.array([code.get(str(name), -1) for name in obs[TYPE_COLUMN]], np.int64)
-    return codes, obs[CONFIDENCE_COLUMN].to_numpy(np.float32)
+    return np.array([code.get(str(name), -1) for name in names], np.int64), np.asarray(confidence, np.float32)
 
 
 def _head_digest(head: CellTypeHead) -> str:

@@ -146,7 +146,8 @@ def test_a_file_is_annotated_as_the_same_cells_in_memory(model: Path, tmp_path: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         again = predict(model, path, output=output, resume=True, **options)
-        predict(model, output, output=tmp_path / f"more{output.suffix}", **QUIET)
+        if suffix != ".loom":  # whose result holds no counts
+            predict(model, output, output=tmp_path / f"more{output.suffix}", **QUIET)
     assert (again.resumed_cells, again.unknown, again.counts) == (30, told.unknown, told.counts)
 
 
