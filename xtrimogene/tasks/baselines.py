@@ -91,6 +91,8 @@ def small_clusters(points: npt.NDArray[Any]) -> Codes:
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.decomposition import PCA
 
+    if len(points) < 2:
+        return np.zeros(len(points), np.int64)
     count = min(max(1, len(points) // _CLUSTER_CELLS), _MOST_CLUSTERS)
     if points.shape[1] > COMPONENTS and len(points) > COMPONENTS:
         points = PCA(COMPONENTS, random_state=0).fit_transform(points)

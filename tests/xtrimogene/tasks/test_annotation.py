@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 
+from xtg_kernels import RaggedBatch
 from xtrimogene import Vocabulary, XTrimoGene, cli
 from xtrimogene.tasks import baselines
 from xtrimogene.tasks.annotation import evaluate, fit, predict
@@ -31,6 +32,7 @@ from xtrimogene.tasks.options import (
     TYPES_KEY,
     UNKNOWN,
 )
+from xtrimogene.tasks.splits import validation_part
 from xtrimogene.tasks.work import partial_folder
 
 ROOT = Path(__file__).parents[3]
@@ -194,9 +196,32 @@ def test_temperature_and_calibration_error() -> None:
     assert baselines.calibration_error(certain, np.array([0] * 6 + [1] * 4)) == pytest.approx(0.3)
 
 
-def test_temperature_is_what_the_validation_part_asks_for(model: Path) -> None:
-    settings = CellTypeModel.load(model).settings
-    assert CellTypeModel.load(model).head.temperature.item() == pytest.approx(settings["validation"]["temperature"])
+def test_what_a_model_says_is_what_it_is_said_to_compute(model: Path, reference: Path) -> None:
+    """Written down once more, in float64: the encoder's rows, their maximum, the moments of the training cells."""
+    known = CellTypeModel.load(model)
+    assert known.head.temperature.item() == pytest.approx(known.settings["validation"]["temperature"])
+    assert known.settings["validation"]["temperature"] != 1
+    network, head = known.network.double(), known.head.double()
+
+    def features(cells: anndata.AnnData) -> torch.Tensor:
+        rows = []
+        for counts in np.asarray(cells.X, np.float64):
+            genes = np.flatnonzero(counts)
+            values = torch.from_numpy(np.log1p(counts[genes] / counts.sum() * 1e4).astype(np.float32)).double()
+            ids = torch.from_numpy(genes.astype(np.int32))
+            batch = RaggedBatch(values, ids, torch.tensor([0, len(genes)], dtype=torch.int32), len(genes))
+            rows.append(network(batch).max(dim=0).values)
+        return torch.stack(rows)
+
+    with torch.no_grad():
+        cells = anndata.read_h5ad(reference)
+        kind, donor = (cells.obs[name].astype(str).to_numpy(object) for name in ("kind", "donor"))
+        trained = features(cells[~validation_part(kind, donor, share=0.1, seed=0)])
+        x = (features(_cells(20, 1)) - trained.mean(dim=0)) / (trained.var(dim=0) + 1e-6).sqrt()
+        scores = head.out(head.hidden(x).clamp(min=0)) / head.temperature
+    found = _cells(20, 1)
+    predict(model, found, **QUIET)
+    np.testing.assert_allclose(found.obsm[PROBABILITIES_KEY], torch.softmax(scores, dim=1), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("tune", ["head", "all"])
