@@ -60,7 +60,7 @@ def fit(
     work: WorkFolder | None = None,
     progress: bool = True,
     desc: str = "fit",
-    save_seconds: float = SAVE_SECONDS,
+    save_seconds: float | None = None,
     name: str = "state",
 ) -> Fitted:
     """Train a module and leave it, in evaluation mode, with the weights of the epoch of the least validation loss.
@@ -75,11 +75,12 @@ def fit(
         epochs, patience: most epochs, and most of them in turn without a new best.
         seed: of what is random in the module, such as dropout; torch's global state is left as it was.
         work: where the fit is kept; None to keep nothing. It goes on with what it finds there.
-        save_seconds: seconds of work between two saves.
+        save_seconds: seconds of work between two saves; None for SAVE_SECONDS.
         name: under which work keeps it, another one for each fit of a work folder.
 
     Raises FitFailed for a loss that is not finite.
     """
+    save_seconds = SAVE_SECONDS if save_seconds is None else save_seconds
     state = _State.found(module, optimizer, work, name) or _State()
     total = epochs * len(batches(0))
     rates = [group["lr"] for group in optimizer.param_groups]

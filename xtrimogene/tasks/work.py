@@ -24,7 +24,7 @@ from xtrimogene.writing import locked, sealed, unsealed, write_whole
 
 _FIT_FILE = "fit.json"
 _SUFFIX = ".safetensors"
-_OWN = re.compile(r"(fit\.json|[a-z_]+\.safetensors)(\.tmp)?|lock")
+_OWN = re.compile(r"(fit\.json|[a-z0-9_]+\.safetensors)(\.tmp)?|lock")
 # After the tensors of a file: the digest of all before it.
 _DIGEST_BYTES = 32
 
@@ -134,7 +134,7 @@ class WorkFolder:
             )
 
     def save(self, name: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Keep tensors, and numbers that fit JSON, under a name (small letters and _)."""
+        """Keep tensors, and numbers that fit JSON, under a name (small letters, digits and _)."""
         plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         content = save(plain, metadata={"numbers": json.dumps(numbers)})
         write_whole(self.folder / (name + _SUFFIX), content + hashlib.sha256(content).digest())
