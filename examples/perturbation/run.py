@@ -122,7 +122,10 @@ def text(known: dict[str, Any]) -> str:
                 _table([told["figures"]], told["judged"]),
             ]
     for part, words in (
-        ("splits", f"**{NORMAN}, half of the pairs left out; mean over %d splits, in brackets the least and the most**"),
+        (
+            "splits",
+            f"**{NORMAN}, half of the pairs left out; mean over %d splits, in brackets the least and the most**",
+        ),
         ("unseen", f"**{PAPALEXI}, a quarter of the genes left out; mean over %d splits**"),
     ):
         runs = [told for name, told in known.items() if name.startswith(part)]
@@ -162,7 +165,9 @@ def _wins(runs: Sequence[dict[str, Any]]) -> str:
         f"{len(runs)} against {guess}"
         for guess in BASELINES
     ]
-    return f"Splits in which the network's error is the smaller one, over all perturbations left out: {'; '.join(words)}."
+    return (
+        f"Splits in which the network's error is the smaller one, over all perturbations left out: {'; '.join(words)}."
+    )
 
 
 if __name__ == "__main__":

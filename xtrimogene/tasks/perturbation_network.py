@@ -3,8 +3,8 @@
 GEARS (Roohani et al., Nature Biotechnology 2023) adds the embeddings of a cell's genes, smoothed over a co-expression
 graph, and those of perturbed genes, smoothed over a graph of these, and reads each gene's change off the sum with
 weights of its own. Here the embeddings of genes are given rows of that very cell. A gene that was perturbed in training
-is known by its own embedding, and any other by those of its neighbours in the graph and by its rows in control cells;
-a gene of which nothing is known does what an average gene does.
+is known by its own embedding, and any other by what it has of its neighbours in the graph and by its rows in control
+cells; a gene of which nothing is known does what an average gene does.
 What several genes do is the sum of what each does: screens hold too few pairs to learn more that is true of others.
 """
 
@@ -24,8 +24,8 @@ class PerturbationNetwork(nn.Module):
     hidden       width inside, H
     learned      the rows of genes are a table that is learned, the same in every cell, and none are given
 
-    Parameters `known` (H, D) and `neighbours` (H, H) serve genes that were not perturbed in training. They begin at
-    zero, as do `identities` (N, H): untrained, every gene is an average one.
+    Parameters `known` (H, D) and `likeness` (), by how much a gene is like its neighbours, serve genes that were not
+    perturbed in training. They begin at zero, as do `identities` (N, H): untrained, every gene is an average one.
     """
 
     average: Tensor
@@ -50,7 +50,7 @@ class PerturbationNetwork(nn.Module):
         self.identities = nn.Parameter(torch.zeros(num_trained, hidden))
         self.gene_weights = nn.Parameter(0.1 * torch.randn(num_genes, hidden))
         self.known = nn.Parameter(torch.zeros(hidden, width))
-        self.neighbours = nn.Parameter(torch.zeros(hidden, hidden))
+        self.likeness = nn.Parameter(torch.zeros(()))
 
     def of_cells(self, rows: Tensor) -> Tensor:
         """(cells, G, H) of the rows (cells, G, D) of the genes in each cell, standardised; where they are learned, only
@@ -67,11 +67,11 @@ class PerturbationNetwork(nn.Module):
         known       (n, D) its rows in control cells, in the mean, standardised; 0 where there are none
         """
         own = identity.sum(1, keepdim=True)
-        return identity @ self.identities + (1 - own) * self.of_others(neighbours, known, self.neighbours, self.known)
+        return identity @ self.identities + (1 - own) * self.of_others(neighbours, known, self.likeness, self.known)
 
-    def of_others(self, neighbours: Tensor, known: Tensor, by_neighbours: Tensor, by_known: Tensor) -> Tensor:
-        """(n, H) of genes that were not perturbed in training, by two maps (H, H) and (H, D)."""
-        return neighbours @ self.identities @ by_neighbours.T + known @ by_known.T
+    def of_others(self, neighbours: Tensor, known: Tensor, likeness: Tensor, by_known: Tensor) -> Tensor:
+        """(n, H) of genes that were not perturbed in training, by a number () and a map (H, D)."""
+        return likeness * (neighbours @ self.identities) + known @ by_known.T
 
     def forward(self, cells: Tensor, perturbed: Tensor) -> Tensor:
         """(n, cells, G): the change that each perturbed gene alone makes, of what of_cells and of_perturbed give."""

@@ -26,7 +26,9 @@ _CELLS_A_STEP, _PERTURBATIONS_A_STEP = 4, 32
 # An epoch has every perturbation once, but at least and at most so many steps.
 _STEPS = (10, 25)
 _VALIDATION_CELLS = 8
-_OTHERS_RATE, _OTHERS_EPOCHS, _OTHERS_PATIENCE = 1e-3, 30, 8
+# Of the map of what is known of genes, and of their likeness to neighbours, a single number.
+_OTHERS_RATES = 1e-3, 3e-2
+_OTHERS_EPOCHS, _OTHERS_PATIENCE = 30, 8
 _FOLDS = 4
 
 
@@ -75,8 +77,8 @@ def fit_version(
     First it is fitted to the training part alone and judged after every epoch by two errors: of the validation
     perturbations, and of cells of the training perturbations that were kept back. Then a fresh one is fitted to both
     parts, all cells of them, for as many epochs as were best: a screen has few perturbations, and what a gene does is
-    known from its own alone. Last, with the network as it is, the maps for genes that were never perturbed: for how
-    long is chosen by leaving genes out, a quarter of them at a time.
+    known from its own alone. Last, with the network as it is, what serves genes that were never perturbed: for how long
+    is chosen by leaving genes out, a quarter of them at a time.
     """
     fitted = sorted([*training, *validation])
     first = _Steps(inputs, version, [perturbations[n] for n in training], changes.seen[list(training)], schedule.seed)
@@ -88,7 +90,7 @@ def fit_version(
     desc = f"fit {version}"
     network = inputs.network(first.trained, first.average, version, schedule.seed)
     epochs = fit(
-        network, _optimizer(network, _RATE), first.batches, lambda batch: first.loss(network, batch),
+        network, _optimizer(network), first.batches, lambda batch: first.loss(network, batch),
         lambda: sum(judge(network) for judge in judges) / len(judges),
         epochs=schedule.epochs, patience=schedule.patience, seed=schedule.seed, work=work, progress=progress,
         desc=f"{desc}, epochs", name=f"{version}_epochs",
@@ -97,22 +99,22 @@ def fit_version(
     network = inputs.network(steps.trained, steps.average, version, schedule.seed)
     own = _Judge(inputs, version, steps.trained, steps.perturbations, steps.changes, scale)
     fit(
-        network, _optimizer(network, _RATE), steps.batches, lambda batch: steps.loss(network, batch),
+        network, _optimizer(network), steps.batches, lambda batch: steps.loss(network, batch),
         lambda: own(network), epochs=epochs, patience=epochs, seed=schedule.seed, work=work, progress=progress,
         desc=desc, name=version,
     )  # fmt: skip
     return network, Chosen(epochs, _fit_others(steps, network, schedule.seed, version, work, progress))
 
 
-def _optimizer(module: nn.Module, rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=_WEIGHT_DECAY)
+def _optimizer(network: PerturbationNetwork) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=_WEIGHT_DECAY)
 
 
 def _fit_others(
     steps: _Steps, network: PerturbationNetwork, seed: int, version: str, work: WorkFolder, progress: bool
 ) -> int:
-    """Fits the maps for genes that were not perturbed in training, and returns their epochs: 0, and the maps stay zero,
-    where nothing is gained for genes that are left out."""
+    """Fits what serves genes that were not perturbed in training, and returns its epochs: 0, and it stays zero, where
+    nothing is gained for genes that are left out."""
     network.requires_grad_(False)
     folds = np.random.default_rng((seed, 1)).permutation(len(steps.trained)) % _FOLDS
     in_fold = torch.from_numpy(np.eye(_FOLDS, dtype=np.float32)[folds])  # (genes, folds)
@@ -121,7 +123,7 @@ def _fit_others(
     trial = _Others(steps, network, ~left_out, left_out)
     untrained = trial.error()
     found = fit(
-        trial, _optimizer(trial, _OTHERS_RATE), steps.batches, trial.loss, trial.error, epochs=_OTHERS_EPOCHS,
+        trial, trial.optimizer(), steps.batches, trial.loss, trial.error, epochs=_OTHERS_EPOCHS,
         patience=_OTHERS_PATIENCE, desc=f"fit {version}, genes left out", name=f"{version}_left_out", **options,
     )  # fmt: skip
     epochs = found.best_epoch if found.validation_loss < untrained else 0
@@ -129,12 +131,12 @@ def _fit_others(
         every = torch.ones(1, len(steps.hot), dtype=torch.bool)
         last = _Others(steps, network, every, every)
         fit(
-            last, _optimizer(last, _OTHERS_RATE), steps.batches, last.loss, last.error, epochs=epochs, patience=epochs,
+            last, last.optimizer(), steps.batches, last.loss, last.error, epochs=epochs, patience=epochs,
             desc=f"fit {version}, other genes", name=f"{version}_others", **options,
         )  # fmt: skip
         with torch.no_grad():
             network.known.copy_(last.known[0])
-            network.neighbours.copy_(last.neighbours[0])
+            network.likeness.copy_(last.likeness[0])
     network.requires_grad_(True)
     return epochs
 
@@ -185,17 +187,21 @@ class _Steps:
 
 
 class _Others(nn.Module):
-    """Maps for genes that were not perturbed, for each fold of genes that are left out, over a network as it is.
+    """What serves genes that were not perturbed, for each fold of genes that are left out, over a network as it is.
 
-    trained, judged  (folds, perturbations) those that the maps of a fold are fitted to, and judged by
+    trained, judged  (folds, perturbations) those that it is fitted to in a fold, and judged by
     """
 
     def __init__(self, steps: _Steps, network: PerturbationNetwork, trained: Tensor, judged: Tensor) -> None:
         super().__init__()
         self.known = nn.Parameter(torch.zeros(len(trained), *network.known.shape))
-        self.neighbours = nn.Parameter(torch.zeros(len(trained), *network.neighbours.shape))
+        self.likeness = nn.Parameter(torch.zeros(len(trained)))
         # In a list: it is not of the module, and stays as it is.
         self._steps, self._network, self._trained, self._judged = steps, [network], trained, judged
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        rates = zip((self.known, self.likeness), _OTHERS_RATES, strict=True)
+        return torch.optim.AdamW([{"params": [each], "lr": rate} for each, rate in rates], weight_decay=_WEIGHT_DECAY)
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         chosen, cells = batch
@@ -214,7 +220,7 @@ class _Others(nn.Module):
     def _error(self, fold: int, chosen: Tensor, cells: Tensor) -> Tensor:
         steps, network = self._steps, self._network[0]
         used = torch.nonzero(steps.hot[chosen].sum(0))[:, 0]
-        given = steps.neighbours[used], steps.known[used], self.neighbours[fold], self.known[fold]
+        given = steps.neighbours[used], steps.known[used], self.likeness[fold], self.known[fold]
         alone = network(network.of_cells(steps.rows[cells]), network.of_others(*given)).mean(1)
         return steps.error(steps.hot[chosen][:, used] @ alone, chosen)
 

@@ -20,12 +20,12 @@ from xtrimogene.cells.sources import CellSource, open_cells
 from xtrimogene.network.vocabulary import Vocabulary
 from xtrimogene.progress import progress_bar
 from xtrimogene.tasks.conditions import Perturbation, control_of, name_of, perturbations_of
+from xtrimogene.tasks.splits import column_of
 
 Array = npt.NDArray[Any]
 _WINDOW = 1024
 CONTROL = -1
 _TARGET_SUM = 1e4
-_SHOWN = 5
 
 
 @dataclass(eq=False)
@@ -169,7 +169,7 @@ def open_screen(
         raise ValueError(f"min_cells: expected at least 1, got {min_cells}")
     kind = ValueKind.checked(values, normalized, fractional_counts)
     with open_cells(data, layer=layer, gene_symbols=gene_symbols) as source:
-        labels = _labels(source, condition, "condition")
+        labels = np.char.strip(column_of([source], condition, "condition").astype(str))
         genes = _measured(source)
         label = control_of(set(labels.tolist()), control, column=condition)
         meanings = perturbations_of(labels.tolist(), {*genes, *known}, label, column=condition)
@@ -186,8 +186,9 @@ def open_screen(
             )
         position = {(): CONTROL, **{each: number for number, each in enumerate(kept)}}
         conditions = np.array([position.get(each, -2) for each in meaning])[place]
+        one = np.zeros(len(labels), int)
         groups, group_of = np.unique(
-            _labels(source, group, "group") if group is not None else np.zeros(len(labels), int), return_inverse=True
+            one if group is None else column_of([source], group, "group").astype(str), return_inverse=True
         )
         for number, each in enumerate(groups.tolist()):
             if not np.any((group_of == number) & (conditions == CONTROL)) and np.any(group_of == number):
@@ -207,23 +208,6 @@ def open_screen(
             group_of,
             [str(each) for each in groups.tolist()],
         )
-
-
-def _labels(source: CellSource, column: str, argument: str) -> npt.NDArray[np.str_]:
-    """(n_obs,) labels of a column of obs, one for every cell."""
-    obs = source.obs()
-    if column not in obs.columns:
-        known = ", ".join(map(str, obs.columns)) or "none"
-        raise ValueError(f"{source.name}: {argument}: expected a column of obs, got {column!r}; columns: {known}")
-    missing = obs[column].isna().to_numpy()
-    labels = obs[column].astype(str).str.strip()
-    missing |= (labels == "").to_numpy()
-    if missing.any():
-        raise ValueError(
-            f"{source.name}: {argument}: expected a label for every cell, got none for {int(missing.sum()):,} of "
-            f"{len(missing):,} in obs[{column!r}]; take these cells out"
-        )
-    return labels.to_numpy().astype(str)
 
 
 def _measured(source: CellSource) -> tuple[str, ...]:

@@ -105,7 +105,8 @@ def test_a_table_of_pairs_is_a_graph_whose_links_go_both_ways(tmp_path: Path) ->
     path.write_text("gene1\tgene2\nA\tB\n")
     assert read_graph(path) == {"A": {"B": 1.0}, "B": {"A": 1.0}}
     for text, words in (
-        ("A\tB\nA B\n", "line 2"), ("A\tB\t-1\n", "line 1"), ("A\tB\t1\nA\tC\tx\n", "line 2"), ("", "got none"), ("A,B\n", "line 1"),
+        ("A\tB\nA B\n", "line 2"), ("A\tB\t-1\n", "line 1"), ("A\tB\t1\nA\tC\tx\n", "line 2"), ("", "got none"),
+        ("A,B\n", "line 1"),
     ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(ValueError, match=rf"go\.tsv.*{words}"):
