@@ -27,7 +27,7 @@ _CELLS_A_STEP, _PERTURBATIONS_A_STEP = 4, 32
 _STEPS = (10, 25)
 _VALIDATION_CELLS = 8
 # Of the map of what is known of genes, and of their likeness to neighbours, a single number.
-_OTHERS_RATES = 1e-3, 3e-2
+_OTHERS_RATES = 1e-4, 3e-2
 _OTHERS_EPOCHS, _OTHERS_PATIENCE = 30, 8
 _FOLDS = 4
 
