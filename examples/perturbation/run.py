@@ -25,9 +25,9 @@ import anndata
 import numpy as np
 
 from xtrimogene.document import markdown_table
-from xtrimogene.tasks.effects import BASELINES, MSE_TOP, R_ALL_MEAN, R_TOP, RANK_SCORE
+from xtrimogene.tasks.effects import ADDITIVE, BASELINES, MSE_TOP, R_ALL_MEAN, R_TOP, RANK_SCORE, TOP_GENES
 from xtrimogene.tasks.perturbation import fit
-from xtrimogene.tasks.perturbation_report import ALL, NETWORK, evaluate
+from xtrimogene.tasks.perturbation_report import ALL, NETWORK, REPLICATE, evaluate
 from xtrimogene.training.config import PretrainConfig
 from xtrimogene.training.pretrain import pretrain
 
@@ -95,7 +95,7 @@ def _measured(name: str, run: dict[str, Any], checkpoint: str, data: Path, outpu
         for group in judged.groups()
     }
     counts = {group: int(own.sum()) for group, own in judged.groups().items()}
-    return {"fit": str(fitted), "seconds": seconds, "judged": counts, "figures": figures}
+    return {"fit": str(fitted), "fitted": judged.fitted, "seconds": seconds, "judged": counts, "figures": figures}
 
 
 def _own_checkpoint(data: Path, output: Path) -> str:
@@ -112,8 +112,8 @@ def _own_checkpoint(data: Path, output: Path) -> str:
 
 
 def text(known: dict[str, Any]) -> str:
-    """results.md: each part's figures."""
-    parts = []
+    """results.md: in short, then each part's figures."""
+    parts = [*_short(known), "<!-- figures -->"]
     for name, told in known.items():
         if name.startswith("pairs"):
             checkpoint = name.split(", ", 1)[1]
@@ -138,6 +138,33 @@ def text(known: dict[str, Any]) -> str:
         "embeddings where they are shown."
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _short(known: dict[str, Any]) -> list[str]:
+    """What the figures of "pairs" say, the plainest first."""
+    told = known.get(f"pairs, {OWN}")
+    if told is None:
+        return []
+    ours, learned, shuffled = NETWORK.values()
+    errors = {guess: figures[MSE_TOP] for guess, figures in told["figures"][ALL].items()}
+    better = [guess for guess in BASELINES if errors[ours] < errors[guess]]
+    worse = [guess for guess in BASELINES if guess not in better]
+    others = min(errors[learned], errors[shuffled])
+    what = "adds nothing" if errors[ours] > 0.95 * others else "lowers the error"
+    seen = {guess: figures[MSE_TOP] for guess, figures in told["figures"]["pair, 2 seen"].items()}
+    return [
+        f"On {told['judged'][ALL]} pairs of a screen to whose {told['fitted']} single perturbations it was fitted, the "
+        f"network has a squared error of {errors[ours]:.3f} on the {TOP_GENES} most changed genes: less than "
+        f"{_listed(better, errors)}{f', and not less than {_listed(worse, errors)}' if worse else ''}. What the checkpoint "
+        f"knows of genes {what} there: with learned embeddings the error is {errors[learned]:.3f}, with those of other "
+        f"genes {errors[shuffled]:.3f}. Where both genes were seen alone, the sum of their changes has an error of "
+        f"{seen[ADDITIVE]:.4f} and the network {seen[ours]:.4f}, and half of a pair's cells, taken for the other half, "
+        f"{seen[REPLICATE]:.4f}."
+    ]
+
+
+def _listed(guesses: Sequence[str], errors: dict[str, float]) -> str:
+    return ", ".join(f"{guess} ({errors[guess]:.3f})" for guess in guesses)
 
 
 def _table(runs: Sequence[Figures], judged: dict[str, int]) -> str:

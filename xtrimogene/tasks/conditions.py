@@ -75,11 +75,12 @@ def genes_of(label: str, known: Collection[str], control: str | None = None) -> 
     if label in known:
         return (label,)
     genes: set[str] = set()
-    for part in _divided(label, known):
-        part = part.strip()
+    parts = [part.strip() for part in _divided(label, known)]
+    for part in parts:
         if part == control or (part not in known and is_control_word(part)):
             continue
-        if part not in known and (_GUIDE.fullmatch(part) or not re.search("[A-Za-z]", part)):
+        guide = len(parts) > 1 and _GUIDE.fullmatch(part)
+        if part not in known and (guide or not re.search("[A-Za-z]", part)):
             raise ValueError(
                 f"condition {label!r}: expected names of genes alone, such as A, A+B or A_B, got the part {part!r}; "
                 "give cells the label of their gene, not of their guide"
@@ -116,13 +117,11 @@ def _divided(label: str, known: Collection[str]) -> list[str]:
 def perturbations_of(
     labels: Sequence[str], known: Collection[str], control: str, *, column: str
 ) -> dict[str, Perturbation]:
-    """What each distinct label means. Genes that are a label by themselves, or between "+", count as known too.
+    """What each distinct label means.
 
     Raises ValueError as genes_of, and where no label is a perturbation.
     """
-    distinct = sorted(set(labels))
-    alone = {part.strip() for label in distinct for part in label.split("+") if "_" not in part}
-    meanings = {label: genes_of(label, {*known, *alone} - {control, ""}, control) for label in distinct}
+    meanings = {label: genes_of(label, known, control) for label in sorted(set(labels))}
     if not any(meanings.values()):
         raise ValueError(f"condition: expected perturbations in obs[{column!r}], got control cells alone")
     return meanings

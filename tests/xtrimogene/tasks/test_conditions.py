@@ -28,6 +28,8 @@ KNOWN = {"KLF1", "MAP2K6", "HLA_A", "A", "B+C"}
         ("KLF1_HLA_A", ("HLA_A", "KLF1")),
         ("B+C", ("B+C",)),
         ("A+B+C", ("A", "B+C")),
+        ("A+B", ("A", "B")),
+        ("G6", ("G6",)),
         ("unheard+KLF1", ("KLF1", "unheard")),
         ("unheard_of", ("of", "unheard")),
         ("ctrl", ()),
@@ -75,11 +77,16 @@ def test_the_control_is_given_or_recognised_and_never_guessed() -> None:
             control_of(labels, control, column="c")
 
 
-def test_genes_that_are_labels_of_their_own_are_known_by_that() -> None:
-    labels = ["X_1", "Y", "X_1+Y", "Z_Y", "ctrl", "Y+ctrl"]
-    read = perturbations_of(labels, {"X_1"}, "ctrl", column="c")
+def test_a_whole_label_that_is_a_known_gene_is_that_gene() -> None:
+    assert genes_of("A_B", {"A", "B", "A_B"}) == ("A_B",)
+    assert genes_of("A_B", {"A", "B"}) == ("A", "B")
+
+
+def test_every_label_of_a_column_is_read() -> None:
+    labels = ["X_1", "Y", "X_1+Y", "Z_Y", "control", "Y+ctrl", "Y"]
+    read = perturbations_of(labels, {"X_1"}, "control", column="c")
     assert read == {
-        "X_1": ("X_1",), "Y": ("Y",), "X_1+Y": ("X_1", "Y"), "Z_Y": ("Y", "Z"), "ctrl": (), "Y+ctrl": ("Y",),
+        "X_1": ("X_1",), "Y": ("Y",), "X_1+Y": ("X_1", "Y"), "Z_Y": ("Y", "Z"), "control": (), "Y+ctrl": ("Y",),
     }  # fmt: skip
     assert name_of(read["X_1+Y"]) == "X_1+Y"
     with pytest.raises(ValueError, match="got control cells alone"):
