@@ -156,10 +156,10 @@ def _short(known: dict[str, Any]) -> list[str]:
         f"On {told['judged'][ALL]} pairs of a screen to whose {told['fitted']} single perturbations it was fitted, the "
         f"network has a squared error of {errors[ours]:.3f} on the {TOP_GENES} most changed genes: less than "
         f"{_listed(better, errors)}{f', and not less than {_listed(worse, errors)}' if worse else ''}. What the "
-        f"checkpoint knows of genes {what} there: with learned embeddings the error is {errors[learned]:.3f}, with those "
-        f"of other genes {errors[shuffled]:.3f}. Where both genes were seen alone, the sum of their changes has an error of "
-        f"{seen[ADDITIVE]:.4f} and the network {seen[ours]:.4f}, and half of a pair's cells, taken for the other half, "
-        f"{seen[REPLICATE]:.4f}."
+        f"checkpoint knows of genes {what} there: with learned embeddings the error is {errors[learned]:.3f}, with "
+        f"those of other genes {errors[shuffled]:.3f}. Where both genes were seen alone, the sum of their changes has "
+        f"an error of {seen[ADDITIVE]:.4f} and the network {seen[ours]:.4f}, and half of a pair's cells, taken for the "
+        f"other half, {seen[REPLICATE]:.4f}."
     ]
 
 
