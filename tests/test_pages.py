@@ -41,7 +41,7 @@ NOT_RUN = {
         "xtrimogene perturb fit --checkpoint pbmc-tiny --data screen.h5ad --condition condition --control control "
         "--output model",
         "xtrimogene perturb evaluate --model model --data screen.h5ad --output judged",
-        'xtrimogene perturb predict --model model --perturbations "KLF1+MAP2K6" CEBPA --output predicted.h5ad',
+        'xtrimogene perturb predict --model model --perturbations "KLF1+MAP2K6" MAPK1 --output predicted.h5ad',
     ],
     "docs/learning.md": [
         "xtrimogene evaluate --checkpoint DIR --data held_out.h5ad --label celltype --train-data train.h5ad "

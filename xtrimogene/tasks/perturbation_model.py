@@ -31,54 +31,54 @@ class Inputs:
     """What the network reads, made of what is kept: the same in a fit and ever after.
 
     genes         names of the measured genes
-    rows          (cells, G, D) the control cells' embeddings of them, standardised; 0 where the checkpoint knows none
     num_known     measured genes that the checkpoint knows
     values        (cells, G) log-normalised expression of the control cells
+    width         of the rows of genes, D
     """
 
     def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor], vocabulary: Vocabulary) -> None:
         self.genes: list[str] = settings["genes"]
         self.graph: dict[str, dict[str, float]] = settings["graph"]
         self.vocabulary = vocabulary
-        self.num_known = len(tensors["row_genes"])
-        place, given = tensors["row_genes"], tensors["control_rows"].float()
+        self._place, given = tensors["row_genes"], tensors["control_rows"].float()
+        self.num_known, self.width = given.shape[1:]
         self.values = tensors["control_values"]
         self.gene_graph = torch.sparse_coo_tensor(
             tensors["graph_places"], tensors["graph_weights"], (len(self.genes),) * 2, check_invariants=False
         ).coalesce()
         moments = given.flatten(0, 1)
-        given = (given - moments.mean(0)) / moments.std(0, correction=0).clamp(min=1e-6)
+        self._given = (given - moments.mean(0)) / moments.std(0, correction=0).clamp(min=1e-6)
         means = tensors["vocabulary_rows"].float()
         # Of length about 1, so that a rate means the same for every width.
         known = (means - means.mean(0)) / means.std(0, correction=0).clamp(min=1e-6) / means.shape[1] ** 0.5
-        shuffled = np.random.default_rng(settings["seed"])
-        orders = {
-            OURS: (np.arange(len(place)), np.arange(len(known))),
-            SHUFFLED: (shuffled.permutation(len(place)), shuffled.permutation(len(known))),
-        }
-        self._rows = {version: torch.zeros(*self.values.shape, given.shape[2]) for version in orders}
-        for version, (own, _) in orders.items():
-            self._rows[version][:, place] = given[:, torch.from_numpy(own)]
-        self._known = {version: known[torch.from_numpy(every)] for version, (_, every) in orders.items()}
+        rng = np.random.default_rng(settings["seed"])
+        self._shuffled = torch.from_numpy(rng.permutation(self.num_known))
         # Nothing is known of genes beside a table that is learned.
-        self._rows[LEARNED], self._known[LEARNED] = self._rows[OURS], torch.zeros_like(known)
+        self._known = {
+            OURS: known,
+            LEARNED: torch.zeros_like(known),
+            SHUFFLED: known[torch.from_numpy(rng.permutation(len(known)))],
+        }
 
     def rows(self, version: str) -> Tensor:
-        """(cells, G, D)"""
-        return self._rows[version]
+        """(cells, G, D) the control cells' embeddings of the genes, standardised; 0 where the checkpoint knows none."""
+        found = torch.zeros(*self.values.shape, self.width)
+        found[:, self._place] = self._given[:, self._shuffled] if version == SHUFFLED else self._given
+        return found
 
     def network(self, trained: Sequence[str], average: Tensor, version: str, seed: int) -> PerturbationNetwork:
         """A fresh network for genes that are perturbed in training, and what an average gene does (G,)."""
-        width, learned = self._rows[OURS].shape[2], version == LEARNED
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return PerturbationNetwork(self.gene_graph, average, len(trained), width, _HIDDEN, learned=learned)
+            return PerturbationNetwork(
+                self.gene_graph, average, len(trained), self.width, _HIDDEN, learned=version == LEARNED
+            )
 
     def of(self, genes: Sequence[str], trained: Sequence[str], version: str) -> tuple[Tensor, Tensor, Tensor]:
         """identity, neighbours and known of PerturbationNetwork.of_perturbed, for perturbed genes."""
         place = {gene: number for number, gene in enumerate(trained)}
         identity = torch.zeros(len(genes), len(trained))
-        known = torch.zeros(len(genes), self._known[version].shape[1])
+        known = torch.zeros(len(genes), self.width)
         for number, (gene, gene_id) in enumerate(zip(genes, self.gene_ids(genes), strict=True)):
             if gene in place:
                 identity[number, place[gene]] = 1.0

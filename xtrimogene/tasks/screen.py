@@ -35,7 +35,6 @@ class Screen:
     cells          what reads them: log1p(count / total * 10,000)
     genes          names of the measured genes
     control        label of the control cells
-    column         column of obs with the conditions
     perturbations  in alphabetical order of their names, those with enough cells
     few            perturbations that are left out, for they have too few cells
     condition      (n_obs,) position in perturbations, -1 control, -2 left out
@@ -46,7 +45,6 @@ class Screen:
     cells: MappedCells
     genes: tuple[str, ...]
     control: str
-    column: str
     perturbations: list[Perturbation]
     few: list[Perturbation]
     condition: Array
@@ -124,7 +122,8 @@ class Sums:
     def changes(self, parts: tuple[int, ...]) -> Array:
         """(perturbations, genes) mean of the cells of some parts less that of all control cells; where there are
         groups, in each of them, and the mean weighs the groups as the cells of the perturbation lie in them."""
-        control = self.totals[0].sum(1) / self.counts[0].sum(1)[:, None]
+        # A group without control cells has none of perturbations either.
+        control = self.totals[0].sum(1) / self.counts[0].sum(1)[:, None].clip(min=1)
         counts, totals = self.counts[1:][:, :, parts].sum(2), self.totals[1:][:, :, parts].sum(2)
         return (totals.sum(1) - np.einsum("pg,gn->pn", counts, control)) / counts.sum(1)[:, None]
 
@@ -191,7 +190,8 @@ def open_screen(
             one if group is None else column_of([source], group, "group").astype(str), return_inverse=True
         )
         for number, each in enumerate(groups.tolist()):
-            if not np.any((group_of == number) & (conditions == CONTROL)) and np.any(group_of == number):
+            own = conditions[group_of == number]
+            if np.any(own >= 0) and not np.any(own == CONTROL):
                 raise ValueError(
                     f"group: expected control cells in every group, got none in obs[{group!r}] == {each!r}; changes "
                     "are taken within groups: take these cells out, or leave group out (--group)"
@@ -201,7 +201,6 @@ def open_screen(
             mapped,
             genes,
             label,
-            condition,
             kept,
             sorted((each for each in counts if each and counts[each] < min_cells), key=name_of),
             conditions,
