@@ -164,7 +164,7 @@ def _short(known: dict[str, Any]) -> list[str]:
 
 
 def _listed(guesses: Sequence[str], errors: dict[str, float]) -> str:
-    return ", ".join(f"{guess} ({errors[guess]:.3f})" for guess in guesses)
+    return ", ".join(f"`{guess}` ({errors[guess]:.3f})" for guess in guesses)
 
 
 def _table(runs: Sequence[Figures], judged: dict[str, int]) -> str:
@@ -189,7 +189,7 @@ def _wins(runs: Sequence[dict[str, Any]]) -> str:
     group = ALL if ALL in runs[0]["figures"] else next(iter(runs[0]["figures"]))
     words = [
         f"{sum(run['figures'][group][ours][MSE_TOP] < run['figures'][group][guess][MSE_TOP] for run in runs)} of "
-        f"{len(runs)} against {guess}"
+        f"{len(runs)} against `{guess}`"
         for guess in BASELINES
     ]
     return (

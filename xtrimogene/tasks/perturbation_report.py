@@ -192,8 +192,8 @@ def verdict(evaluation: PerturbationEvaluation) -> str:
     for group in groups:
         errors = {name: evaluation.mean(name, MSE_TOP, group) for name in (NETWORK[OURS], *BASELINES)}
         ours = errors.pop(NETWORK[OURS])
-        better = [name for name, error in errors.items() if ours < error]
-        worse = [f"{name} ({error:.4f})" for name, error in errors.items() if error <= ours]
+        better = [f"`{name}`" for name, error in errors.items() if ours < error]
+        worse = [f"`{name}` ({error:.4f})" for name, error in errors.items() if error <= ours]
         count = int(groups[group].sum())
         words = f"{group} ({count}): the network's error on the {TOP_GENES} most changed genes, {ours:.4f}, is "
         if not worse:

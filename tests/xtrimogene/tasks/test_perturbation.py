@@ -106,7 +106,7 @@ def test_pairs_of_genes_that_were_seen_are_predicted_and_baselines_stand_beside(
         # The truth is additive, and the noise of a half is as it is.
         assert error(version) < 3 * max(error(effects.ADDITIVE), error(REPLICATE))
     assert error(NETWORK[OURS], "pair, 1 seen") < error(effects.NO_CHANGE, "pair, 1 seen")
-    assert "below that of every guess" in verdict(evaluation) or "not below that of additive" in verdict(evaluation)
+    assert "below that of every guess" in verdict(evaluation) or "not below that of `additive`" in verdict(evaluation)
 
 
 def test_a_gene_of_which_nothing_is_known_does_what_an_average_gene_does(fitted: Path) -> None:
