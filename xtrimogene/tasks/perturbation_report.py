@@ -40,6 +40,8 @@ Array = npt.NDArray[Any]
 NETWORK = {OURS: "network", LEARNED: "network, learned embeddings", SHUFFLED: "network, shuffled embeddings"}
 REPLICATE = "other half of the cells"
 ALL = "all"
+# Errors that differ by less, relative to each other, are told to be the same.
+_AS_GOOD = 0.005
 _LEAST_GENES = 2 * TOP_GENES
 _DIGITS = {MSE_TOP: 4, MSE_ALL: 5}
 
@@ -186,24 +188,25 @@ def _kind(model: PerturbationModel, perturbation: Perturbation) -> str:
 
 
 def verdict(evaluation: PerturbationEvaluation) -> str:
-    """Whether the network beats guesses that need none, in words, the plainest first."""
-    groups = evaluation.groups()
+    """Whether the network beats guesses that need none, in words: a line of Markdown for each kind."""
     lines = []
-    for group in groups:
-        errors = {name: evaluation.mean(name, MSE_TOP, group) for name in (NETWORK[OURS], *BASELINES)}
-        ours = errors.pop(NETWORK[OURS])
-        better = [f"`{name}`" for name, error in errors.items() if ours < error]
-        worse = [f"`{name}` ({error:.4f})" for name, error in errors.items() if error <= ours]
-        count = int(groups[group].sum())
-        words = f"{group} ({count}): the network's error on the {TOP_GENES} most changed genes, {ours:.4f}, is "
-        if not worse:
-            words += "below that of every guess"
-        else:
-            words += f"not below that of {', '.join(worse)}" + (
-                f", but below that of {', '.join(better)}" if better else ""
-            )
-        lines.append(words)
-    return ".\n- ".join(["- " + lines[0], *lines[1:]]) + "."
+    for group, own in evaluation.groups().items():
+        ours = evaluation.mean(NETWORK[OURS], MSE_TOP, group)
+        found: dict[str, list[str]] = {"above": [], "as": [], "below": []}
+        for name in BASELINES:
+            error = evaluation.mean(name, MSE_TOP, group)
+            place = "as" if abs(ours - error) <= _AS_GOOD * error else "above" if ours > error else "below"
+            found[place].append(f"`{name}` ({error:.4f})")
+        words = [
+            f"{'the same as' if place == 'as' else place} that of {', '.join(names)}"
+            for place, names in found.items()
+            if names
+        ]
+        lines.append(
+            f"- {group} ({int(own.sum())}): the network's error on the {TOP_GENES} most changed genes, {ours:.4f}, is "
+            f"{'; '.join(words)}."
+        )
+    return "\n".join(lines)
 
 
 def sections(evaluation: PerturbationEvaluation) -> list[Section]:

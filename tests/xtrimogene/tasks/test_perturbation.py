@@ -106,7 +106,17 @@ def test_pairs_of_genes_that_were_seen_are_predicted_and_baselines_stand_beside(
         # The truth is additive, and the noise of a half is as it is.
         assert error(version) < 3 * max(error(effects.ADDITIVE), error(REPLICATE))
     assert error(NETWORK[OURS], "pair, 1 seen") < error(effects.NO_CHANGE, "pair, 1 seen")
-    assert "below that of every guess" in verdict(evaluation) or "not below that of `additive`" in verdict(evaluation)
+    told = dict(line[2:].split(" (", 1) for line in verdict(evaluation).splitlines())
+    assert list(told) == list(groups)
+    for group, words in told.items():
+        ours = error(NETWORK[OURS], group)
+        for part in words.split(", is ")[1].split("; "):
+            for guess in [name for name in effects.BASELINES if f"`{name}`" in part]:
+                ratio = ours / error(guess, group)
+                assert {"above": ratio > 1.005, "the same as": 0.995 <= ratio <= 1.005, "below": ratio < 0.995}[
+                    part.split(" that of ")[0]
+                ]
+        assert all(f"`{name}` ({error(name, group):.4f})" in words for name in effects.BASELINES)
 
 
 def test_a_gene_of_which_nothing_is_known_does_what_an_average_gene_does(fitted: Path) -> None:
