@@ -86,7 +86,7 @@ def _measured(name: str, run: dict[str, Any], checkpoint: str, data: Path, outpu
     report = run.pop("report", None)
     model = output / "work" / name.replace(", ", "_").replace(" ", "_")
     started = time.process_time()
-    fitted = fit(checkpoint, data / file, model, **run, **READING[file], resume=True)
+    fitted = fit(checkpoint, data / file, model, **run, **READING[file], resume=True, overwrite=True)
     seconds = time.process_time() - started
     target = None if report is None else output / report
     judged = evaluate(model, data / file, output=target, overwrite=True)
