@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import RESULTS
-from xtrimogene.bench.document import markdown_table
 from xtrimogene.bench.report import DAGGER, Report, summary_tables
 from xtrimogene.bench.rows import Rows, read_rows
 from xtrimogene.bench.sizes import FULL, QUICK
 from xtrimogene.bench.tasks import BOTH
+from xtrimogene.document import markdown_table
 
 ROOT = Path(__file__).parents[1]
 OPENING, CLOSING = "<!-- benchmarks -->", "<!-- /benchmarks -->"

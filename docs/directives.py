@@ -24,7 +24,7 @@ def command_line(parser: argparse.ArgumentParser) -> str:
     commands = []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            commands += list(action.choices.items())
+            commands += list(action.choices.values())
         elif action.help != argparse.SUPPRESS:
             # As `--help` writes it: names with what they take, defaults filled in.
             term = formatter._format_action_invocation(action)
@@ -32,8 +32,9 @@ def command_line(parser: argparse.ArgumentParser) -> str:
             parts.append(f"`{term}`\n: {_escaped(told)}")
     if parser.epilog:
         parts.append(_escaped(parser.epilog))
-    for name, command in commands:
-        parts += [f"## {name}", command_line(command)]
+    for command in commands:
+        # "annotate fit" for the part of a command
+        parts += [f"## {command.prog.partition(chr(32))[2]}", command_line(command)]
     return "\n\n".join(parts)
 
 

@@ -33,6 +33,17 @@ NOT_RUN = {
                   "pip install --no-build-isolation '.[scanpy]'"],
     "docs/installation.md": ["make demo", "make test", "pip install 'setuptools>=77' ninja 'pybind11>=2.13'",
                              "pip install --no-build-isolation ."],
+    "docs/annotation.md": [
+        "xtrimogene annotate fit --checkpoint DIR --data reference.h5ad --label celltype --group donor --output model",
+        "xtrimogene annotate predict --model model --input new.h5ad --output annotated.h5ad --unknown-below 0.5",
+        "xtrimogene annotate evaluate --model model --input test.h5ad --label celltype --output report",
+    ],
+    "docs/perturbation.md": [
+        "xtrimogene perturb fit --checkpoint pbmc-tiny --data screen.h5ad --condition condition --control control "
+        "--output model",
+        "xtrimogene perturb evaluate --model model --data screen.h5ad --output judged",
+        'xtrimogene perturb predict --model model --perturbations "KLF1+MAP2K6" MAPK1 --output predicted.h5ad',
+    ],
     "docs/learning.md": [
         "xtrimogene evaluate --checkpoint DIR --data held_out.h5ad --label celltype \\",
         "--train-data train.h5ad --output judged",

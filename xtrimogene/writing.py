@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import uuid
 import warnings
 import zlib
@@ -61,6 +62,32 @@ def written_beside(output: Path, overwrite: bool) -> Iterator[Path]:
         flush_to_disk(output.parent)
     finally:
         written.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_beside(output: Path) -> Iterator[Path]:
+    """Gives a new folder beside the output to write files in; it takes the output's place when all went well, or is
+    removed. What was there before is gone then, and is there unharmed where something fails."""
+    mark = uuid.uuid4().hex[:12]
+    written = output.with_name(f".{output.name}.{mark}{_TEMPORARY}")
+    replaced = output.with_name(f".{output.name}.{mark}.old")
+    try:
+        written.mkdir()
+        yield written
+        for path in (*written.rglob("*"), written):
+            flush_to_disk(path)
+        if output.exists():
+            output.rename(replaced)
+        try:
+            written.rename(output)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(output)
+            raise
+        flush_to_disk(output.parent)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -35,9 +35,9 @@ from benchmarks.roofline.profiles import (
 )
 from benchmarks.static.cards import CARDS, Card
 from benchmarks.static.launches import OPS
-from xtrimogene.bench.document import markdown_table
 from xtrimogene.bench.rows import Rows
 from xtrimogene.bench.tasks import real_lengths
+from xtrimogene.document import markdown_table
 from xtrimogene.network.config import XTrimoGeneConfig
 
 PAGE = Path(__file__).parents[1] / "ROOFLINE.md"

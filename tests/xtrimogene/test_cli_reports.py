@@ -24,6 +24,8 @@ from xtrimogene.network.vocabulary import Vocabulary
 
 GENES = [f"G{i}" for i in range(30)]
 COMMANDS = ("embed", "genes", "impute", "inspect", "convert", "pretrain", "evaluate", "init", "bench")
+# Commands of several parts.
+PARTS = dict.fromkeys(("annotate", "perturb"), ("fit", "predict", "evaluate"))
 
 
 @pytest.fixture
@@ -64,14 +66,20 @@ def arguments(command: str, folder: Path) -> list[str]:
 def test_commands_are_those_of_the_parser() -> None:
     parser = _parser()
     (choices,) = [action.choices for action in parser._actions if action.dest == "command"]
-    assert set(choices) == set(COMMANDS)
-    for command in choices.values():
+    assert set(choices) == {*COMMANDS, *PARTS}
+    commands = [choices[name] for name in COMMANDS]
+    for name, parts in PARTS.items():
+        (inner,) = [action.choices for action in choices[name]._actions if action.dest == "part"]
+        assert set(inner) == set(parts)
+        commands += inner.values()
+    for command in commands:
         assert {"--quiet", "--json"} <= set(command._option_string_actions)
 
 
 def test_help_version_and_wrong_arguments_import_neither_torch_nor_a_single_cell_package() -> None:
     asked = [["--help"], ["--version"], [], ["none"], ["--none"]]
-    asked += [[command, *more] for command in COMMANDS for more in (["--help"], [], ["--none"])]
+    commands = [[name] for name in (*COMMANDS, *PARTS)] + [[name, part] for name in PARTS for part in PARTS[name]]
+    asked += [[*command, *more] for command in commands for more in (["--help"], [], ["--none"])]
     script = HIDE.format(hidden={*SINGLE_CELL, "torch", "numpy", "safetensors"}) + (
         "import contextlib, io\n"
         "from xtrimogene.cli import main\n"

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from xtg_kernels.info import info
+from xtrimogene import document
 from xtrimogene.bench import (
     costs,
     counting,
-    document,
     dropin,
     duration,
     figures,

@@ -1,4 +1,4 @@
-"""What the report of `xtrimogene bench` says, made from the measured rows; xtrimogene.bench.document writes it."""
+"""What the report of `xtrimogene bench` says, made from the measured rows; xtrimogene.document writes it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from xtrimogene.bench import costs
-from xtrimogene.bench.document import Picture, Section, Table, text_table
 from xtrimogene.bench.sizes import Size
 from xtrimogene.bench.tasks import BOTH, DTYPES, FORWARD
 from xtrimogene.cells.masking import MaskingConfig
+from xtrimogene.document import Picture, Section, Table, text_table
 
 Row = dict[str, Any]
 Parts = list[str | Table | Picture]

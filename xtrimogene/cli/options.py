@@ -20,8 +20,8 @@ else:
 _MOST_THREADS = 1024
 
 
-def add_reading_options(command: argparse.ArgumentParser) -> None:
-    """Options of every command that reads cells and runs a model."""
+def add_reading_options(command: argparse.ArgumentParser, *, depth: bool = True) -> None:
+    """Options of every command that reads cells and runs a model, and of those that give it depth tokens."""
     command.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, ... (default: the GPU if any)")
     command.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     command.add_argument("--layer", metavar="L", help="layer that holds the counts (default: X; raw: .raw)")
@@ -52,12 +52,13 @@ def add_reading_options(command: argparse.ArgumentParser) -> None:
         help="obs column with the total of each whole cell, for a matrix cut to some genes (default: the sum over the "
         "genes of the model)",
     )
-    command.add_argument(
-        "--target-depth",
-        metavar="T",
-        help="for models with depth tokens: log10 total to aim at, above 0, or fold:N times the cell's own total, or "
-        f"offset:X added to its log10 (default: {DEFAULT_TARGET_DEPTH}; with --values tpm: fold:1)",
-    )
+    if depth:
+        command.add_argument(
+            "--target-depth",
+            metavar="T",
+            help="for models with depth tokens: log10 total to aim at, above 0, or fold:N times the cell's own total, "
+            f"or offset:X added to its log10 (default: {DEFAULT_TARGET_DEPTH}; with --values tpm: fold:1)",
+        )
     command.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     command.add_argument("--no-progress", action="store_true", help="no progress bar")
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 from tqdm import tqdm
 
+from xtg_kernels import RaggedBatch
 from xtrimogene.cells.matrix import CsrArrays
 from xtrimogene.cells.packing import split_by_tokens
 from xtrimogene.inference.model_cells import ModelCells, of_columns
@@ -100,6 +102,10 @@ class Encoding:
         """Numbers of one embedding."""
         return self.network.config.embedding_dim(self.pooling)
 
+    def rows_of(self, batch: RaggedBatch) -> Tensor:
+        """(batch, width) float32: what is kept of each cell, NaN for a cell without genes; here its embedding."""
+        return self.network.embed_batch(batch, self.pooling)
+
     def windows(self) -> list[tuple[int, int]]:
         return self.cells.windows(self.window)
 
@@ -126,8 +132,7 @@ class Encoding:
         device = next(self.network.parameters()).device
         embeddings = np.empty((len(order), self.width), np.float32)
         for first, last, batch in split_by_tokens(packed, self.max_tokens):
-            pooled = self.network.embed_batch(batch.to(device), self.pooling)
-            rows = pooled.cpu().numpy()
+            rows = self.rows_of(batch.to(device)).cpu().numpy()
             self.cells.check_finite(rows, batch.lengths.numpy(), start + order[first:last])
             embeddings[order[first:last]] = rows
             self.bar.update(last - first)

@@ -156,7 +156,7 @@ def _run(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if output is None and overwrite:
         raise ValueError("overwrite: expected output to be given too")
-    destination = None if output is None else _checked_output(adata_or_path, Path(output), overwrite)
+    destination = None if output is None else checked_output(adata_or_path, Path(output), overwrite)
     network = opened(model)
     torch_device = choose_device(device)
     gene_ids = None if genes is None else find_genes(network.vocabulary, genes)
@@ -275,8 +275,11 @@ def _near_matches(vocabulary: Vocabulary, name: str) -> str:
     return f" (near: {', '.join(near)})" if near else ""
 
 
-def _checked_output(adata_or_path: AnnData | str | os.PathLike[str], output: Path, overwrite: bool) -> Path:
-    """Refuses, before any work, an output that could not be written at the end; a link is what it points at."""
+def checked_output(adata_or_path: AnnData | str | os.PathLike[str] | None, output: Path, overwrite: bool) -> Path:
+    """Refuses, before any work, an output that could not be written at the end; a link is what it points at.
+
+    adata_or_path is the input, None for none, which is never written over.
+    """
     if output.suffix != ".h5ad":
         raise ValueError(f"output: expected a name that ends in .h5ad, got {output}")
     if output.is_symlink():
@@ -288,7 +291,7 @@ def _checked_output(adata_or_path: AnnData | str | os.PathLike[str], output: Pat
     if output.exists():
         if not output.is_file():
             raise FileExistsError(f"output: expected a file to replace, got {output}, a device or the like")
-        input = None if isinstance(adata_or_path, AnnData) else split_part(Path(adata_or_path))[0]
+        input = split_part(Path(adata_or_path))[0] if isinstance(adata_or_path, str | os.PathLike) else None
         if input is not None and input.exists() and output.samefile(input):
             raise ValueError(f"output: expected another file than the input, got {output}; the input is never changed")
         if not overwrite:

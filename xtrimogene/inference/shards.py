@@ -11,7 +11,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from typing import Any
 import anndata
 import h5py
 import numpy as np
+import pandas as pd
 import torch
+from anndata.io import write_elem
 
 from xtrimogene.cells.matrix import CsrArrays
 from xtrimogene.cells.numbers import BadNumbers
@@ -41,6 +43,11 @@ _ZARR_CHUNK = re.compile(r"c|(c\.)?\d+(\.\d+)*")
 _LONGEST_KEY = 255  # a zarr store has a folder of that name
 # Attribute of the array in obsm: a digest of the run that made it.
 _RUN = "xtrimogene-run"
+
+
+# From the rows of all windows, in their order: columns of obs, and entries of uns (arrays of text or numbers).
+Annotation = tuple[Mapping[str, pd.Series], Mapping[str, Any]]
+Annotate = Callable[[Iterator[Embeddings]], Annotation]
 
 
 @dataclass
@@ -181,15 +188,18 @@ class Destination:
                 return str(root["obsm"][self.key].attrs[_RUN])
         return None
 
-    def write(self, run: Encoding, options: dict[str, Any]) -> None:
-        """Embeds the windows that are not there yet, then puts the result in place."""
+    def write(self, run: Encoding, options: dict[str, Any], annotate: Annotate | None = None) -> None:
+        """Embeds the windows that are not there yet, then puts the result in place.
+
+        annotate  called, with the rows of the windows in their order, for what goes into the result beside them
+        """
         report = run.report
         described = {
             "cells": report.cells,
             "columns": run.cells.source.n_vars,
             "genes": hashlib.sha256(run.cells.column_map.gene_ids.tobytes()).hexdigest(),
             "cells per shard": run.window,
-            "checkpoint": _model_fingerprint(run.network),
+            "checkpoint": model_fingerprint(run.network),
             "obsm key": self.key,
             **options,
         }
@@ -219,7 +229,7 @@ class Destination:
         try:
             with locked(self.folder / "lock", self._busy):
                 try:
-                    self._embed(run, wanted)
+                    self._embed(run, wanted, annotate)
                     over = self._finished
                 except BaseException as error:
                     # Bad numbers stay so, and mending them makes another input: its shards are void.
@@ -237,7 +247,7 @@ class Destination:
             if over is not None:
                 self._remove(over)  # not before the lock is closed: NFS keeps open files
 
-    def _embed(self, run: Encoding, wanted: dict[str, Any]) -> None:
+    def _embed(self, run: Encoding, wanted: dict[str, Any], annotate: Annotate | None) -> None:
         report, windows = run.report, run.windows()
         if not is_anndata_file(self.input):
             run.cells.source.obs()  # which the result is made of: what cannot be read is told before the work
@@ -274,7 +284,7 @@ class Destination:
         before = _fingerprint(self.input)
         if before != seen and _first_other_window(run, made_from) is not None:
             raise _OtherCells(f"{self.input}: changed while it was read; run again")
-        self._publish(run, wanted, before)
+        self._publish(run, wanted, before, annotate)
 
     def _check_same_run(self, earlier: dict[str, Any], wanted: dict[str, Any]) -> None:
         changed = [
@@ -327,13 +337,13 @@ class Destination:
         embeddings = np.load(io.BytesIO(signed[:-_DIGEST_BYTES]), allow_pickle=False)
         return (embeddings, signed[-_DIGEST_BYTES:]) if embeddings.shape == (stop - start, width) else None
 
-    def _publish(self, run: Encoding, wanted: dict[str, Any], seen: list[int]) -> None:
+    def _publish(self, run: Encoding, wanted: dict[str, Any], seen: list[int], annotate: Annotate | None) -> None:
         result = self.folder / f"result{self.output.suffix}"
         report, shape = run.report, (run.report.cells, run.width)
         run_digest, mark = _run_digest(wanted), _run_digest(wanted, seen).hex()
-        report.empty_cells = 0
 
         def shards() -> Iterator[tuple[int, Embeddings]]:
+            report.empty_cells = 0
             for start, stop in run.windows():
                 shard = self._read_shard(start, stop, run.width, run_digest)
                 if shard is None:
@@ -351,6 +361,8 @@ class Destination:
                 with new_hdf5(result, "w") as root:
                     write_tables(root, run.cells.source.obs(), [])
             _add_to_h5ad(result, self.key, mark, shards(), shape)
+        if annotate is not None:
+            _add_annotation(result, *annotate(rows for _, rows in shards()))
         if _fingerprint(self.input) != seen:
             raise OSError(f"{self.input}: changed while it was copied")
         _flush_tree(result)
@@ -490,11 +502,42 @@ def _add_to_zarr(
         shutil.rmtree(path / "obsm" / key)
     chunks = (max(1, min(window, shape[0])), shape[1])
     _fill_array(obsm.create_array(key, shape=shape, dtype=np.float32, chunks=chunks), mark, shards)
-    _consolidate(path, key)
+    _consolidate(path, ["obsm"], [f"obsm/{key}"])
 
 
-def _consolidate(store: Path, key: str) -> None:
-    """Enters the new array into the metadata of all nodes that some stores keep at their root.
+def _add_annotation(path: Path, obs: Mapping[str, pd.Series], uns: Mapping[str, Any]) -> None:
+    """Columns of obs and entries of uns into a result, in place of those of the same name."""
+    if not path.is_dir():
+        with new_hdf5(path, "r+") as root:
+            _put_annotation(root, obs, uns)
+        return
+    import zarr
+
+    _put_annotation(zarr.open_group(path, mode="r+", use_consolidated=False), obs, uns)
+    _consolidate(path, ["obs", "uns"], [*(f"obs/{name}" for name in obs), *(f"uns/{name}" for name in uns)])
+
+
+def _put_annotation(root: Any, obs: Mapping[str, pd.Series], uns: Mapping[str, Any]) -> None:
+    table = root["obs"]
+    for name, column in obs.items():
+        if name in table:
+            del table[name]
+        write_elem(table, name, column.array if isinstance(column.dtype, pd.CategoricalDtype) else column.to_numpy())
+    names = [str(name) for name in table.attrs["column-order"] if name not in obs]
+    order = [*names, *obs]
+    is_hdf5 = isinstance(root, h5py.Group)
+    table.attrs["column-order"] = np.array(order, dtype=h5py.string_dtype()) if is_hdf5 else order
+    if "uns" not in root:
+        root.create_group("uns").attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+    for name, value in uns.items():
+        if name in root["uns"]:
+            del root["uns"][name]
+        write_elem(root["uns"], name, value)
+
+
+def _consolidate(store: Path, groups: Sequence[str], written: Sequence[str]) -> None:
+    """Enters new nodes, with all in them, and the groups that hold them into the metadata of all nodes that some stores
+    keep at their root.
 
     zarr.consolidate_metadata would read those of every node, and fail for a broken one that is none of our business.
     """
@@ -504,10 +547,19 @@ def _consolidate(store: Path, key: str) -> None:
         if not kept:
             continue
         entries = {
-            entry: content for entry, content in kept["metadata"].items() if not f"{entry}/".startswith(f"obsm/{key}/")
+            entry: content
+            for entry, content in kept["metadata"].items()
+            if not any(f"{entry}/".startswith(f"{node}/") for node in written)
         }
-        for node in ("obsm", f"obsm/{key}"):
-            for file in (".zgroup", ".zarray", ".zattrs") if name == ".zmetadata" else ("zarr.json",):
+        files = (".zgroup", ".zarray", ".zattrs") if name == ".zmetadata" else ("zarr.json",)
+        inner = [
+            path.parent.relative_to(store).as_posix()
+            for node in written
+            for file in files
+            for path in (store / node).rglob(file)
+        ]
+        for node in dict.fromkeys([*groups, *inner]):
+            for file in files:
                 if (store / node / file).exists():
                     entry = f"{node}/{file}" if name == ".zmetadata" else node
                     entries[entry] = json.loads((store / node / file).read_bytes())
@@ -528,7 +580,8 @@ def _fill_array(array: Any, mark: str, shards: Iterator[tuple[int, Embeddings]])
         array[start : start + len(shard)] = shard
 
 
-def _model_fingerprint(network: XTrimoGeneNetwork) -> str:
+def model_fingerprint(network: XTrimoGeneNetwork) -> str:
+    """Hex digest of a model's config, vocabulary and weights."""
     digest = hashlib.sha256(json.dumps([network.config.to_dict(), network.vocabulary.genes]).encode())
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
