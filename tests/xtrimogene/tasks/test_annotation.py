@@ -221,7 +221,11 @@ def test_what_a_model_says_is_what_it_is_said_to_compute(model: Path, reference:
         scores = head.out(head.hidden(x).clamp(min=0)) / head.temperature
     found = _cells(20, 1)
     predict(model, found, **QUIET)
-    np.testing.assert_allclose(found.obsm[PROBABILITIES_KEY], torch.softmax(scores, dim=1), rtol=0, atol=1e-4)
+    # As logarithms: these cells are easy, and all but one probability of each are next to 0.
+    got, expected = (
+        np.log(np.maximum(each, 1e-20)) for each in (found.obsm[PROBABILITIES_KEY], scores.softmax(dim=1).numpy())
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("tune", ["head", "all"])
