@@ -3,8 +3,8 @@
 DATA is a folder with zheng_pbmc_facs.h5ad (BSD-2-Clause) and scp1884_gut_1020cells.h5ad (Apache-2.0): raw counts, cell
 types in obs["celltype"]. Parts: "zheng", a fifth of the cells of each type held out; "gut", 68 types, donors by the
 prefix of the barcodes, a fifth of them held out; "few", 5 to 50 cells of each type of zheng. Each part writes its
-figures into results.json as they come and is taken from there when it is run again; results.md, the reports and the
-picture are made anew from it. Models lie in OUTPUT/work.
+figures into results.json as they come, from where they are taken when it is run again with the same checkpoint;
+results.md, the reports and the picture are made anew from it. Models lie in OUTPUT/work.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import numpy.typing as npt
 from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
 from xtrimogene.document import markdown_table
+from xtrimogene.inference.model_cells import opened
+from xtrimogene.inference.shards import model_fingerprint
 from xtrimogene.tasks.annotation import evaluate, fit
 from xtrimogene.tasks.annotation_report import OURS
 from xtrimogene.tasks.report import draw, shown
@@ -46,27 +48,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="most epochs, of all but head")
     options = parser.parse_args(arguments)
     results = options.output / "results.json"
-    known: dict[str, Any] = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    stored = json.loads(results.read_text(encoding="utf-8")) if results.exists() else {}
+    checkpoint = model_fingerprint(opened(options.checkpoint))[:16]
+    # Figures of another checkpoint are none of this one.
+    known: dict[str, Any] = stored["runs"] if stored.get("checkpoint") == checkpoint else {}
 
     def measured(name: str, run: Callable[[], dict[str, Any]]) -> None:
         if name not in known:
             known[name] = run()
-            results.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+            made = {"checkpoint": checkpoint, "runs": known}
+            results.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
     for part in options.parts:
         for seed in options.seeds:
             for tune in options.tunes:
                 for count in FEW if part == "few" else (None,):
                     name = f"{part}, {tune}, seed {seed}" + ("" if count is None else f", {count} cells a type")
-                    measured(name, lambda p=part, s=seed, t=tune, c=count: _run(options, p, s, t, c))  # type: ignore[misc]
+                    measured(name, lambda p=part, s=seed, t=tune, c=count: _run(options, checkpoint, p, s, t, c))  # type: ignore[misc]
     (options.output / "results.md").write_text(text(known), encoding="utf-8")
     if any(name.startswith("few") for name in known):
         draw(options.output, {"few_shot": lambda figure: _draw_few(figure, known)})
 
 
-def _run(options: argparse.Namespace, part: str, seed: int, tune: str, count: int | None) -> dict[str, Any]:
+def _run(
+    options: argparse.Namespace, checkpoint: str, part: str, seed: int, tune: str, count: int | None
+) -> dict[str, Any]:
     """One model fitted and judged; its report, for the first seed of whole parts, goes into the output too."""
-    work = options.output / "work" / f"{part}-{tune}-{seed}{'' if count is None else f'-{count}'}"
+    work = options.output / "work" / checkpoint / f"{part}-{tune}-{seed}{'' if count is None else f'-{count}'}"
     work.mkdir(parents=True, exist_ok=True)
     cells, train, test = _split(options.data, part, seed)
     if count is not None:

@@ -49,6 +49,7 @@ from xtrimogene.tasks.cell_types import (
     FitOptions,
     LabelledCells,
     encoded,
+    feature_width,
     features_of,
     fitted_types,
     on_device,
@@ -66,6 +67,8 @@ from xtrimogene.tasks.report import check_output
 from xtrimogene.tasks.splits import Names, check_varied, column_of, listed, need, validation_part
 from xtrimogene.tasks.work import WorkFolder
 
+# The version whose logistic regressions the baselines are written for.
+SKLEARN = "1.8"
 # From so many genes on, two cells with the same genes and values are one.
 _TELLING_GENES = 10
 
@@ -171,7 +174,7 @@ def fit(
         ImportError: scikit-learn is missing.
     """
     started = time.perf_counter()
-    need("scikit-learn", TASK, "annotate")
+    need("scikit-learn", TASK, "annotate", SKLEARN)
     options = FitOptions.checked(
         tune,
         {
@@ -358,16 +361,7 @@ def predict(
             common = (cells, ready, "max", max_tokens, WINDOW, None, embed_report, bar)
             with on_device(known.head, torch_device) as head:
                 run = _Labelling(*common, head)
-                written: list[tuple[Codes, Embeddings]] = []
-
-                def annotate(rows: Iterator[Embeddings]) -> Annotation:
-                    codes, confidence = _decided(rows, unknown_below)
-                    written[:] = [(codes, confidence)]
-                    voted = None
-                    if majority_vote is not None:
-                        voted = baselines.majority(codes, _vote_groups(majority_vote, _Labelling(*common, None)))
-                    return _annotation(known.types, codes, confidence, voted)
-
+                decisions = _Decisions(known.types, unknown_below, majority_vote, _Labelling(*common, None))
                 if destination is not None:
                     described = {
                         "layer": source.layer,
@@ -380,21 +374,21 @@ def predict(
                         "unknown_below": unknown_below,
                         "majority_vote": majority_vote,
                     }
-                    destination.write(run, described, annotate)
-                    if not written:  # an earlier run has written the result
-                        written.append(_of_result(destination.output, known.types))
+                    destination.write(run, described, decisions.annotation)
+                    if not len(decisions.codes):  # an earlier run has written the result
+                        decisions.read(destination.output)
                 else:
                     probabilities = np.empty((source.n_obs, len(known.types)), np.float32)
                     for start, stop in run.windows():
                         probabilities[start:stop] = run.embed_rows(start, run.read(start, stop))
                     embed_report.empty_cells = int(np.isnan(probabilities[:, 0]).sum())
-                    obs, uns = annotate(iter([probabilities]))
+                    obs, uns = decisions.annotation(iter([probabilities]))
                     if isinstance(adata_or_path, AnnData):
                         for name, column in obs.items():
                             adata_or_path.obs[name] = column.array
                         adata_or_path.obsm[PROBABILITIES_KEY] = probabilities
                         adata_or_path.uns.update(uns)
-    codes, confidence = written[0]
+    codes = decisions.codes
     if embed_report.empty_cells:
         warnings.warn(
             f"{source.name}: {embed_report.empty_cells:,} of {embed_report.cells:,} cells have no gene of the "
@@ -413,7 +407,7 @@ def predict(
         counts={known.types[code]: int(count) for code, count in zip(found, counts, strict=True)},
         seconds=time.perf_counter() - started,
         labels=names[codes] if output is None else None,
-        confidence=confidence if output is None else None,
+        confidence=decisions.confidence if output is None else None,
     )
 
 
@@ -425,7 +419,7 @@ class _Labelling(Encoding):
 
     @property
     def width(self) -> int:
-        return self.network.config.dim if self.head is None else self.head.out.out_features
+        return feature_width(self.network.config) if self.head is None else self.head.out.out_features
 
     def rows_of(self, batch: RaggedBatch) -> Tensor:
         features = features_of(self.network, batch)
@@ -439,49 +433,61 @@ def _model_cells(source: CellSource, network: XTrimoGeneNetwork, kind: ValueKind
     return ModelCells(mapped, config, TargetDepth.parse(DEFAULT_TARGET_DEPTH))
 
 
-def _decided(rows: Iterator[Embeddings], unknown_below: float) -> tuple[Codes, Embeddings]:
-    """(n,) the most probable type of each cell, -1 for unknown ones, and its probability, from probabilities."""
-    codes, confidence = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-    for probabilities in rows:
-        largest = probabilities.max(axis=1)
-        best = probabilities.argmax(axis=1)
-        codes.append(np.where(largest >= unknown_below, best, -1))  # NaN is not at least anything
-        confidence.append(largest)
-    return np.concatenate(codes), np.concatenate(confidence)
+@dataclass
+class _Decisions:
+    """What is said of each cell, from the rows of its probabilities.
 
+    features    the pass that like cells are found by, where they vote
+    codes       (n,) number of the type, -1 for unknown
+    confidence  (n,) float32, the largest probability
+    """
 
-def _vote_groups(majority_vote: str, run: _Labelling) -> npt.NDArray[Any]:
-    """(n,) the group that each cell votes in."""
-    if majority_vote != "auto":
-        return column_of([run.cells.source], majority_vote, "majority_vote")
-    run.bar.reset()
-    features = np.concatenate([run.embed_rows(start, run.read(start, stop)) for start, stop in run.windows()])
-    return baselines.small_clusters(np.nan_to_num(features))
+    types: list[str]
+    unknown_below: float
+    majority_vote: str | None
+    features: _Labelling
+    codes: Codes = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    confidence: Embeddings = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))
 
+    def annotation(self, rows: Iterator[Embeddings]) -> Annotation:
+        """The columns of obs and the entry of uns, from the probabilities of all cells in their order."""
+        codes, confidence = [self.codes[:0]], [self.confidence[:0]]
+        for probabilities in rows:
+            largest = probabilities.max(axis=1)
+            confidence.append(largest)
+            # NaN, of an empty cell, is not at least anything.
+            codes.append(np.where(largest >= self.unknown_below, probabilities.argmax(axis=1), -1))
+        self.codes, self.confidence = np.concatenate(codes), np.concatenate(confidence)
+        columns = {TYPE_COLUMN: self._categories(self.codes), CONFIDENCE_COLUMN: pd.Series(self.confidence)}
+        if self.majority_vote is not None:
+            columns[MAJORITY_COLUMN] = self._categories(baselines.majority(self.codes, self._groups()))
+        return columns, {TYPES_KEY: np.array(self.types, dtype=object)}
 
-def _annotation(types: list[str], codes: Codes, confidence: Embeddings, voted: Codes | None) -> Annotation:
-    columns = {TYPE_COLUMN: _categories(types, codes), CONFIDENCE_COLUMN: pd.Series(confidence)}
-    if voted is not None:
-        columns[MAJORITY_COLUMN] = _categories(types, voted)
-    return columns, {TYPES_KEY: np.array(types, dtype=object)}
+    def _groups(self) -> npt.NDArray[Any]:
+        """(n,) the group that each cell votes in."""
+        run = self.features
+        if self.majority_vote != "auto":
+            return column_of([run.cells.source], str(self.majority_vote), "majority_vote")
+        run.bar.reset()
+        features = np.concatenate([run.embed_rows(start, run.read(start, stop)) for start, stop in run.windows()])
+        return baselines.small_clusters(np.nan_to_num(features))
 
+    def _categories(self, codes: Codes) -> pd.Series:
+        """A categorical column; unknown is a category where it occurs."""
+        names = [name for name in self.types if name != UNKNOWN]
+        if (codes < 0).any() or len(names) < len(self.types):
+            names.append(UNKNOWN)
+        number = np.array([names.index(name) for name in self.types] + [len(names) - 1])
+        return pd.Series(pd.Categorical.from_codes(number[codes], categories=pd.Index(names, dtype=object)))
 
-def _categories(types: list[str], codes: Codes) -> pd.Series:
-    """A categorical column; codes of -1 are unknown, which is a category where it occurs."""
-    names = [name for name in types if name != UNKNOWN]
-    if (codes < 0).any() or len(names) < len(types):
-        names.append(UNKNOWN)
-    of = np.array([names.index(name) for name in types] + [len(names) - 1])
-    return pd.Series(pd.Categorical.from_codes(of[codes], categories=pd.Index(names, dtype=object)))
-
-
-def _of_result(path: Path, types: list[str]) -> tuple[Codes, Embeddings]:
-    """The types and confidences of a result that is there already."""
-    root, closing = open_store(path)
-    with closing:
-        names, confidence = (read_elem(root["obs"][column]) for column in (TYPE_COLUMN, CONFIDENCE_COLUMN))
-    code = {name: number for number, name in enumerate(types)}
-    return np.array([code.get(str(name), -1) for name in names], np.int64), np.asarray(confidence, np.float32)
+    def read(self, path: Path) -> None:
+        """Codes and confidence from a result that is there already."""
+        root, closing = open_store(path)
+        with closing:
+            names, confidence = (read_elem(root["obs"][column]) for column in (TYPE_COLUMN, CONFIDENCE_COLUMN))
+        code = {name: number for number, name in enumerate(self.types)}
+        self.codes = np.array([code.get(str(name), -1) for name in names], np.int64)
+        self.confidence = np.asarray(confidence, np.float32)
 
 
 def _head_digest(head: CellTypeHead) -> str:
@@ -532,7 +538,7 @@ def evaluate(
             fitted to among those to judge by; another reference. The message says what to do.
         ImportError: scikit-learn or matplotlib is missing.
     """
-    need("scikit-learn", TASK, "annotate")
+    need("scikit-learn", TASK, "annotate", SKLEARN)
     if output is not None:
         need("matplotlib", "the report", "annotate")
         check_output(Path(output), overwrite)

@@ -1,7 +1,8 @@
 """A network of cell types: the encoder of a checkpoint with a head on it, the cells it is fitted to, and its fit.
 
 The head reads the maximum over the rows of a cell's genes, through a batch norm without weights and two linear layers,
-as the published fine-tuning has it (Hao et al. 2024, doi 10.1038/s41592-024-02305-7), which has no depth tokens either.
+as the published fine-tuning has it (Hao et al. 2024, doi 10.1038/s41592-024-02305-7), which has no depth tokens either;
+and of a model with a product head the cell's vector beside it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from xtrimogene.cells.data_sets import Data, expand_data
 from xtrimogene.cells.order import Order
 from xtrimogene.cells.ragged import taken
 from xtrimogene.cells.stream import TrainingCells
+from xtrimogene.network.config import XTrimoGeneConfig
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.pooling import pool
 from xtrimogene.progress import progress_bar
@@ -90,14 +92,14 @@ class CellTypeHead(nn.Module):
 
 
 class CellTypeNetwork(nn.Module):
-    """The encoder of a network and a CellTypeHead on the maximum over the genes of each cell."""
+    """The encoder of a network and a CellTypeHead on its features of each cell."""
 
     def __init__(self, network: XTrimoGeneNetwork, head: CellTypeHead, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.network, self.head, self.dtype = network, head, dtype
 
     def features(self, batch: RaggedBatch) -> Tensor:
-        """(batch, dim) float32, NaN for a cell without genes."""
+        """(batch, feature_width) float32, NaN for a cell without genes."""
         with torch.autocast(batch.values.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return features_of(self.network, batch)
 
@@ -107,8 +109,22 @@ class CellTypeNetwork(nn.Module):
 
 
 def features_of(network: XTrimoGeneNetwork, batch: RaggedBatch) -> Tensor:
-    """(batch, dim) float32: the maximum over the encoder's rows of each cell's genes, no tokens beside them."""
-    return pool(network(batch), batch.cu_seqlens, "max")
+    """(batch, feature_width) float32, NaN for a cell without genes; the batch has no depth tokens.
+
+    The maximum over the encoder's rows of each cell's genes and, of a network with a product head, the cell's vector.
+    """
+    encoded = network(batch)
+    features = pool(encoded, batch.cu_seqlens, "max")
+    if network.product_head is None:
+        return features
+    seen = network.product_head.features(network.embedding.gene_table[:-1], batch, encoded, depth_tokens=False)
+    vectors = network.product_head.cells(seen).masked_fill(features[:, :1].isnan(), torch.nan)
+    return torch.cat([features, vectors.to(features.dtype)], dim=1)
+
+
+def feature_width(config: XTrimoGeneConfig) -> int:
+    """Width of features_of."""
+    return config.dim + (config.product_head or 0)
 
 
 @dataclass(frozen=True)
@@ -268,7 +284,7 @@ def fitted_types(
     training, validation = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        head = CellTypeHead(network.config.dim, len(types))
+        head = CellTypeHead(feature_width(network.config), len(types))
     with torch.device("meta"):
         own = XTrimoGeneNetwork(network.config, network.vocabulary)
     own.load_state_dict({name: each.detach().clone() for name, each in network.state_dict().items()}, assign=True)
@@ -347,7 +363,8 @@ def _groups(module: CellTypeNetwork, options: FitOptions) -> list[dict[str, Any]
     if options.tune == "published":
         parts.append(([layers[-2] if len(layers) > 1 else layers[-1]], 1))
     elif options.tune == "all":
-        parts.append(([encoder.norm], 1))
+        head = module.network.product_head
+        parts.append(([encoder.norm] if head is None else [encoder.norm, head], 1))
         parts += [([layer], depth) for depth, layer in enumerate(reversed(layers), 1)]
         parts.append(([module.network.embedding], len(layers) + 1))
     groups = []
@@ -370,7 +387,7 @@ def _order(rows: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], options:
 def encoded(
     module: CellTypeNetwork, packed: RaggedBatch, batch_tokens: int, work: WorkFolder | None, progress: bool
 ) -> Tensor:
-    """(n, dim) float32 features of all cells by the frozen encoder, kept on disk piece by piece."""
+    """(n, feature_width) float32 features of all cells by the frozen encoder, kept on disk piece by piece."""
     lengths = packed.lengths.numpy().astype(np.int64)
     device = next(module.parameters()).device
     pieces = []
@@ -380,7 +397,7 @@ def encoded(
             name, stop = f"features_{start}", min(start + _PIECE, len(lengths))
             kept = None if work is None else work.load(name)
             if kept is None:
-                piece = torch.empty(stop - start, module.network.config.dim)
+                piece = torch.empty(stop - start, feature_width(module.network.config))
                 rows = start + np.argsort(lengths[start:stop], kind="stable")
                 bounds = Order(rows, np.array([0, len(rows)]), lengths[rows], batch_tokens, None, (0.0, 1.0, 0.0))
                 ends = bounds.steps(1).tolist()
@@ -411,7 +428,7 @@ class CellTypeModel:
         """Raises FileNotFoundError for a missing folder or file, ValueError for one that is none of this task."""
         model = load(folder, TASK)
         types = [str(name) for name in model.settings["types"]]
-        head = CellTypeHead(model.network.config.dim, len(types))
+        head = CellTypeHead(feature_width(model.network.config), len(types))
         try:
             head.load_state_dict(model.tensors)
         except RuntimeError as error:

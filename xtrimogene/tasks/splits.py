@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -14,14 +16,21 @@ Names = npt.NDArray[np.object_]
 _SHOWN = 5
 
 
-def need(package: str, why: str, extra: str) -> None:
-    """Raises ImportError, which says what to install, where a package is missing."""
-    import importlib.util
+def need(package: str, why: str, extra: str, least: str | None = None) -> None:
+    """Raises ImportError, which says what to install, where a package is missing or older than version `least`."""
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise ImportError(f"{why} needs {package}, which is not installed: pip install 'xtrimogene[{extra}]'") from None
+    if least is not None and _numbers(found) < _numbers(least):
+        raise ImportError(
+            f"{why} needs {package} {least} or later, and {found} is installed: pip install -U 'xtrimogene[{extra}]'"
+        )
 
-    # The names that packages are imported by.
-    module = {"scikit-learn": "sklearn"}.get(package, package)
-    if importlib.util.find_spec(module) is None:
-        raise ImportError(f"{why} needs {package}, which is not installed: pip install 'xtrimogene[{extra}]'")
+
+def _numbers(version: str) -> list[int]:
+    """The first two numbers of a version: 1.10.2 is later than 1.9."""
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
 
 def column_of(sources: Iterable[CellSource], column: str, option: str) -> Names:

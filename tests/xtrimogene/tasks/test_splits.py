@@ -79,5 +79,8 @@ def test_columns_are_read_as_text_and_gaps_are_named() -> None:
 
 def test_a_missing_package_is_named_with_the_extra() -> None:
     need("scikit-learn", "annotation", "annotate")
+    need("scikit-learn", "annotation", "annotate", "1.2")
+    with pytest.raises(ImportError, match=r"annotation needs scikit-learn 99\.10 or later, and .* is installed"):
+        need("scikit-learn", "annotation", "annotate", "99.10")
     with pytest.raises(ImportError, match=r"annotation needs nothing_such.*pip install 'xtrimogene\[annotate\]'"):
         need("nothing_such", "annotation", "annotate")
