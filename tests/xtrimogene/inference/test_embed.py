@@ -1251,7 +1251,7 @@ def test_entries_that_are_no_genes_do_not_count(model: XTrimoGene) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"pooling": "sum"}, ValueError, "pooling: expected one of mean, max, all, got 'sum'"),
+        ({"pooling": "sum"}, ValueError, "pooling: expected one of mean, max, all, product, got 'sum'"),
         ({"dtype": "float16"}, ValueError, "dtype: expected one of auto, float32, bfloat16, got 'float16'"),
         ({"max_tokens": 0}, ValueError, "max_tokens: expected at least 1, got 0"),
         ({"num_threads": 0}, ValueError, "num_threads: expected at least 1, got 0"),
