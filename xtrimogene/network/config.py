@@ -59,7 +59,8 @@ class XTrimoGeneConfig:
     stabilizer      what the keys' features are scaled by: the maximum of each cell and "head", or of the whole "cell"
                     (as the published network has it for one cell: for converted weights)
     product_head    width of the product of gene and cell in every prediction (ProductHead); None for none, as published
-    product_dropout share of the channels of a cell's vector that the product head drops, in training only
+    product_dropout
+                    share of the channels of a cell's vector that the product head drops, in training only
     gene_std        standard deviation of a fresh gene table; loaded weights are what they are
 
     Raises ValueError, naming the key, the expected and the given value, for a value that no model can have.

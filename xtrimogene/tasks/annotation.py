@@ -304,8 +304,8 @@ def predict(
 
     Args:
         model: the folder that fit has written, or what CellTypeModel.load made of it.
-        adata_or_path, output, layer, gene_symbols, aliases, normalized, values, fractional_counts, total_counts,
-        max_tokens, device, resume, overwrite, progress: as for embed.
+        adata_or_path, output, layer, gene_symbols, aliases, normalized, values: as for embed.
+        fractional_counts, total_counts, max_tokens, device, resume, overwrite, progress: as for embed.
         unknown_below: cells whose confidence is below it are called "unknown"; 0 for none but empty cells.
         majority_vote: column of obs whose groups get the type of most of their cells; "auto" for small clusters of
             like cells, found by k-means in the encoder's features (50 components, 30 cells a cluster), in the manner of
