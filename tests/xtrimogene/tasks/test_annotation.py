@@ -113,13 +113,16 @@ def test_of_a_product_head_the_cells_vector_is_read_too(tmp_path: Path, depth_to
     if not depth_tokens:
         wanted = torch.cat([plain.embed_batch(batch, "max"), plain.embed_batch(batch, "product")], dim=1)
         torch.testing.assert_close(features_of(own, batch), wanted, equal_nan=True)
+    # The last two tokens are genes as others are. (A fresh head knows nothing of the encoder's rows.)
+    changed = RaggedBatch(torch.tensor([1.0, 2.5, 0.5, 3.0, 1.5]), ids, bounds, 3)
+    assert not torch.equal(features_of(own, changed)[0, 16:], features_of(own, batch)[0, 16:])
     assert features_of(own, batch)[:2].isfinite().all()
     assert features_of(own, batch)[2].isnan().all()
     assert features_of(own, batch).shape == (3, feature_width(own.config)) == (3, 20)
     fit(_cells(60, 2), own, "kind", tmp_path / "model", tune="all", **{**FIT, "epochs": 2})
     tuned = CellTypeModel.load(tmp_path / "model").network.state_dict()
-    changed = {name for name, tensor in own.state_dict().items() if not torch.equal(tensor, tuned[name])}
-    assert "product_head.cell_map.weight" in changed
+    retuned = {name for name, tensor in own.state_dict().items() if not torch.equal(tensor, tuned[name])}
+    assert "product_head.cell_map.weight" in retuned
     assert predict(tmp_path / "model", _cells(9, 1), **QUIET).labels is not None
 
 

@@ -94,6 +94,25 @@ def test_the_model_may_be_given_by_its_sizes() -> None:
     assert PretrainConfig.from_yaml(None, ["model.dim=256"]).model_config(5).dim == 256
 
 
+def test_the_product_head_learns_alone_at_first_at_a_rate_of_its_own() -> None:
+    changes = {"head_steps": 100, "learning_rate": 1.0, "head_learning_rate": 4.0, "warmup_steps": 9}
+    config = PretrainConfig(max_steps=1000, schedule="cosine", final_rate_share=0.0, **changes)
+    model = XTrimoGeneConfig.preset("tiny", num_genes=5, product_head=3)
+    assert config.head_steps_of(model) == 100
+    assert [config.rate(step, 100) for step in (0, 8, 9)] == pytest.approx([0.4, 3.6, 4.0])
+    assert config.rate(99, 100) < 0.01
+    # Warm-up and schedule begin anew.
+    assert [config.rate(step, 100) for step in (100, 108, 109)] == pytest.approx([0.1, 0.9, 1.0])
+    assert config.rate(999, 100) < 0.01
+    assert config.rate(50) == PretrainConfig(
+        max_steps=1000, schedule="cosine", **{**changes, "head_steps": 0}, final_rate_share=0.0
+    ).rate(50)
+    # Short runs have some steps of all; a head that has learned, or none, has no such steps.
+    assert PretrainConfig(max_steps=50, **changes).head_steps_of(model) == 45
+    assert PretrainConfig(checkpoint="folder", **changes).head_steps_of(model) == 0
+    assert config.head_steps_of(XTrimoGeneConfig.preset("tiny", num_genes=5)) == 0
+
+
 def test_rate_warms_up_then_stays_or_falls() -> None:
     config = PretrainConfig(max_steps=100, warmup_steps=9, learning_rate=1.0)
     assert [config.rate(step) for step in (0, 4, 8)] == pytest.approx([0.1, 0.5, 0.9])
