@@ -302,7 +302,8 @@ def _decoder_rows(
 
 
 def _product(config: XTrimoGeneConfig, cells: int) -> int:
-    """Forward FLOPs of the product head: the maps of every cell, and its product with every position's row."""
+    """Forward FLOPs of the product head: the maps of every cell, and its product with every position's row. The sum of
+    the tokens' rows is none of the products of matrices that are counted here."""
     if config.product_head is None:
         return 0
     width, features = config.product_head, DEPTH_NUMBERS + 2 * config.dim

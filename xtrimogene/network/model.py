@@ -20,7 +20,7 @@ from xtrimogene.network.product_head import ProductHead, cells_of_tokens
 from xtrimogene.network.vocabulary import Vocabulary
 
 # Most tokens that are hidden beside the masked ones while the product head learns alone, as a share.
-PRODUCT_HIDDEN = 0.6
+FURTHER_HIDDEN = 0.6
 
 
 class XTrimoGeneNetwork(nn.Module):
@@ -147,7 +147,7 @@ class XTrimoGeneNetwork(nn.Module):
     def product_loss(self, masked: MaskedBatch, nonzero_rate: float, zero_rate: float) -> Tensor:
         """() the loss of the product head by itself, without encoder and decoder, at every gene the head is not shown.
 
-        Of the tokens a further share is hidden, for each cell another between 0 and PRODUCT_HIDDEN. The squared error
+        Of the tokens a further share is hidden, for each cell another between 0 and FURTHER_HIDDEN. The squared error
         at a gene that is zero counts zero_rate, at another one that is hidden so much that all of the cell's would
         count nonzero_rate: it is the sum that loss would give if other genes were chosen, with less noise.
         """
@@ -155,7 +155,7 @@ class XTrimoGeneNetwork(nn.Module):
         batch, genes = masked.batch, self.config.num_genes
         cells = cells_of_tokens(batch)
         is_gene = batch.gene_ids < genes
-        shares = PRODUCT_HIDDEN * torch.rand(batch.batch_size, device=batch.values.device)
+        shares = FURTHER_HIDDEN * torch.rand(batch.batch_size, device=batch.values.device)
         kept = torch.rand_like(batch.values) >= shares[cells]
         features = self.product_head.features(
             self.embedding.gene_table[:-1],

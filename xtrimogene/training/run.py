@@ -145,7 +145,7 @@ class Run:
         self.network: nn.Module = parallel(self.model, ranks, config.parallel, head_alone=self.head_steps > 0)
         self.parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.parameters,
+            self._groups(),
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             eps=config.adam_eps,
@@ -323,7 +323,8 @@ class Run:
             )
         self.rate = config.rate(progress.step, self.head_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+            # At rate 0 weights do not decay either.
+            group["lr"] = 0.0 if group["waits"] and self._head_alone() else self.rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
@@ -333,6 +334,16 @@ class Run:
         for name, value in zip(_SINCE_LOG, sums, strict=True):
             progress.since_log[name] += value
         return signals.first([term, interrupt])
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """All parameters: those that the product head learns alone with, and those that wait meanwhile."""
+        head: list[nn.Parameter] = []
+        if self.model.product_head is not None:
+            head = [self.model.embedding.gene_table, *self.model.product_head.parameters()]
+        known = {id(parameter) for parameter in head}
+        others = [parameter for parameter in self.parameters if id(parameter) not in known]
+        groups = [{"params": others, "waits": True}, {"params": head, "waits": False}]
+        return [group for group in groups if group["params"]]
 
     def _head_alone(self) -> tuple[float, float] | None:
         """The rates of the masking plan while the product head learns without encoder and decoder, else None."""

@@ -192,7 +192,7 @@ def test_the_heads_own_loss_is_that_of_every_gene_it_is_not_shown(monkeypatch: p
     model, masked = _product(), _masked()
     batch, total = masked.batch, 0.0
     for share in (0.0, 1e-9):
-        monkeypatch.setattr(network_model, "PRODUCT_HIDDEN", share)
+        monkeypatch.setattr(network_model, "FURTHER_HIDDEN", share)
         got = model.product_loss(masked, 0.5, 0.2)
     bounds, ends = batch.cu_seqlens.tolist(), masked.chosen_cu_seqlens.tolist()
     for cell, predicted in enumerate(
@@ -207,7 +207,7 @@ def test_the_heads_own_loss_is_that_of_every_gene_it_is_not_shown(monkeypatch: p
         for gene in range(GENES):
             value = truth.get(gene, 0.0)
             weight = 0.2 if value == 0 else 0.5 * nonzero / unseen if gene in hidden else 0.0
-            total += weight * (float(predicted[gene]) - value) ** 2
+            total += weight * (float(predicted[gene].detach()) - value) ** 2
     assert float(got) == pytest.approx(total, rel=1e-5)
     monkeypatch.undo()
     assert model.product_loss(masked, 0.5, 0.2) != model.product_loss(masked, 0.5, 0.2)
