@@ -32,7 +32,7 @@ from xtrimogene.cells.mapped import MappedCells
 from xtrimogene.cells.sources import CellSource, open_cells, open_store
 from xtrimogene.inference.encoding import Embeddings, EmbedReport, Encoding
 from xtrimogene.inference.model_cells import WINDOW, ModelCells, opened
-from xtrimogene.inference.options import DEFAULT_MAX_TOKENS, DEFAULT_TARGET_DEPTH
+from xtrimogene.inference.options import DEFAULT_MAX_TOKENS, DEFAULT_TARGET_DEPTH, FIXED_DTYPES
 from xtrimogene.inference.shards import Annotation, Destination, model_fingerprint
 from xtrimogene.network.devices import backend_name, choose_device, prepared
 from xtrimogene.network.model import XTrimoGeneNetwork
@@ -40,7 +40,6 @@ from xtrimogene.progress import progress_bar
 from xtrimogene.tasks import annotation_report, baselines
 from xtrimogene.tasks.annotation_report import OURS, Evaluation
 from xtrimogene.tasks.cell_types import (
-    DTYPES,
     TASK,
     CellTypeHead,
     CellTypeModel,
@@ -318,8 +317,8 @@ def predict(
     started = time.perf_counter()
     if not 0 <= unknown_below <= 1:
         raise ValueError(f"unknown_below: expected a probability from 0 to 1, got {unknown_below}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in FIXED_DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(FIXED_DTYPES)}, got {dtype!r}")
     if not 1 <= max_tokens < 1 << 31:
         raise ValueError(f"max_tokens: expected at least 1 and less than 2^31, got {max_tokens}")
     if majority_vote == "auto":

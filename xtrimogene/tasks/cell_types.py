@@ -28,6 +28,7 @@ from xtrimogene.cells.data_sets import Data, expand_data
 from xtrimogene.cells.order import Order
 from xtrimogene.cells.ragged import taken
 from xtrimogene.cells.stream import TrainingCells
+from xtrimogene.inference.options import FIXED_DTYPES
 from xtrimogene.network.config import XTrimoGeneConfig
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.pooling import pool
@@ -41,7 +42,6 @@ from xtrimogene.tasks.work import WorkFolder
 
 TASK = "annotation"
 HIDDEN = 256
-DTYPES = ("float32", "bfloat16")
 # Rates of the linear layers; a layer of the encoder has 0.8 of the rate of what stands on it.
 RATES = {"head": 2e-3, "published": 1e-3, "all": 2e-3}
 RATE_DECAY = 0.8
@@ -52,7 +52,6 @@ PATIENCE = {"head": 20, "published": 5, "all": 5}
 _PIECE = 4096
 # Training cells whose moments the batch norm takes before a validation, about.
 _SETTLED_CELLS = 512
-READING = ("layer", "gene_symbols", "aliases", "normalized", "values", "fractional_counts", "total_counts")
 Codes = npt.NDArray[np.int64]
 
 
@@ -159,8 +158,8 @@ class FitOptions:
             raise ValueError(f"learning_rate: expected a number between 0 and 1, got {self.learning_rate}")
         if not 0 < self.validation_share <= 0.5:
             raise ValueError(f"validation_share: expected above 0 and at most 0.5, got {self.validation_share}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.dtype not in FIXED_DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(FIXED_DTYPES)}, got {self.dtype!r}")
         return self
 
 
@@ -197,7 +196,7 @@ class LabelledCells:
         progress: bool,
     ) -> LabelledCells:
         """Raises ValueError for data sets that cannot be read so, or cells without a label or group."""
-        options: dict[str, Any] = {name: reading.get(name) for name in READING if reading.get(name) is not None}
+        options = {name: value for name, value in reading.items() if value is not None}
         with TrainingCells(
             data,
             network.vocabulary,
