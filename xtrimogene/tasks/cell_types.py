@@ -58,7 +58,7 @@ Codes = npt.NDArray[np.int64]
 class CellTypeHead(nn.Module):
     """Features (n, dim) of cells -> scores (n, types): batch norm without weights, linear, ReLU, linear.
 
-    temperature  what scores are divided by before the softmax; 1 until calibrate has set it
+    temperature  what scores are divided by before the softmax; 1 until a fit has set it
     """
 
     temperature: Tensor
@@ -225,6 +225,10 @@ class LabelledCells:
     def types(self) -> list[str]:
         return [str(name) for name in np.unique(self.labels)]
 
+    def codes(self, types: Sequence[str]) -> Codes:
+        """(n,) number of each cell's type in a sorted list that has them all."""
+        return np.searchsorted(types, self.labels.astype(str)).astype(np.int64)
+
     def counts(self) -> dict[str, int]:
         """Cells of each type."""
         names, counts = np.unique(self.labels, return_counts=True)
@@ -240,7 +244,7 @@ class LabelledCells:
             )
 
     def digest(self) -> str:
-        """Of genes, values and labels."""
+        """Of genes, values, labels and groups."""
         digest = hashlib.sha256()
         for tensor in (self.packed.values, self.packed.gene_ids, self.packed.cu_seqlens):
             digest.update(tensor.numpy().tobytes())
@@ -279,7 +283,7 @@ def fitted_types(
 ) -> FittedTypes:
     """A network fitted to the cells that are not held out, and calibrated on those that are."""
     types = cells.types
-    codes = np.searchsorted(types, cells.labels.astype(str)).astype(np.int64)
+    codes = cells.codes(types)
     training, validation = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)

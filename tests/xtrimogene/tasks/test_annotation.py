@@ -550,9 +550,17 @@ def test_without_the_reference_a_model_stands_alone(network: XTrimoGene, tmp_pat
         cells.X[0] = [7, 2, 1] + [0] * 57
     fit(known, network, "kind", tmp_path / "model", **{**FIT, "epochs": 1})
     with pytest.warns(UserWarning, match="reference: the cells .* are not where they were"):
-        alone = evaluate(tmp_path / "model", judged, "kind", **QUIET)
+        alone = evaluate(tmp_path / "model", judged, "kind", output=tmp_path / "alone", **QUIET)
     assert set(alone.methods) == {"this model"}
-    beside = evaluate(tmp_path / "model", judged, "kind", reference=known, untrained=False, **QUIET)
+    beside = evaluate(
+        tmp_path / "model", judged, "kind", output=tmp_path / "beside", reference=known, untrained=False, **QUIET
+    )
+    told = {name: (tmp_path / name / "report.md").read_text(encoding="utf-8") for name in ("alone", "beside")}
+    held_out = "The cells of this report had no part in it."
+    assert "not known whether cells of this report had a part" in told["alone"]
+    assert held_out not in told["alone"]
+    assert held_out in told["beside"]
+    assert "untrained network" not in told["beside"]
     assert "logistic regression, L1" in beside.methods
     assert "untrained network, same tuning" not in beside.methods
 
