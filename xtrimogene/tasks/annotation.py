@@ -594,9 +594,8 @@ def evaluate(
                 torch.manual_seed(options.seed)
                 fresh = XTrimoGeneNetwork(known.network.config, known.network.vocabulary)
             fitted = fitted_types(fresh, cells, held_out, options, torch_device, None, progress).module
-            guesses[UNTRAINED] = _probabilities(fitted.network, fitted.head, judged, batch_tokens, torch_device).argmax(
-                axis=1
-            )
+            found = _probabilities(fitted.network, fitted.head, judged, batch_tokens, torch_device)
+            guesses[UNTRAINED] = found.argmax(axis=1)
     else:
         warnings.warn(
             "reference: the cells that the model was fitted to are not where they were; there is nothing to compare it "
