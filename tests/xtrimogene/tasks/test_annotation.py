@@ -315,9 +315,9 @@ def test_a_fit_ends_where_its_patience_does(network: XTrimoGene, tmp_path: Path)
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("tune", ["head", "all"])
+@pytest.mark.parametrize(("tune", "cells", "tokens"), [("head", 60, 130), ("all", 60, 130), ("all", 2, 1000)])
 def test_no_batch_is_over_its_budget(
-    network: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: str
+    network: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: str, cells: int, tokens: int
 ) -> None:
     sizes: list[tuple[int, int]] = []
 
@@ -327,10 +327,10 @@ def test_no_batch_is_over_its_budget(
 
     monkeypatch.setattr(cell_types, "features_of", seen)
     monkeypatch.setattr(cell_types, "_PIECE", 7)
-    options = {"tune": tune, "epochs": 1, "batch_cells": 3, "batch_tokens": 130}
+    options = {"tune": tune, "epochs": 1, "batch_cells": cells, "batch_tokens": tokens}
     fit(_cells(60, 2), network, "kind", tmp_path / "model", **QUIET, **options)
-    assert 100 < max(tokens for tokens, _ in sizes) <= 130
-    assert tune == "head" or max(cells for _, cells in sizes) <= 3
+    assert max(each for each, _ in sizes) <= tokens
+    assert max(each for _, each in sizes) == min(cells, 4)  # of 30 genes each, about
 
 
 def test_features_of_pieces_are_those_of_each_cell(network: XTrimoGene, monkeypatch: pytest.MonkeyPatch) -> None:
