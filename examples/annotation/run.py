@@ -26,13 +26,13 @@ from xtrimogene.document import markdown_table
 from xtrimogene.inference.model_cells import opened
 from xtrimogene.inference.shards import model_fingerprint
 from xtrimogene.tasks.annotation import evaluate, fit
-from xtrimogene.tasks.annotation_report import OURS
+from xtrimogene.tasks.annotation_report import OURS, UNTRAINED
 from xtrimogene.tasks.report import draw, shown
 
 HERE = Path(__file__).parent
 LABEL = "celltype"
 FEW = (5, 10, 20, 50)
-WAYS = (OURS, "untrained network, same tuning", "logistic regression, L2", "logistic regression, L1")
+WAYS = (OURS, UNTRAINED, "logistic regression, L2", "logistic regression, L1")
 Rows = npt.NDArray[np.int64]
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-from pathlib import Path
-from typing import Any
 
 from xtrimogene.cli.messages import tell
-from xtrimogene.cli.options import Commands, add_reading_options, add_telling_options, fields_of, set_threads
-from xtrimogene.inference.options import DEFAULT_MAX_TOKENS, partial_folder
+from xtrimogene.cli.options import (
+    Commands,
+    add_counts,
+    add_reading_options,
+    add_telling_options,
+    fields_of,
+    kept_in_part,
+    reading_options,
+    set_threads,
+)
+from xtrimogene.inference.options import DEFAULT_MAX_TOKENS, FIXED_DTYPES
 from xtrimogene.tasks.options import CONFIDENCE_COLUMN, MAJORITY_COLUMN, PROBABILITIES_KEY, TUNES, TYPE_COLUMN
-
-_DTYPES = ("float32", "bfloat16")
-_READING = (
-    "layer", "gene_symbols", "aliases", "normalized", "values", "fractional_counts", "total_counts", "device",
-    "overwrite",
-)  # fmt: skip
 
 
 def add_to(commands: Commands) -> None:
@@ -44,7 +44,7 @@ def _add_fit(parts: Commands) -> None:
         "labelled cells, and write the model's folder. A part of the cells is kept for validation, which ends the fit "
         "and calibrates its probabilities. A killed fit goes on with --resume.",
     )
-    fit.set_defaults(run=_fit, kept=_kept, smaller="; try a smaller --batch-tokens")
+    fit.set_defaults(run=_fit, kept=kept_in_part, smaller="; try a smaller --batch-tokens")
     fit.add_argument("--checkpoint", required=True, metavar="DIR", help="folder or name of the pre-trained model")
     fit.add_argument("--data", required=True, nargs="+", metavar="PATH", help="files of labelled cells, or folders")
     fit.add_argument("--label", required=True, metavar="COL", help="column of obs with the types")
@@ -72,18 +72,15 @@ def _add_fit(parts: Commands) -> None:
         metavar="S",
         help="share kept for validation (default: %(default)s)",
     )
-    fit.add_argument("--batch-cells", type=int, default=32, metavar="N", help="most cells of a step (default: 32)")
-    fit.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=DEFAULT_MAX_TOKENS,
-        metavar="N",
-        help="most expressed genes of a step (default: %(default)s)",
+    add_counts(
+        fit,
+        ("batch-cells", 32, "most cells of a step"),
+        ("batch-tokens", DEFAULT_MAX_TOKENS, "most expressed genes of a step"),
+        ("seed", 0, "of the split, the linear layers, the order of the cells and dropout"),
     )
     fit.add_argument(
-        "--dtype", default="float32", choices=_DTYPES, help="arithmetic of the encoder (default: %(default)s)"
+        "--dtype", default="float32", choices=FIXED_DTYPES, help="arithmetic of the encoder (default: %(default)s)"
     )
-    fit.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     add_reading_options(fit, depth=False)
     fit.add_argument("--resume", action="store_true", help="go on with an interrupted fit, if there is one")
 
@@ -96,7 +93,7 @@ def _add_predict(parts: Commands) -> None:
         f"obs[{CONFIDENCE_COLUMN!r}] and obsm[{PROBABILITIES_KEY!r}]. The input is only read. An interrupted run goes "
         "on with --resume.",
     )
-    predict.set_defaults(run=_predict, kept=_kept, smaller="; try a smaller --max-tokens")
+    predict.set_defaults(run=_predict, kept=kept_in_part, smaller="; try a smaller --max-tokens")
     predict.add_argument("--model", required=True, metavar="MODEL", help="folder that fit has written")
     predict.add_argument("--input", required=True, metavar="FILE", help="file, store or folder of cells, as for embed")
     predict.add_argument("--output", required=True, metavar="FILE", help="file to write: .zarr for .zarr, else .h5ad")
@@ -113,15 +110,9 @@ def _add_predict(parts: Commands) -> None:
         help="column of obs whose groups vote, or auto for small clusters of like cells; the outcome is "
         f"obs[{MAJORITY_COLUMN!r}]",
     )
+    add_counts(predict, ("max-tokens", DEFAULT_MAX_TOKENS, "most expressed genes in a batch"))
     predict.add_argument(
-        "--max-tokens",
-        type=int,
-        default=DEFAULT_MAX_TOKENS,
-        metavar="N",
-        help="most expressed genes in a batch (default: %(default)s)",
-    )
-    predict.add_argument(
-        "--dtype", default="float32", choices=_DTYPES, help="arithmetic of the encoder (default: %(default)s)"
+        "--dtype", default="float32", choices=FIXED_DTYPES, help="arithmetic of the encoder (default: %(default)s)"
     )
     add_reading_options(predict, depth=False)
     predict.add_argument("--resume", action="store_true", help="go on with an interrupted run, if there is one")
@@ -151,24 +142,8 @@ def _add_evaluate(parts: Commands) -> None:
         action="store_true",
         help="without the untrained network, whose tuning takes as long as the fit",
     )
-    evaluate.add_argument(
-        "--batch-tokens",
-        type=int,
-        default=DEFAULT_MAX_TOKENS,
-        metavar="N",
-        help="most expressed genes in a batch (default: %(default)s)",
-    )
+    add_counts(evaluate, ("batch-tokens", DEFAULT_MAX_TOKENS, "most expressed genes in a batch"))
     add_reading_options(evaluate, depth=False)
-
-
-def _kept(arguments: argparse.Namespace) -> bool:
-    """Whether there is something to go on with."""
-    folder = partial_folder(Path(os.path.realpath(arguments.output)))
-    return any(folder.glob("shard-*.npy")) or any(folder.glob("*.safetensors"))
-
-
-def _reading(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {**{name: getattr(arguments, name) for name in _READING}, "progress": not arguments.no_progress}
 
 
 def _fit(arguments: argparse.Namespace) -> None:
@@ -181,7 +156,7 @@ def _fit(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     options = {name: getattr(arguments, name) for name in names}
     report = fit(
-        arguments.data, arguments.checkpoint, arguments.label, arguments.output, **options, **_reading(arguments)
+        arguments.data, arguments.checkpoint, arguments.label, arguments.output, **options, **reading_options(arguments)
     )
     tell(arguments, f"{report}\n{arguments.output}: the model", fields_of(report))
 
@@ -192,7 +167,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     set_threads(arguments)
     names = ("output", "unknown_below", "majority_vote", "max_tokens", "dtype", "resume")
     options = {name: getattr(arguments, name) for name in names}
-    report = predict(arguments.model, arguments.input, **options, **_reading(arguments))
+    report = predict(arguments.model, arguments.input, **options, **reading_options(arguments))
     text = (
         f"{report}\n{arguments.output}: obs[{TYPE_COLUMN!r}], obs[{CONFIDENCE_COLUMN!r}], obsm[{PROBABILITIES_KEY!r}]"
     )
@@ -213,7 +188,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         reference=arguments.reference,
         untrained=not arguments.no_untrained,
         batch_tokens=arguments.batch_tokens,
-        **_reading(arguments),
+        **reading_options(arguments),
     )
     text = f"{text_table(methods_table(evaluation))}\n{verdict(evaluation)}\n{arguments.output}: report.html, report.md"
     tell(arguments, text, {"output": arguments.output, **dataclasses.asdict(evaluation)})

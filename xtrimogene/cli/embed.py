@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 
 from xtrimogene.cli.messages import tell
-from xtrimogene.cli.options import Commands, add_reading_options, fields_of, reading_options, set_threads
-from xtrimogene.inference.options import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DTYPES, partial_folder
+from xtrimogene.cli.options import Commands, add_reading_options, fields_of, kept_in_part, reading_options, set_threads
+from xtrimogene.inference.options import DEFAULT_KEY, DEFAULT_MAX_TOKENS, DTYPES
 from xtrimogene.network.config import POOLINGS
 
 
@@ -23,7 +21,7 @@ def add_to(commands: Commands) -> None:
         epilog="Exit status: 0 all cells are embedded; 2 wrong input or options, a disk that fails, or no memory left; "
         "130 interrupted; 1 an error that nobody has thought of, whose traceback is in the file that is named.",
     )
-    command.set_defaults(run=_run, kept=_kept, smaller="; try a smaller --max-tokens")
+    command.set_defaults(run=_run, kept=kept_in_part, smaller="; try a smaller --max-tokens")
     command.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of the model")
     command.add_argument(
         "--input", required=True, metavar="FILE", help="file, store or folder of cells, raw counts in X"
@@ -52,12 +50,6 @@ def add_to(commands: Commands) -> None:
     )
     add_reading_options(command)
     command.add_argument("--resume", action="store_true", help="go on with an interrupted run, if there is one")
-
-
-def _kept(arguments: argparse.Namespace) -> bool:
-    """Whether there are cells to go on with."""
-    output = Path(os.path.realpath(arguments.output))
-    return any(partial_folder(output).glob("shard-*.npy"))
 
 
 def _run(arguments: argparse.Namespace) -> None:

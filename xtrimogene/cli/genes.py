@@ -8,7 +8,7 @@ from typing import Any
 
 from xtrimogene.cli.messages import tell
 from xtrimogene.cli.options import Commands, add_reading_options, fields_of, reading_options, set_threads
-from xtrimogene.inference.options import DEFAULT_BATCH_SIZE, EMBEDDINGS_KEY, GENE_DTYPES, IMPUTED_LAYER
+from xtrimogene.inference.options import DEFAULT_BATCH_SIZE, EMBEDDINGS_KEY, FIXED_DTYPES, IMPUTED_LAYER
 
 
 def add_to(commands: Commands) -> None:
@@ -50,7 +50,7 @@ def _add_gene_level_options(command: argparse.ArgumentParser, *, genes_required:
         help="cells decoded together (default: %(default)s)",
     )
     command.add_argument(
-        "--dtype", default="float32", choices=GENE_DTYPES, help="arithmetic of the model (default: %(default)s)"
+        "--dtype", default="float32", choices=FIXED_DTYPES, help="arithmetic of the model (default: %(default)s)"
     )
     add_reading_options(command)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from xtrimogene.cells.kinds import VALUES
-from xtrimogene.inference.options import DEFAULT_TARGET_DEPTH
+from xtrimogene.inference.options import DEFAULT_TARGET_DEPTH, partial_folder
 
 if TYPE_CHECKING:
     from xtrimogene.network.model import XTrimoGeneNetwork
@@ -64,12 +66,25 @@ def add_reading_options(command: argparse.ArgumentParser, *, depth: bool = True)
 
 
 def reading_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What add_reading_options has read, as the keyword arguments of embed and of the gene level."""
+    """What add_reading_options has read, as the keyword arguments of embed, of the gene level and of the tasks."""
     names = (
         "layer", "gene_symbols", "aliases", "normalized", "values", "fractional_counts", "total_counts", "target_depth",
         "device", "overwrite",
     )  # fmt: skip
-    return {**{name: getattr(arguments, name) for name in names}, "progress": not arguments.no_progress}
+    given = {name: getattr(arguments, name) for name in names if name in arguments}
+    return {**given, "progress": not arguments.no_progress}
+
+
+def add_counts(command: argparse.ArgumentParser, *counts: tuple[str, int, str]) -> None:
+    """Options that are whole numbers: the name, the default and what is counted."""
+    for name, default, told in counts:
+        command.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{told} (default: %(default)s)")
+
+
+def kept_in_part(arguments: argparse.Namespace) -> bool:
+    """Whether there is something beside --output that --resume goes on with: finished cells, or a state of a fit."""
+    folder = partial_folder(Path(os.path.realpath(arguments.output)))
+    return any(folder.glob("shard-*.npy")) or any(folder.glob("*.safetensors"))
 
 
 def set_threads(arguments: argparse.Namespace) -> None:

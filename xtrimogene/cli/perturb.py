@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 from typing import Any
 
 from xtrimogene.cli.messages import tell
 from xtrimogene.cli.options import (
     Commands,
+    add_counts,
     add_reading_options,
     add_telling_options,
     fields_of,
+    kept_in_part,
     reading_options,
     set_threads,
 )
-from xtrimogene.inference.options import partial_folder
 
 _SCREEN = ("condition", "control", "group", "min_cells")
 _NOT_OF_SCREENS = ("device", "overwrite", "progress", "aliases", "target_depth")
@@ -47,7 +46,7 @@ def _add_fit(parts: Commands) -> None:
         "for evaluate, and others kept for validation, which decides how long is trained. A killed fit goes on with "
         "--resume.",
     )
-    fit.set_defaults(run=_fit, kept=_kept, smaller="; try a smaller --max-genes or --control-cells")
+    fit.set_defaults(run=_fit, kept=kept_in_part, smaller="; try a smaller --max-genes or --control-cells")
     fit.add_argument("--checkpoint", required=True, metavar="DIR", help="folder or name of the pre-trained model")
     fit.add_argument("--data", required=True, metavar="FILE", help="cells of the screen, with control cells")
     fit.add_argument(
@@ -87,15 +86,15 @@ def _add_fit(parts: Commands) -> None:
         action="store_true",
         help="also fit the network with learned and with shuffled embeddings of the same width, for evaluate",
     )
-    for name, default, told in (
+    add_counts(
+        fit,
         ("min-cells", 10, "perturbations of fewer cells are left out"),
         ("max-genes", 2000, "of more measured genes, those that vary most are predicted"),
         ("control-cells", 64, "most control cells that are embedded and kept"),
         ("epochs", 60, "most epochs"),
         ("patience", 15, "epochs without a better validation"),
         ("seed", 0, "of the split, the cells and the network"),
-    ):
-        fit.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{told} (default: %(default)s)")
+    )
     add_reading_options(fit)
     fit.add_argument("--resume", action="store_true", help="go on with an interrupted fit, if there is one")
 
@@ -139,11 +138,6 @@ def _add_evaluate(parts: Commands) -> None:
     evaluate.add_argument("--group", metavar="COL", help="column of obs, such as a cell line (default: as in the fit)")
     evaluate.add_argument("--min-cells", type=int, metavar="N", help="perturbations of fewer cells are left out")
     add_reading_options(evaluate)
-
-
-def _kept(arguments: argparse.Namespace) -> bool:
-    """Whether there is something to go on with."""
-    return any(partial_folder(Path(os.path.realpath(arguments.output))).glob("*.safetensors"))
 
 
 def _fit(arguments: argparse.Namespace) -> None:

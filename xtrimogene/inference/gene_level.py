@@ -32,7 +32,7 @@ from xtrimogene.inference.model_cells import ModelCells, of_columns, opened
 from xtrimogene.inference.options import (
     DEFAULT_BATCH_SIZE,
     EMBEDDINGS_KEY,
-    GENE_DTYPES,
+    FIXED_DTYPES,
     IMPUTED_LAYER,
 )
 from xtrimogene.inference.tables import NewHdf5, new_h5ad
@@ -149,8 +149,8 @@ def _run(
     progress: bool = True,
 ) -> tuple[GeneReport, Numbers | None]:
     started = time.perf_counter()
-    if dtype not in GENE_DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(GENE_DTYPES)}, got {dtype!r}")
+    if dtype not in FIXED_DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(FIXED_DTYPES)}, got {dtype!r}")
     for name, value in (("batch_size", batch_size), ("num_threads", num_threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")

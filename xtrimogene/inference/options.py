@@ -5,12 +5,12 @@ from pathlib import Path
 DEFAULT_KEY = "X_xtrimogene"
 # Tokens of a batch: room for a cell that expresses every gene, and enough rows to keep the matrix products busy.
 DEFAULT_MAX_TOKENS = 32768
-DTYPES = ("auto", "float32", "bfloat16")
+FIXED_DTYPES = ("float32", "bfloat16")
+DTYPES = ("auto", *FIXED_DTYPES)
 DEFAULT_TARGET_DEPTH = 4.0
 
 EMBEDDINGS_KEY = "gene_embeddings"
 IMPUTED_LAYER = "imputed"
-GENE_DTYPES = ("float32", "bfloat16")
 # Cells decoded together: each takes about ten (positions, decoder_dim) tensors.
 DEFAULT_BATCH_SIZE = 4
 

@@ -32,15 +32,14 @@ from xtrimogene.cells.mapped import MappedCells
 from xtrimogene.cells.sources import CellSource, open_cells, open_store
 from xtrimogene.inference.encoding import Embeddings, EmbedReport, Encoding
 from xtrimogene.inference.model_cells import WINDOW, ModelCells, opened
-from xtrimogene.inference.options import DEFAULT_MAX_TOKENS, DEFAULT_TARGET_DEPTH
+from xtrimogene.inference.options import DEFAULT_MAX_TOKENS, DEFAULT_TARGET_DEPTH, FIXED_DTYPES
 from xtrimogene.inference.shards import Annotation, Destination, model_fingerprint
 from xtrimogene.network.devices import backend_name, choose_device, prepared
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.progress import progress_bar
 from xtrimogene.tasks import annotation_report, baselines
-from xtrimogene.tasks.annotation_report import OURS, Evaluation
+from xtrimogene.tasks.annotation_report import OURS, UNTRAINED, Evaluation
 from xtrimogene.tasks.cell_types import (
-    DTYPES,
     TASK,
     CellTypeHead,
     CellTypeModel,
@@ -157,7 +156,7 @@ def fit(
         learning_rate: of the linear layers, with AdamW, a warm-up and a cosine. None: 2e-3, for "published" 1e-3.
         epochs, patience: most epochs, and most in turn without a better validation loss. None: 30 and 5, for "head",
             whose epochs are short, 200 and 20.
-        validation_share: about how many of the cells are kept for validation.
+        validation_share: about how many of the cells are kept for validation; of groups, at least one.
         batch_cells, batch_tokens: most cells and most expressed genes of a step.
         dtype: arithmetic of the encoder, "float32" or "bfloat16" (through autocast; weights stay float32).
         seed: of the split, the linear layers, the order of the cells and dropout.
@@ -308,8 +307,8 @@ def predict(
         fractional_counts, total_counts, max_tokens, device, resume, overwrite, progress: as for embed.
         unknown_below: cells whose confidence is below it are called "unknown"; 0 for none but empty cells.
         majority_vote: column of obs whose groups get the type of most of their cells; "auto" for small clusters of
-            like cells, found by k-means in the encoder's features (50 components, 30 cells a cluster), in the manner of
-            CellTypist, which has Leiden clusters there.
+            like cells, found by k-means in the encoder's features (50 components; 30 cells a cluster, at most 500
+            clusters), in the manner of CellTypist, which has Leiden clusters there.
         dtype: arithmetic of the encoder, "float32" or "bfloat16".
 
     Raises:
@@ -318,8 +317,8 @@ def predict(
     started = time.perf_counter()
     if not 0 <= unknown_below <= 1:
         raise ValueError(f"unknown_below: expected a probability from 0 to 1, got {unknown_below}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in FIXED_DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(FIXED_DTYPES)}, got {dtype!r}")
     if not 1 <= max_tokens < 1 << 31:
         raise ValueError(f"max_tokens: expected at least 1 and less than 2^31, got {max_tokens}")
     if majority_vote == "auto":
@@ -558,7 +557,7 @@ def evaluate(
         )
     if reference is None:
         reference = _where_it_lay(settings)
-    codes = np.searchsorted(known.types, judged.labels.astype(str)).astype(np.int64)
+    codes = judged.codes(known.types)
     guesses: dict[str, Codes] = {}
     probabilities = _probabilities(known.network, known.head, judged, batch_tokens, torch_device)
     guesses[OURS] = probabilities.argmax(axis=1)
@@ -586,8 +585,7 @@ def evaluate(
             baselines.log_normalised(each, genes, how, chosen.numbers)
             for each, how, chosen in ((reference, own, cells), (data, reading, judged))
         ]
-        known_codes = np.searchsorted(known.types, cells.labels.astype(str)).astype(np.int64)
-        guesses |= baselines.guesses(wholes[0], wholes[1], known_codes, guesses[OURS])
+        guesses |= baselines.guesses(wholes[0], wholes[1], cells.codes(known.types), guesses[OURS])
         compared = {"cells": len(cells.labels), "genes": wholes[0].shape[1]}
         if untrained:
             options = FitOptions(**{each.name: identity[each.name] for each in dataclasses.fields(FitOptions)})
@@ -596,9 +594,8 @@ def evaluate(
                 torch.manual_seed(options.seed)
                 fresh = XTrimoGeneNetwork(known.network.config, known.network.vocabulary)
             fitted = fitted_types(fresh, cells, held_out, options, torch_device, None, progress).module
-            guesses["untrained network, same tuning"] = _probabilities(
-                fitted.network, fitted.head, judged, batch_tokens, torch_device
-            ).argmax(axis=1)
+            found = _probabilities(fitted.network, fitted.head, judged, batch_tokens, torch_device)
+            guesses[UNTRAINED] = found.argmax(axis=1)
     else:
         warnings.warn(
             "reference: the cells that the model was fitted to are not where they were; there is nothing to compare it "

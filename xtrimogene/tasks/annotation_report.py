@@ -18,6 +18,7 @@ from xtrimogene.tasks.report import write as write_report
 
 TITLE = "Cell types"
 OURS = "this model"
+UNTRAINED = "untrained network, same tuning"
 
 
 @dataclass(frozen=True)
@@ -114,9 +115,10 @@ def methods_table(evaluation: Evaluation) -> Table:
             f" What needs fitting was fitted to the {evaluation.compared['cells']:,} cells that this model was fitted "
             f"to (its validation part too), on log1p CP10k of {evaluation.compared['genes']:,} genes, the L1 "
             f"regression on the {baselines.L1_GENES:,} that vary most; the genes that this model reads may be fewer. "
-            "Majority votes are taken in small clusters of like cells, as CellTypist does. The untrained network, "
-            "fitted in the same way, tells what the pre-training is worth."
+            "Majority votes are taken in small clusters of like cells, as CellTypist does."
         )
+    if UNTRAINED in evaluation.methods:
+        how += " The untrained network, fitted in the same way, tells what the pre-training is worth."
     columns: dict[str, Callable[[Any], str]] = {
         "way": lambda row: row[0],
         "macro-F1": lambda row: shown(row[1]["macro_f1"]),
@@ -140,6 +142,11 @@ def sections(evaluation: Evaluation) -> list[Section]:
     """The document."""
     fitted = evaluation.fitted
     validation = fitted["validation"]
+    apart = (
+        "It is not known whether cells of this report had a part in it: those that it was fitted to were not at hand."
+        if evaluation.compared is None
+        else "The cells of this report had no part in it."
+    )
     group = f"by whole groups of {fitted['group']}" if fitted["group"] else "each type as often as among all"
     return [
         Section("In short", [verdict(evaluation), methods_table(evaluation), Picture("methods", "Macro-F1 by way.")]),
@@ -167,8 +174,7 @@ def sections(evaluation: Evaluation) -> list[Section]:
                 f"Tuned: {fitted['tune']}; {len(evaluation.types):,} types of obs[{fitted['label']!r}], "
                 f"{fitted['training']:,} training cells, a validation part drawn {group}; the weights of epoch "
                 f"{fitted['best_epoch']} of {fitted['epochs']}, seed {fitted['seed']}. Validation accuracy "
-                f"{validation['accuracy']:.3f}, macro-F1 {validation['macro_f1']:.3f}. The cells of this report had no "
-                "part in it.",
+                f"{validation['accuracy']:.3f}, macro-F1 {validation['macro_f1']:.3f}. {apart}",
             ],
         ),
     ]

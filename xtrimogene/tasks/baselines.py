@@ -83,7 +83,8 @@ def _variances(cells: sparse.csr_matrix) -> Values:
 
 
 def small_clusters(points: npt.NDArray[Any]) -> Codes:
-    """(n,) cluster of each of n points (n, k): k-means on at most 50 components, one cluster for about 30 points.
+    """(n,) cluster of each of n points (n, k): k-means on at most 50 components, one cluster for about 30 points,
+    500 at most.
 
     CellTypist takes Leiden clusters at a high resolution for its vote: many small groups of like cells, and so are
     these, without a graph.

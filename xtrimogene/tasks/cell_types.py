@@ -28,6 +28,7 @@ from xtrimogene.cells.data_sets import Data, expand_data
 from xtrimogene.cells.order import Order
 from xtrimogene.cells.ragged import taken
 from xtrimogene.cells.stream import TrainingCells
+from xtrimogene.inference.options import FIXED_DTYPES
 from xtrimogene.network.config import XTrimoGeneConfig
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.pooling import pool
@@ -41,7 +42,6 @@ from xtrimogene.tasks.work import WorkFolder
 
 TASK = "annotation"
 HIDDEN = 256
-DTYPES = ("float32", "bfloat16")
 # Rates of the linear layers; a layer of the encoder has 0.8 of the rate of what stands on it.
 RATES = {"head": 2e-3, "published": 1e-3, "all": 2e-3}
 RATE_DECAY = 0.8
@@ -52,14 +52,13 @@ PATIENCE = {"head": 20, "published": 5, "all": 5}
 _PIECE = 4096
 # Training cells whose moments the batch norm takes before a validation, about.
 _SETTLED_CELLS = 512
-READING = ("layer", "gene_symbols", "aliases", "normalized", "values", "fractional_counts", "total_counts")
 Codes = npt.NDArray[np.int64]
 
 
 class CellTypeHead(nn.Module):
     """Features (n, dim) of cells -> scores (n, types): batch norm without weights, linear, ReLU, linear.
 
-    temperature  what scores are divided by before the softmax; 1 until calibrate has set it
+    temperature  what scores are divided by before the softmax; 1 until a fit has set it
     """
 
     temperature: Tensor
@@ -159,8 +158,8 @@ class FitOptions:
             raise ValueError(f"learning_rate: expected a number between 0 and 1, got {self.learning_rate}")
         if not 0 < self.validation_share <= 0.5:
             raise ValueError(f"validation_share: expected above 0 and at most 0.5, got {self.validation_share}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.dtype not in FIXED_DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(FIXED_DTYPES)}, got {self.dtype!r}")
         return self
 
 
@@ -197,7 +196,7 @@ class LabelledCells:
         progress: bool,
     ) -> LabelledCells:
         """Raises ValueError for data sets that cannot be read so, or cells without a label or group."""
-        options: dict[str, Any] = {name: reading.get(name) for name in READING if reading.get(name) is not None}
+        options = {name: value for name, value in reading.items() if value is not None}
         with TrainingCells(
             data,
             network.vocabulary,
@@ -226,6 +225,10 @@ class LabelledCells:
     def types(self) -> list[str]:
         return [str(name) for name in np.unique(self.labels)]
 
+    def codes(self, types: Sequence[str]) -> Codes:
+        """(n,) number of each cell's type in a sorted list that has them all."""
+        return np.searchsorted(types, self.labels.astype(str)).astype(np.int64)
+
     def counts(self) -> dict[str, int]:
         """Cells of each type."""
         names, counts = np.unique(self.labels, return_counts=True)
@@ -241,7 +244,7 @@ class LabelledCells:
             )
 
     def digest(self) -> str:
-        """Of genes, values and labels."""
+        """Of genes, values, labels and groups."""
         digest = hashlib.sha256()
         for tensor in (self.packed.values, self.packed.gene_ids, self.packed.cu_seqlens):
             digest.update(tensor.numpy().tobytes())
@@ -280,7 +283,7 @@ def fitted_types(
 ) -> FittedTypes:
     """A network fitted to the cells that are not held out, and calibrated on those that are."""
     types = cells.types
-    codes = np.searchsorted(types, cells.labels.astype(str)).astype(np.int64)
+    codes = cells.codes(types)
     training, validation = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)

@@ -20,9 +20,19 @@ import torch
 
 from xtg_kernels import RaggedBatch
 from xtrimogene import Vocabulary, XTrimoGene, cli
-from xtrimogene.tasks import baselines
+from xtrimogene.cells.ragged import taken
+from xtrimogene.tasks import annotation, baselines, cell_types
 from xtrimogene.tasks.annotation import evaluate, fit, predict
-from xtrimogene.tasks.cell_types import CellTypeModel, feature_width, features_of
+from xtrimogene.tasks.cell_types import (
+    CellTypeHead,
+    CellTypeModel,
+    CellTypeNetwork,
+    FitOptions,
+    LabelledCells,
+    encoded,
+    feature_width,
+    features_of,
+)
 from xtrimogene.tasks.options import (
     CONFIDENCE_COLUMN,
     MAJORITY_COLUMN,
@@ -232,6 +242,213 @@ def test_what_a_model_says_is_what_it_is_said_to_compute(model: Path, reference:
     _check_probabilities(model, trained)
 
 
+def _features(known: CellTypeModel, cells: anndata.AnnData) -> torch.Tensor:
+    """(n, dim) float64 the maximum over the encoder's rows, a cell at a time."""
+    network, rows = known.network.double(), []
+    for counts in np.asarray(cells.X, np.float64):
+        genes = np.flatnonzero(counts)
+        values = torch.from_numpy(np.log1p(counts[genes] / counts.sum() * 1e4).astype(np.float32)).double()
+        ids = torch.from_numpy(genes.astype(np.int32))
+        batch = RaggedBatch(values, ids, torch.tensor([0, len(genes)], dtype=torch.int32), len(genes))
+        rows.append(network(batch).max(dim=0).values)
+    return torch.stack(rows)
+
+
+def test_losses_weigh_types_and_the_temperature_is_that_of_the_validation_part(
+    network: XTrimoGene, tmp_path: Path
+) -> None:
+    cells = _cells(150, 2)
+    cells = cells[(np.arange(150) % 3 > 0) | (np.arange(150) > 100)].copy()  # a third as many of the first type
+    one_step = {**QUIET, "tune": "head", "epochs": 1, "batch_cells": 200, "validation_share": 0.3, "seed": 5}
+    fit(cells, network, "kind", tmp_path / "model", **one_step)
+    known = CellTypeModel.load(tmp_path / "model")
+    kinds = cells.obs["kind"].astype(str).to_numpy(object)
+    held_out = validation_part(kinds, None, share=0.3, seed=5)
+    codes = torch.from_numpy(np.searchsorted(KINDS, kinds.astype(str)))
+    weight = torch.bincount(codes[~held_out]).double() ** -0.5
+
+    def loss(scores: torch.Tensor, truth: torch.Tensor) -> float:
+        likelihood = -scores.log_softmax(dim=1)[torch.arange(len(truth)), truth]
+        return float((weight[truth] * likelihood).sum() / weight[truth].sum())
+
+    torch.manual_seed(5)
+    fresh, head = CellTypeHead(16, 3).double(), known.head.double()
+    with torch.no_grad():
+        features = _features(known, cells)
+        first = loss(fresh.train()(features[~held_out]), codes[~held_out])
+        scores = head(features[held_out])
+    assert known.settings["history"][0]["training loss"] == pytest.approx(first, rel=1e-4)
+    validation = known.settings["validation"]
+    assert validation["loss"] == pytest.approx(loss(scores, codes[held_out]), rel=1e-4)
+    wanted = baselines.temperature_of(scores.numpy(), codes[held_out].numpy())
+    assert validation["temperature"] == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("tune", ["all", "published"])
+def test_each_layer_has_its_own_rate(network: XTrimoGene, tmp_path: Path, tune: str) -> None:
+    """The first step of Adam moves a weight by its rate, and a little for the decay."""
+    one_step = {**QUIET, "tune": tune, "epochs": 1, "batch_cells": 200, "learning_rate": 1e-3}
+    fit(_cells(60, 2), network, "kind", tmp_path / "model", **one_step)
+    known = CellTypeModel.load(tmp_path / "model")
+    torch.manual_seed(0)
+    before = {"head.out.weight": CellTypeHead(16, 3).out.weight, **network.state_dict()}
+    after = {"head.out.weight": known.head.out.weight, **known.network.state_dict()}
+    expected = {"head.out.weight": 1.0, "encoder.layers.0.linear1.weight": 0.8, "encoder.layers.1.linear1.weight": 0.0}
+    if tune == "all":
+        expected |= {
+            "encoder.norm.weight": 0.8, "encoder.layers.1.linear1.weight": 0.8,
+            "encoder.layers.0.linear1.weight": 0.8**2, "embedding.gene_table": 0.8**3,
+        }  # fmt: skip
+    moved = {name: float((after[name] - before[name]).detach().abs().max()) for name in expected}
+    assert moved == pytest.approx({name: 1e-3 * share for name, share in expected.items()}, rel=0.02)
+
+
+def test_a_fit_ends_where_its_patience_does(network: XTrimoGene, tmp_path: Path) -> None:
+    options = {"tune": "head", "epochs": 60, "patience": 2, "learning_rate": 0.5}
+    told = fit(_cells(60, 2), network, "kind", tmp_path / "model", **QUIET, **options)
+    assert told.epochs == told.best_epoch + 2 < 60
+    rest = {"validation_share": 0.1, "batch_cells": 2, "batch_tokens": 1, "dtype": "float32", "seed": 0}
+    unsaid = dict.fromkeys(("learning_rate", "epochs", "patience"))
+    found = {tune: FitOptions.checked(tune, {**rest, **unsaid}) for tune in TUNES}
+    assert {tune: (each.learning_rate, each.epochs, each.patience) for tune, each in found.items()} == {
+        "head": (2e-3, 200, 20), "published": (1e-3, 30, 5), "all": (2e-3, 30, 5),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("tune", "cells", "tokens"), [("head", 60, 130), ("all", 60, 130), ("all", 2, 1000)])
+def test_no_batch_is_over_its_budget(
+    network: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tune: str, cells: int, tokens: int
+) -> None:
+    sizes: list[tuple[int, int]] = []
+
+    def seen(own: Any, batch: RaggedBatch) -> torch.Tensor:
+        sizes.append((len(batch.values), len(batch.lengths)))
+        return features_of(own, batch)
+
+    monkeypatch.setattr(cell_types, "features_of", seen)
+    monkeypatch.setattr(cell_types, "_PIECE", 7)
+    options = {"tune": tune, "epochs": 1, "batch_cells": cells, "batch_tokens": tokens}
+    fit(_cells(60, 2), network, "kind", tmp_path / "model", **QUIET, **options)
+    assert max(each for each, _ in sizes) <= tokens
+    assert max(each for _, each in sizes) == min(cells, 4)  # of 30 genes each, about
+
+
+def test_features_of_pieces_are_those_of_each_cell(network: XTrimoGene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cell_types, "_PIECE", 7)
+    cells = LabelledCells.read(_cells(20, 2), network, "kind", None, {}, 1000, False)
+    module = CellTypeNetwork(network, CellTypeHead(16, 3))
+    found = encoded(module, cells.packed, 130, None, False)
+    with torch.no_grad():
+        alone = torch.cat([module.features(taken(cells.packed, np.array([row]))) for row in range(20)])
+    torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+
+
+def test_the_reading_options_reach_fit_predict_and_evaluate(network: XTrimoGene, tmp_path: Path) -> None:
+    def hidden(count: int, seed: int) -> anndata.AnnData:
+        cells = _cells(count, seed)
+        cells.layers["counts"] = cells.X.copy()
+        cells.X[:] = 1
+        cells.var = pd.DataFrame({"symbol": GENES}, index=[f"ENS{i}" for i in range(len(GENES))])
+        cells.obs["total"] = 2 * cells.layers["counts"].sum(axis=1)
+        return cells
+
+    one = {**QUIET, "tune": "head", "epochs": 3}
+    options: dict[str, Any] = {"layer": "counts", "gene_symbols": "symbol"}
+    plain = fit(_cells(60, 2), network, "kind", tmp_path / "plain", **one)
+    told = fit(hidden(60, 2), network, "kind", tmp_path / "hidden", **one, **options)
+    assert told.validation == plain.validation
+    whole: dict[str, Any] = {**QUIET, "untrained": False}
+    expected = evaluate(tmp_path / "plain", _cells(30, 1), "kind", reference=_cells(60, 2), **whole)
+    found = evaluate(tmp_path / "hidden", hidden(30, 1), "kind", reference=hidden(60, 2), **whole, **options)
+    assert (found.methods, found.confusion) == (expected.methods, expected.confusion)
+    # The reference is read as the fit read it, whatever the judged cells hold.
+    mixed = evaluate(tmp_path / "hidden", _cells(30, 1), "kind", reference=hidden(60, 2), **whole)
+    assert mixed.loss == expected.loss
+    same = predict(tmp_path / "plain", _cells(30, 1), **QUIET)
+    read = predict(tmp_path / "plain", hidden(30, 1), **QUIET, **options)
+    assert np.array_equal(same.confidence, read.confidence)
+    # Of a total twice as large, counts are half as much.
+    halved = predict(tmp_path / "plain", hidden(30, 1), **QUIET, **options, total_counts="total")
+    assert not np.array_equal(same.confidence, halved.confidence)
+
+
+def test_what_is_below_the_limit_is_unknown_and_nothing_else(model: Path) -> None:
+    known = CellTypeModel.load(model)
+    known.head.temperature.fill_(20.0)  # these cells are easy: all else would be 1
+    confidence = predict(known, _cells(30, 1), **QUIET).confidence
+    assert confidence is not None
+    limit = float(np.sort(confidence)[10])
+    labels = predict(known, _cells(30, 1), unknown_below=limit, **QUIET).labels
+    assert labels is not None
+    assert ((labels == UNKNOWN) == (confidence < limit)).all()
+
+
+def test_a_prediction_goes_on_window_by_window(
+    model: Path, network: XTrimoGene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells, output = tmp_path / "cells.h5ad", tmp_path / "out.h5ad"
+    _cells(30, 1).write_h5ad(cells)
+    whole = _cells(30, 1)
+    predict(model, whole, majority_vote="donor", **QUIET)
+    options: dict[str, Any] = {**QUIET, "output": output, "majority_vote": "donor"}
+    monkeypatch.setattr(annotation, "WINDOW", 8)
+    windows: list[int] = []
+
+    def interrupted(self: Any, batch: RaggedBatch) -> torch.Tensor:
+        windows.append(len(batch.lengths))
+        if len(windows) == 3:
+            raise KeyboardInterrupt
+        return rows_of(self, batch)
+
+    rows_of = annotation._Labelling.rows_of
+    with monkeypatch.context() as patched:
+        patched.setattr(annotation._Labelling, "rows_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            predict(model, cells, **options)
+    assert windows == [8, 8, 8]
+    fit(_cells(60, 2), network, "kind", tmp_path / "other", **{**QUIET, "tune": "head", "epochs": 1})
+    for changed in ({"unknown_below": 0.5}, {"majority_vote": "auto"}, {"dtype": "bfloat16"}):
+        with pytest.raises(ValueError, match=next(iter(changed))):
+            predict(model, cells, resume=True, **{**options, **changed})
+    own = CellTypeModel.load(model)
+    with torch.no_grad():
+        own.head.temperature.mul_(2)
+    with pytest.raises(ValueError, match="head"):
+        predict(own, cells, resume=True, **options)
+    assert predict(model, cells, resume=True, **options).resumed_cells == 16
+    found = anndata.read_h5ad(output)
+    for column in (TYPE_COLUMN, MAJORITY_COLUMN):
+        assert found.obs[column].tolist() == whole.obs[column].tolist()
+    np.testing.assert_allclose(found.obsm[PROBABILITIES_KEY], whole.obsm[PROBABILITIES_KEY], rtol=0, atol=2e-6)
+
+
+def test_the_others_are_fitted_to_the_cells_of_the_fit(model: Path, reference: Path, monkeypatch: Any) -> None:
+    seen: dict[str, Any] = {}
+
+    def fitted_types(network: Any, cells: Any, held_out: Any, *rest: Any) -> Any:
+        seen.update(network={name: each.clone() for name, each in network.state_dict().items()}, held_out=held_out)
+        return cell_types.fitted_types(network, cells, held_out, *rest)
+
+    def guesses(known: Any, asked: Any, codes: Any, ours: Any) -> Any:
+        seen.update(known=known.toarray(), codes=codes)
+        return given(known, asked, codes, ours)
+
+    given = baselines.guesses
+    monkeypatch.setattr(annotation, "fitted_types", fitted_types)
+    monkeypatch.setattr(baselines, "guesses", guesses)
+    evaluate(model, _cells(30, 1), "kind", **QUIET)
+    cells = anndata.read_h5ad(reference)
+    counts = np.asarray(cells.X, np.float64)
+    np.testing.assert_allclose(seen["known"], np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4), rtol=1e-5)
+    kind, donor = (cells.obs[name].astype(str).to_numpy(object) for name in ("kind", "donor"))
+    assert (np.array(KINDS)[seen["codes"]] == kind).all()
+    assert (seen["held_out"] == validation_part(kind, donor, share=0.1, seed=0)).all()
+    tuned = CellTypeModel.load(model).network.state_dict()
+    weights = [name for name, each in tuned.items() if each.ndim > 1 and not torch.equal(each, seen["network"][name])]
+    assert {"embedding.gene_table", "encoder.layers.0.linear1.weight"} <= set(weights)
+    assert (tuned["embedding.gene_table"] - seen["network"]["embedding.gene_table"]).abs().mean() > 0.1
+
+
 def _check_probabilities(model: Path, trained: anndata.AnnData) -> None:
     """What predict says against float64, for a model that was trained on these cells."""
     known = CellTypeModel.load(model)
@@ -239,21 +456,10 @@ def _check_probabilities(model: Path, trained: anndata.AnnData) -> None:
     known.head.temperature.fill_(20.0)
     found = _cells(20, 1)
     predict(known, found, **QUIET)
-    network, head = known.network.double(), known.head.double()
-
-    def features(cells: anndata.AnnData) -> torch.Tensor:
-        rows = []
-        for counts in np.asarray(cells.X, np.float64):
-            genes = np.flatnonzero(counts)
-            values = torch.from_numpy(np.log1p(counts[genes] / counts.sum() * 1e4).astype(np.float32)).double()
-            ids = torch.from_numpy(genes.astype(np.int32))
-            batch = RaggedBatch(values, ids, torch.tensor([0, len(genes)], dtype=torch.int32), len(genes))
-            rows.append(network(batch).max(dim=0).values)
-        return torch.stack(rows)
-
+    head = known.head.double()
     with torch.no_grad():
-        own = features(trained)
-        x = (features(_cells(20, 1)) - own.mean(dim=0)) / (own.var(dim=0) + 1e-6).sqrt()
+        own = _features(known, trained)
+        x = (_features(known, _cells(20, 1)) - own.mean(dim=0)) / (own.var(dim=0) + 1e-6).sqrt()
         scores = head.out(head.hidden(x).clamp(min=0)) / head.temperature
     np.testing.assert_allclose(found.obsm[PROBABILITIES_KEY], scores.softmax(dim=1), rtol=0, atol=1e-5)
 
@@ -264,9 +470,15 @@ def test_a_fit_killed_at_any_moment_ends_with_the_same_bits(
 ) -> None:
     network.save_pretrained(tmp_path / "checkpoint")
     options = {"tune": tune, "epochs": 2, "batch_cells": 32, "seed": 3}
+    command = [
+        "annotate", "fit", "--data", str(reference), "--checkpoint", str(tmp_path / "checkpoint"), "--label", "kind",
+        "--output", str(tmp_path / "killed"), "--device", "cpu", "--quiet", "--tune", tune, "--epochs", "2",
+        "--batch-cells", "32", "--seed", "3",
+    ]  # fmt: skip
     script = f"""
 import os, signal
-from xtrimogene.tasks import annotation, fitting
+from xtrimogene import cli
+from xtrimogene.tasks import fitting
 from xtrimogene.tasks.work import WorkFolder
 fitting.SAVE_SECONDS = 0.0
 save, saved = WorkFolder.save, []
@@ -276,8 +488,7 @@ def killing(self, name, tensors, numbers):
     if len(saved) == 7:
         os.kill(os.getpid(), signal.SIGKILL)
 WorkFolder.save = killing
-annotation.fit({str(reference)!r}, {str(tmp_path / "checkpoint")!r}, "kind", {str(tmp_path / "killed")!r},
-    device="cpu", progress=False, **{options!r})
+cli.main({command!r})
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -288,7 +499,10 @@ annotation.fit({str(reference)!r}, {str(tmp_path / "checkpoint")!r}, "kind", {st
         fit(reference, tmp_path / "checkpoint", "kind", tmp_path / "killed", **common)
     with pytest.raises(ValueError, match=r"resume: expected the data and options .* seed was 3, is 4"):
         fit(reference, tmp_path / "checkpoint", "kind", tmp_path / "killed", resume=True, **{**common, "seed": 4})
-    fit(reference, tmp_path / "checkpoint", "kind", tmp_path / "killed", resume=True, **common)
+    other = XTrimoGene(network.config, network.vocabulary)
+    with pytest.raises(ValueError, match="checkpoint was"):
+        fit(reference, other, "kind", tmp_path / "killed", resume=True, **common)
+    assert cli.main([*command, "--resume"]) == 0
     fit(reference, tmp_path / "checkpoint", "kind", tmp_path / "whole", **common)
     for name in ("task.safetensors", "task.json", "network/model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
@@ -331,11 +545,22 @@ def test_a_model_is_not_judged_by_what_it_was_fitted_to(model: Path, reference: 
 
 
 def test_without_the_reference_a_model_stands_alone(network: XTrimoGene, tmp_path: Path) -> None:
-    fit(_cells(60, 2), network, "kind", tmp_path / "model", **{**FIT, "epochs": 1})
+    known, judged = _cells(60, 2), _cells(30, 1)
+    for cells in (known, judged):  # a cell of so few genes may be like another one by chance
+        cells.X[0] = [7, 2, 1] + [0] * 57
+    fit(known, network, "kind", tmp_path / "model", **{**FIT, "epochs": 1})
     with pytest.warns(UserWarning, match="reference: the cells .* are not where they were"):
-        alone = evaluate(tmp_path / "model", _cells(30, 1), "kind", **QUIET)
+        alone = evaluate(tmp_path / "model", judged, "kind", output=tmp_path / "alone", **QUIET)
     assert set(alone.methods) == {"this model"}
-    beside = evaluate(tmp_path / "model", _cells(30, 1), "kind", reference=_cells(60, 2), untrained=False, **QUIET)
+    beside = evaluate(
+        tmp_path / "model", judged, "kind", output=tmp_path / "beside", reference=known, untrained=False, **QUIET
+    )
+    told = {name: (tmp_path / name / "report.md").read_text(encoding="utf-8") for name in ("alone", "beside")}
+    held_out = "The cells of this report had no part in it."
+    assert "not known whether cells of this report had a part" in told["alone"]
+    assert held_out not in told["alone"]
+    assert held_out in told["beside"]
+    assert "untrained network" not in told["beside"]
     assert "logistic regression, L1" in beside.methods
     assert "untrained network, same tuning" not in beside.methods
 
@@ -376,6 +601,16 @@ def test_bad_prediction_is_refused_before_any_work(model: Path, tmp_path: Path) 
     cells = _cells(30, 1)
     with pytest.raises(ValueError, match="unknown_below: expected a probability from 0 to 1, got 2"):
         predict(model, cells, unknown_below=2, **QUIET)
+    for option, told in (
+        ({"dtype": "int8"}, "dtype: expected one of float32, bfloat16, got 'int8'"),
+        ({"max_tokens": 0}, "max_tokens: expected at least 1"),
+        ({"max_tokens": 20}, "max_tokens.*20"),
+        ({"output": tmp_path / "out.h5ad"}, "output: expected None with an AnnData"),
+        ({"resume": True}, "expected output to be given too"),
+        ({"overwrite": True}, "expected output to be given too"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            predict(model, cells, **QUIET, **option)
     with pytest.raises(ValueError, match="majority_vote: expected a column of obs, got 'cluster'"):
         predict(model, cells, majority_vote="cluster", **QUIET)
     with pytest.raises(FileNotFoundError, match="no such folder of a model for annotation"):
@@ -402,6 +637,8 @@ def test_bfloat16_gives_the_same_types(network: XTrimoGene, tmp_path: Path) -> N
     )
     assert exact.labels is not None
     assert (exact.labels == rounded.labels).mean() > 0.9
+    plain = fit(_cells(150, 2), network, "kind", tmp_path / "plain", **FIT)
+    assert plain.validation["loss"] != report.validation["loss"]
 
 
 def test_models_with_depth_tokens_are_fitted_without_them(tmp_path: Path) -> None:
@@ -421,9 +658,16 @@ def test_the_commands(network: XTrimoGene, reference: Path, tmp_path: Path, caps
     fitting = [
         "annotate", "fit", "--checkpoint", str(tmp_path / "checkpoint"), "--data", str(reference), "--label", "kind",
         "--group", "donor", "--tune", "head", "--epochs", "30", "--output", model, *common,
+        "--patience", "7", "--learning-rate", "0.004", "--validation-share", "0.2", "--batch-cells", "20",
+        "--batch-tokens", "4000", "--dtype", "bfloat16", "--seed", "4",
     ]  # fmt: skip
+    wanted = {
+        "group": "donor", "tune": "head", "epochs": 30, "patience": 7, "learning_rate": 0.004, "validation_share": 0.2,
+        "batch_cells": 20, "batch_tokens": 4000, "dtype": "bfloat16", "seed": 4,
+    }  # fmt: skip
     assert cli.main([*fitting, "--json", told]) == 0
     assert f"{model}: the model" in capsys.readouterr().out
+    assert CellTypeModel.load(model).settings["fit"].items() >= wanted.items()
     report = json.loads(Path(told).read_text())
     assert (report["command"], report["types"]) == ("annotate", KINDS)
     assert cli.main(fitting) == 2
