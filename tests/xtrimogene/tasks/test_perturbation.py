@@ -395,7 +395,7 @@ def _without(**changed: Any) -> AnnData:
         (_without(labels=("ctrl", "cells")), {}, "none goes by a name of controls"),
         (_without(), {"control": "cntrl"}, "got 'cntrl'; it has 'ctrl'"),
         (_without(), {"min_cells": 50}, "at least two perturbations of at least 50 cells"),
-        (_without(), {"min_cells": 0}, "min_cells: expected at least 1"),
+        (_without(), {"min_cells": 1}, "min_cells: expected at least 2"),
         (_without(), {"group": "line"}, "group: expected a column of obs, got 'line'"),
         (_without(), {"epochs": 0}, "epochs: expected at least 1"),
         (_without(), {"split": "unseen-double"}, "the screen has none"),
@@ -429,6 +429,20 @@ def test_perturbations_of_few_cells_are_left_out_and_named(network: XTrimoGeneNe
     assert again.metrics[NETWORK[OURS]][effects.MSE_ALL] == pytest.approx(
         other.metrics[NETWORK[OURS]][effects.MSE_ALL], rel=1e-6
     )
+
+
+def test_two_cells_of_a_perturbation_are_enough_to_fit_and_to_judge(network: XTrimoGeneNetwork, tmp_path: Path) -> None:
+    few = screen_of(["P6", "P0+P1", "P2+P3"], cells=2)
+    data = anndata.concat([screen_of(["ctrl", *SINGLES[:6]], cells=20), few], index_unique="-")
+    options = {**FIT, "epochs": 1, "min_cells": 2, "split": "unseen-double", "test_share": 1.0}
+    report = fit(network, data, tmp_path / "model", **options)
+    assert report.parts["few"] == []
+    found = evaluate(tmp_path / "model", data, progress=False)
+    assert found.perturbations == ["P0+P1", "P2+P3"]
+    values = np.log1p(data.X.toarray() / TOTAL * 1e4)
+    for number, name in enumerate(found.perturbations):
+        first, second = values[data.obs["condition"] == name]
+        assert found.metrics[REPLICATE][effects.MSE_ALL][number] == pytest.approx(np.mean((first - second) ** 2))
 
 
 def test_the_command_fits_predicts_and_says_what_was_done(
