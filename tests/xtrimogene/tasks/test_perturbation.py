@@ -16,16 +16,18 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import AnnData
 from scipy import sparse
 
 from xtrimogene.cli import main
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.vocabulary import Vocabulary
-from xtrimogene.tasks import effects
+from xtrimogene.tasks import effects, fitting, perturbation_training
 from xtrimogene.tasks.conditions import name_of
 from xtrimogene.tasks.perturbation import fit, predict
 from xtrimogene.tasks.perturbation_model import LEARNED, OURS, SHUFFLED, PerturbationModel
+from xtrimogene.tasks.perturbation_network import PerturbationNetwork
 from xtrimogene.tasks.perturbation_parts import parts_of
 from xtrimogene.tasks.perturbation_report import NETWORK, REPLICATE, PerturbationEvaluation, evaluate, verdict
 from xtrimogene.tasks.screen import open_screen
@@ -225,6 +227,47 @@ def test_the_same_seed_gives_the_same_bits_wherever_the_model_lies(
     one, two = PerturbationModel.load(fitted), PerturbationModel.load(moved)
     np.testing.assert_array_equal(one.in_cells(("P0", "P2")), two.in_cells(("P0", "P2")))
     assert two.versions == [OURS]
+
+
+def test_validation_is_by_what_the_first_fit_does_not_see_and_the_second_fit_sees_all(
+    network: XTrimoGeneNetwork, screen: AnnData, split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: dict[str, tuple[np.ndarray, float]] = {}
+
+    def spied(module: Any, optimizer: Any, batches: Any, loss: Any, validate: Any, **options: Any) -> Any:
+        if isinstance(module, PerturbationNetwork):
+            with torch.no_grad():
+                begun[options["name"]] = module.average.numpy().copy(), validate()
+        return fitting.fit(module, optimizer, batches, loss, validate, **options)
+
+    monkeypatch.setattr(perturbation_training, "fit", spied)
+    parts = fit(network, screen, tmp_path / "model", split=split, **{**FIT, "epochs": 1}).parts
+    fitted = sorted([*parts["training"], *parts["validation"]])
+    assert len(fitted) == 8
+    with open_screen(screen, control=None, **READING) as opened:
+        held = opened.drawn(5, (0, 1)) == 1
+    values, labels = np.log1p(screen.X.toarray() / TOTAL * 1e4), screen.obs["condition"].to_numpy()
+    assert [int(held[labels == name].sum()) for name in fitted] == [12] * 8
+    assert not held[labels == "ctrl"].any()
+    every, control = np.ones_like(held), values[labels == "ctrl"].mean(0)
+
+    def changes(names: list[str], cells: np.ndarray) -> np.ndarray:
+        return np.array([values[(labels == name) & cells].mean(0) - control for name in names])
+
+    def sizes(names: list[str]) -> np.ndarray:
+        return np.array([[name.count("+") + 1] for name in names])
+
+    # Untrained, every gene does what an average one does.
+    def error(average: np.ndarray, names: list[str], cells: np.ndarray) -> float:
+        scale = (changes(fitted, every) ** 2).mean()
+        return float(((sizes(names) * average - changes(names, cells)) ** 2).mean() / scale)
+
+    first = (changes(parts["training"], ~held) / sizes(parts["training"])).mean(0)
+    last = (changes(fitted, every) / sizes(fitted)).mean(0)
+    judged = (error(first, parts["validation"], every) + error(first, parts["training"], held)) / 2
+    for name, average, loss in (("ours_epochs", first, judged), ("ours", last, error(last, fitted, every))):
+        np.testing.assert_allclose(begun[name][0], average, atol=1e-5)
+        assert begun[name][1] == pytest.approx(loss, rel=1e-4)
 
 
 _FIT_IN_A_PROCESS = """
