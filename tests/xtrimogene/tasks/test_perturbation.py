@@ -23,10 +23,10 @@ from scipy import sparse
 from xtrimogene.cli import main
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.vocabulary import Vocabulary
-from xtrimogene.tasks import effects, fitting, perturbation_training
+from xtrimogene.tasks import effects, fitting, folder, perturbation_training
 from xtrimogene.tasks.conditions import name_of
 from xtrimogene.tasks.perturbation import fit, predict
-from xtrimogene.tasks.perturbation_model import LEARNED, OURS, SHUFFLED, PerturbationModel
+from xtrimogene.tasks.perturbation_model import LEARNED, OURS, SHUFFLED, TASK, PerturbationModel
 from xtrimogene.tasks.perturbation_network import PerturbationNetwork
 from xtrimogene.tasks.perturbation_parts import parts_of
 from xtrimogene.tasks.perturbation_report import NETWORK, REPLICATE, PerturbationEvaluation, evaluate, verdict
@@ -146,21 +146,41 @@ def test_versions_differ_in_their_rows_alone(fitted: Path) -> None:
     np.testing.assert_array_equal(np.sort(rows[OURS].numpy(), axis=1), np.sort(rows[SHUFFLED].numpy(), axis=1))
 
 
+def _decoded(cells: AnnData, network: XTrimoGeneNetwork, genes: Sequence[str]) -> np.ndarray:
+    """(cells, genes, D) the decoder's rows, standardised over cells and genes."""
+    from xtrimogene import gene_embeddings
+
+    given = gene_embeddings(cells, network, genes, total_counts="total", progress=False)[1]
+    assert given is not None
+    flat = given.reshape(-1, given.shape[-1])
+    return np.asarray((given - flat.mean(0)) / flat.std(0))
+
+
 def test_rows_are_those_of_the_decoder_in_that_very_cell(
     fitted: Path, network: XTrimoGeneNetwork, screen: AnnData
 ) -> None:
-    from xtrimogene import gene_embeddings
-
     model = PerturbationModel.load(fitted)
     cells = screen[model.settings["control_cells"]].copy()
-    given = gene_embeddings(cells, network, model.genes, total_counts="total", progress=False)[1]
-    assert given is not None
-    flat = given.reshape(-1, given.shape[-1])
-    expected = (given - flat.mean(0)) / flat.std(0)
     # They are kept in half precision.
-    np.testing.assert_allclose(model.inputs.rows(OURS).numpy(), expected, atol=5e-3)
+    np.testing.assert_allclose(model.inputs.rows(OURS).numpy(), _decoded(cells, network, model.genes), atol=5e-3)
     expression = np.log1p(cells[:, model.genes].X.toarray() / TOTAL * 1e4)
     np.testing.assert_allclose(model.control, expression, rtol=1e-5)
+
+
+def test_rows_are_of_the_genes_that_a_checkpoint_knows_and_zero_for_others(
+    screen: AnnData, split: str, tmp_path: Path
+) -> None:
+    known = GENES[::-2]
+    network = XTrimoGeneNetwork.from_preset("tiny", Vocabulary([*known, "P0"]), seed=0)
+    fit(network, screen, tmp_path / "model", split=split, **{**FIT, "epochs": 1, "max_genes": 20})
+    model = PerturbationModel.load(tmp_path / "model")
+    asked = [gene for gene in model.genes if gene in known]
+    assert len(model.genes) == 20
+    assert 0 < len(asked) < 20
+    rows = dict(zip(model.genes, model.inputs.rows(OURS).numpy().swapaxes(0, 1), strict=True))
+    expected = _decoded(screen[model.settings["control_cells"]].copy(), network, asked)
+    np.testing.assert_allclose(np.array([rows[gene] for gene in asked]), expected.swapaxes(0, 1), atol=5e-3)
+    assert not np.any([rows[gene] for gene in model.genes if gene not in known])
 
 
 def test_predicted_cells_are_the_control_cells_changed(fitted: Path, tmp_path: Path) -> None:
@@ -270,6 +290,26 @@ def test_validation_is_by_what_the_first_fit_does_not_see_and_the_second_fit_see
         assert begun[name][1] == pytest.approx(loss, rel=1e-4)
 
 
+def test_nothing_that_was_measured_in_the_test_part_goes_into_a_fit(
+    network: XTrimoGeneNetwork, screen: AnnData, split: str, tmp_path: Path
+) -> None:
+    other = screen.copy()
+    counts = other.X.toarray()
+    left_out = other.obs["condition"].isin(["P0+P1", "P2+P3", "P4+P5", "P0+P7"]).to_numpy()
+    counts[left_out] = np.random.default_rng(1).poisson(5 * np.arange(30), (left_out.sum(), 30))
+    other.X = sparse.csr_matrix(counts)
+    made = []
+    for number, data in enumerate((screen, other)):
+        fit(network, data, tmp_path / str(number), split=split, **{**FIT, "epochs": 2, "max_genes": 12})
+        made.append(folder.load(tmp_path / str(number), TASK))
+    one, two = made
+    assert one.settings.pop(folder.IDENTITY)["data"] != two.settings.pop(folder.IDENTITY)["data"]
+    assert one.settings == two.settings
+    assert one.tensors.keys() == two.tensors.keys()
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(two.tensors[name], tensor, rtol=0, atol=0)
+
+
 _FIT_IN_A_PROCESS = """
 import sys, time
 import anndata
@@ -289,11 +329,11 @@ perturbation.fit(checkpoint, data, output, split=split, condition="condition", t
 def test_a_fit_that_was_killed_goes_on_with_the_same_bits(
     fitted: Path, network: XTrimoGeneNetwork, screen: AnnData, split: str, tmp_path: Path
 ) -> None:
-    from xtrimogene.network import folder
+    from xtrimogene.network import folder as checkpoints
 
     data, checkpoint, output = tmp_path / "screen.h5ad", tmp_path / "checkpoint", tmp_path / "model"
     screen.write_h5ad(data)
-    folder.save(checkpoint, network.state_dict(), network.config, network.vocabulary)
+    checkpoints.save(checkpoint, network.state_dict(), network.config, network.vocabulary)
     command = [sys.executable, "-c", _FIT_IN_A_PROCESS, *map(str, (data, checkpoint, output, split))]
     root = str(Path(__file__).parents[3])
     running = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE)
@@ -491,11 +531,11 @@ def test_two_cells_of_a_perturbation_are_enough_to_fit_and_to_judge(network: XTr
 def test_the_command_fits_predicts_and_says_what_was_done(
     network: XTrimoGeneNetwork, screen: AnnData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from xtrimogene.network import folder
+    from xtrimogene.network import folder as checkpoints
 
     data, checkpoint, model = (str(tmp_path / name) for name in ("screen.h5ad", "checkpoint", "model"))
     screen.write_h5ad(data)
-    folder.save(checkpoint, network.state_dict(), network.config, network.vocabulary)
+    checkpoints.save(checkpoint, network.state_dict(), network.config, network.vocabulary)
     fit_it = ["perturb", "fit", "--checkpoint", checkpoint, "--data", data, "--condition", "condition"]
     reading = ["--total-counts", "total", "--epochs", "2", "--control-cells", "8", "--no-progress"]
     assert main([*fit_it, "--control", "ctrl", "--split", "unseen-double", "--output", model, *reading]) == 0
