@@ -121,6 +121,25 @@ def test_pairs_of_genes_that_were_seen_are_predicted_and_baselines_stand_beside(
         assert all(f"`{name}` ({error(name, group):.4f})" in words for name in effects.BASELINES)
 
 
+def test_predictions_are_judged_by_the_test_part_and_the_mean_of_the_fitted_one(
+    evaluation: PerturbationEvaluation, fitted: Path, screen: AnnData
+) -> None:
+    model = PerturbationModel.load(fitted)
+    values, labels = np.log1p(screen.X.toarray() / TOTAL * 1e4), screen.obs["condition"].to_numpy()
+
+    def changes(names: Sequence[str]) -> np.ndarray:
+        return np.array([values[labels == name].mean(0) - values[labels == "ctrl"].mean(0) for name in names])
+
+    truth, predicted = evaluation.changes
+    np.testing.assert_allclose(truth, changes(evaluation.perturbations), atol=1e-5)
+    np.testing.assert_array_equal(
+        predicted, model.mean_changes([tuple(n.split("+")) for n in evaluation.perturbations])
+    )
+    common = changes([name_of(each) for each in model.fitted]).mean(0)
+    for metric, expected in effects.judge(predicted, truth, common).items():
+        np.testing.assert_allclose(evaluation.metrics[NETWORK[OURS]][metric], expected, rtol=1e-3, atol=1e-6)
+
+
 def test_a_gene_of_which_nothing_is_known_does_what_an_average_gene_does(fitted: Path) -> None:
     model = PerturbationModel.load(fitted)
     assert model.unknown(["P7", "P0", "unheard", "unused"]) == ["P7", "unheard"]
@@ -144,6 +163,11 @@ def test_versions_differ_in_their_rows_alone(fitted: Path) -> None:
     assert not np.array_equal(rows[OURS], rows[SHUFFLED])
     # Those of other genes in the same cell
     np.testing.assert_array_equal(np.sort(rows[OURS].numpy(), axis=1), np.sort(rows[SHUFFLED].numpy(), axis=1))
+    # And of perturbed genes: of all that the checkpoint knows, in another order
+    known = {version: model.inputs.of(VOCABULARY.genes, model.trained, version)[2] for version in model.versions}
+    assert not known[LEARNED].any()
+    assert not torch.equal(known[OURS], known[SHUFFLED])
+    np.testing.assert_array_equal(np.sort(known[OURS].numpy(), axis=0), np.sort(known[SHUFFLED].numpy(), axis=0))
 
 
 def _decoded(cells: AnnData, network: XTrimoGeneNetwork, genes: Sequence[str]) -> np.ndarray:
@@ -288,6 +312,20 @@ def test_validation_is_by_what_the_first_fit_does_not_see_and_the_second_fit_see
     for name, average, loss in (("ours_epochs", first, judged), ("ours", last, error(last, fitted, every))):
         np.testing.assert_allclose(begun[name][0], average, atol=1e-5)
         assert begun[name][1] == pytest.approx(loss, rel=1e-4)
+
+
+def test_of_many_genes_the_perturbed_ones_and_those_that_vary_most_in_training_are_predicted(
+    network: XTrimoGeneNetwork, screen: AnnData, split: str, tmp_path: Path
+) -> None:
+    data = screen.copy()
+    labels = data.obs["condition"].astype(str)
+    trained = ~labels.isin(["P0+P1", "P2+P3", "P4+P5", "P0+P7"]).to_numpy()
+    variances = np.log1p(data.X.toarray() / TOTAL * 1e4)[trained].var(0)
+    order = [GENES[number] for number in np.argsort(-variances)]
+    data.obs["condition"] = labels.replace("P6", order[-1])
+    fit(network, data, tmp_path / "model", split=split, **{**FIT, "epochs": 1, "max_genes": 6})
+    genes = PerturbationModel.load(tmp_path / "model").genes
+    assert genes == sorted([*order[:5], order[-1]], key=GENES.index)
 
 
 def test_nothing_that_was_measured_in_the_test_part_goes_into_a_fit(
@@ -436,6 +474,13 @@ def test_a_split_leaves_out_what_it_says(seed: int) -> None:
     assert parts_of(perturbations, None, seed=seed, read=_read) == parts
     assert parts_of(SINGLE_NAMES, None, seed=seed, read=_read).test
     assert parts_of(perturbations, "none", seed=seed, read=_read).test == []
+
+
+def test_a_table_says_what_is_kept_for_validation_and_for_the_test(tmp_path: Path) -> None:
+    (tmp_path / "split.tsv").write_text("condition\tpart\nC\tvalidation\nB+A\ttest\n\nD\ttest\nE\ttrain\n")
+    parts = parts_of([*SINGLE_NAMES, *PAIR_NAMES], str(tmp_path / "split.tsv"), read=_read)
+    assert (parts.validation, parts.test) == ([2], [3, 8])
+    assert parts.training == [0, 1, 4, 5, 6, 7, 9, 10, 11]
 
 
 @pytest.mark.parametrize(
