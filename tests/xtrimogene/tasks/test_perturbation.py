@@ -151,6 +151,14 @@ def test_a_gene_of_which_nothing_is_known_does_what_an_average_gene_does(fitted:
     np.testing.assert_allclose(both[0], both[1] + both[2], atol=1e-5)
 
 
+def test_what_is_known_of_genes_stays_zero_where_it_says_nothing_of_genes_left_out(fitted: Path) -> None:
+    # What each gene does was drawn at random.
+    model = PerturbationModel.load(fitted)
+    assert model.settings["epochs"][OURS]["others"] == 0
+    assert not model._networks[OURS].known.any()
+    assert not model._networks[OURS].likeness.any()
+
+
 def test_versions_differ_in_their_rows_alone(fitted: Path) -> None:
     model = PerturbationModel.load(fitted)
     assert model.versions == [OURS, LEARNED, SHUFFLED]
