@@ -473,6 +473,8 @@ def test_a_split_leaves_out_what_it_says(seed: int) -> None:
     left_out = {perturbations[number][0] for number in parts.test if len(perturbations[number]) == 1}
     assert len(left_out) == 2
     assert not left_out & known
+    others = [pair for pair in PAIR_NAMES if not left_out & set(pair)]
+    assert sum(perturbations[number] in others for number in parts.test) == round(0.25 * len(others))
     assert sorted([*parts.training, *parts.validation, *parts.test]) == list(range(12))
     assert parts.validation
     parts = parts_of(perturbations, "unseen-double", seed=seed, read=_read)
@@ -548,6 +550,16 @@ def test_screens_and_options_that_do_not_fit_are_refused_before_the_work(
             fit(network, data, tmp_path / "model", **{**FIT, **options})
     assert "\n" not in str(refused.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_screens_that_cannot_judge_a_model_are_refused(fitted: Path, screen: AnnData) -> None:
+    for data, words in (
+        (screen[:, GENES[:20]].copy(), "expected the genes that the model predicts, such as G0, G1, G2, got 20 of 30"),
+        (screen[screen.obs["condition"].isin(["ctrl", "P0", "P1"])].copy(), "got none among 2; fit with a split"),
+    ):
+        with pytest.raises(ValueError, match=words) as refused:
+            evaluate(fitted, data, progress=False)
+        assert "\n" not in str(refused.value)
 
 
 def test_perturbations_of_few_cells_are_left_out_and_named(network: XTrimoGeneNetwork, tmp_path: Path) -> None:
