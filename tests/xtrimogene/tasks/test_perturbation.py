@@ -396,6 +396,11 @@ def test_a_fit_that_was_killed_goes_on_with_the_same_bits(
         fit(checkpoint, data, output, split=split, **FIT)
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         fit(checkpoint, data, output, split=split, resume=True, seed=1, **FIT)
+    other = XTrimoGeneNetwork.from_preset("tiny", VOCABULARY, seed=1)
+    with pytest.raises(ValueError, match="checkpoint was"):
+        fit(other, data, output, split=split, resume=True, **FIT)
+    with pytest.raises(ValueError, match="data was"):
+        fit(checkpoint, screen_of(["ctrl", *SINGLES, *PAIRS], seed=1), output, split=split, resume=True, **FIT)
     fit(checkpoint, data, output, split=split, resume=True, **FIT)
     assert not kept.parent.exists()
     one, two = PerturbationModel.load(fitted), PerturbationModel.load(output)
