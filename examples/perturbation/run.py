@@ -9,13 +9,15 @@ obs["n_counts"]) and papalexi_lowmoi_299genes.h5ad (MIT; obs["target"], obs["bio
   unseen   papalexi, a quarter of the genes left out, a split for each seed
 
 Each run writes its figures into results.json as they come, and is taken from there when it is run again; results.md is
-made anew from it. The reports of "pairs" lie beside it, models in OUTPUT/work.
+made anew from it. Text and pictures of the reports of "pairs" lie beside it, models and the whole reports in
+OUTPUT/work.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,8 +90,14 @@ def _measured(name: str, run: dict[str, Any], checkpoint: str, data: Path, outpu
     started = time.process_time()
     fitted = fit(checkpoint, data / file, model, **run, **READING[file], resume=True, overwrite=True)
     seconds = time.process_time() - started
-    target = None if report is None else output / report
-    judged = evaluate(model, data / file, output=target, overwrite=True)
+    written = None if report is None else output / "work" / f"{report}_report"
+    judged = evaluate(model, data / file, output=written, overwrite=True)
+    if written is not None:
+        target = output / report
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        for file in ("report.md", "errors.png", "changes.png"):
+            shutil.copy(written / file, target / file)
     figures: Figures = {
         group: {guess: {metric: judged.mean(guess, metric, group) for metric in METRICS} for guess in judged.metrics}
         for group in judged.groups()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+
+from xtrimogene.cells.tables import tab_separated
 
 # Families that HGNC renamed, most of them because spreadsheets took their names for dates. They serve to say what a
 # table of aliases would find, and map nothing.
@@ -50,19 +50,12 @@ class Aliases:
 
         Raises FileNotFoundError, or ValueError that names the file, for anything else.
         """
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            raise FileNotFoundError(f"aliases {path}: no such file") from None
-        except (UnicodeDecodeError, IsADirectoryError) as error:
-            raise ValueError(f"aliases {path}: expected a table of tab-separated text: {error}") from error
-        rows = [row for row in csv.reader(text.splitlines(), delimiter="\t") if any(cell.strip() for cell in row)]
+        rows = [row for _, row in tab_separated(path, "aliases")]
         if rows and "symbol" in rows[0] and "prev_symbol" in rows[0]:
             return cls(_hgnc_tiers(rows))
         tier: dict[str, dict[str, None]] = {}
-        for row in rows[1 if rows and [cell.strip().lower() for cell in rows[0]] == ["old", "new"] else 0 :]:
-            old, new = (cell.strip() for cell in row) if len(row) == 2 else ("", "")
+        for row in rows[1 if rows and [cell.lower() for cell in rows[0]] == ["old", "new"] else 0 :]:
+            old, new = row if len(row) == 2 else ("", "")
             if not old or not new:
                 raise ValueError(
                     f"aliases {path}: expected two columns, old<tab>new, or HGNC's complete set with the columns "
@@ -93,7 +86,7 @@ def _hgnc_tiers(rows: list[list[str]]) -> tuple[dict[str, tuple[str, ...]], ...]
         to_symbol: dict[str, dict[str, None]] = {}
         from_symbol: dict[str, dict[str, None]] = {}
         for row in rows[1:]:
-            symbol = row[symbol_at].strip()
+            symbol = row[symbol_at]
             for other in row[place].split("|") if place < len(row) else []:
                 if symbol and other.strip():
                     to_symbol.setdefault(other.strip(), {})[symbol] = None

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from xtrimogene.cells.tables import tab_separated
 
 Array = npt.NDArray[Any]
 # gene -> neighbour -> weight
@@ -64,24 +64,14 @@ def read_graph(path: str | os.PathLike[str]) -> Graph:
 
     Raises FileNotFoundError, or ValueError that names file and line.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"graph {path}: no such file") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"graph {path}: expected a table of tab-separated text: {error}") from error
     graph: Graph = {}
-    for number, row in enumerate(csv.reader(text.splitlines(), delimiter="\t"), start=1):
-        cells = [cell.strip() for cell in row]
-        if not any(cells):
-            continue
+    for number, cells in tab_separated(path, "graph"):
         if number == 1 and _is_header(cells):
             continue
         weight = _weight(cells)
         if weight is None:
             raise ValueError(
-                f"graph {path}: line {number}: expected gene<tab>gene or gene<tab>gene<tab>weight above 0, got {row}"
+                f"graph {path}: line {number}: expected gene<tab>gene or gene<tab>gene<tab>weight above 0, got {cells}"
             )
         first, second = cells[:2]
         if first != second:

@@ -143,7 +143,7 @@ def fit(
         graph: table of pairs of genes, the graph of perturbed genes; None for co-expression in the training cells.
         group: column of obs, such as a cell line: changes are taken against control cells of the same group.
         compare: also fit the network with learned and with shuffled embeddings of the same width.
-        min_cells: perturbations of fewer cells are left out.
+        min_cells: perturbations of fewer cells are left out; at least 2.
         max_genes: of more measured genes, those that are perturbed and then those that vary most in the training cells
             are predicted.
         control_cells: at most so many control cells are embedded, and kept with the model.
@@ -177,7 +177,7 @@ def fit(
         cells = ModelCells.checked(
             screen.source, network, target_depth=target_depth, aliases=aliases, **_numbers(reading)
         )
-        sums = screen.sums(_held_cells(screen, seed), 2, progress=progress)
+        sums = screen.sums(screen.drawn(_HELD_CELLS, (seed, 1)), 2, progress=progress)
         identity = {
             **{name: None if value is None else str(value) for name, value in options.items()},
             **numbers,
@@ -313,16 +313,6 @@ def _numbers(reading: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in reading.items() if name not in ("layer", "gene_symbols")}
 
 
-def _held_cells(screen: Screen, seed: int) -> Array:
-    """(n_obs,) 1 for a fifth of the cells of each perturbation, else 0."""
-    held = np.zeros(screen.source.n_obs, np.int64)
-    rng = np.random.default_rng((seed, 1))
-    for number in range(len(screen.perturbations)):
-        rows = screen.rows_of(number)
-        held[rng.permutation(rows)[: len(rows) // _HELD_CELLS]] = 1
-    return held
-
-
 def _chosen_genes(screen: Screen, variances: Array, most: int) -> Array:
     """Positions of the genes that are predicted, ascending."""
     perturbed = np.isin(screen.genes, perturbed_genes(screen.perturbations))
@@ -349,7 +339,7 @@ def _embedded(
     id_of = {name: int(ids[column]) for column, name in reversed(list(enumerate(screen.source.var_names)))}
     known = np.array([number for number, gene in enumerate(genes) if id_of[screen.genes[gene]] >= 0], np.int64)
     asked = torch.tensor([id_of[screen.genes[gene]] for gene in genes[known]], dtype=torch.long)
-    order = np.random.default_rng((seed, 2)).permutation(screen.control_rows)
+    order = np.random.default_rng((seed, 2)).permutation(screen.rows_of(CONTROL))
     kept: list[int] = []
     rows: list[Tensor] = []
     total = torch.zeros(len(network.vocabulary), network.config.decoder_dim, dtype=torch.float64)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from xtrimogene.cells.tables import tab_separated
 from xtrimogene.tasks.conditions import Perturbation, name_of
 from xtrimogene.tasks.splits import listed, validation_part
 
@@ -114,22 +114,19 @@ def _read_table(
 ) -> dict[int, str]:
     """Position of a perturbation -> its part."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        table = tab_separated(path, "split")
     except FileNotFoundError:
         raise FileNotFoundError(
             f"split: expected {UNSEEN_SINGLE}, {UNSEEN_DOUBLE}, {NO_TEST} or a file, got {str(path)!r}; no such file"
         ) from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"split {path}: expected a table of tab-separated text: {error}") from error
     place = {each: number for number, each in enumerate(perturbations)}
     found: dict[int, str] = {}
     unknown = []
-    for number, row in enumerate(csv.reader(text.splitlines(), delimiter="\t"), start=1):
-        cells = [cell.strip() for cell in row]
-        if not any(cells) or (number == 1 and cells[:1] == ["condition"]):
+    for number, cells in table:
+        if number == 1 and cells[0] == "condition":
             continue
         if len(cells) != 2 or cells[1] not in _PARTS:
-            raise ValueError(f"split {path}: line {number}: expected condition<tab>{'|'.join(_PARTS)}, got {row}")
+            raise ValueError(f"split {path}: line {number}: expected condition<tab>{'|'.join(_PARTS)}, got {cells}")
         perturbation = read(cells[0])
         if perturbation not in place:
             unknown.append(cells[0])

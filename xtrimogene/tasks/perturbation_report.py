@@ -152,8 +152,7 @@ def evaluate(
                 f"{', '.join(model.genes[:3])}, got {len(shared):,} of {len(model.genes):,}; name the var column "
                 "that has them (--gene-symbols), or give the screen that the model was made for"
             )
-        halves = np.random.default_rng(0).permutation(screen.source.n_obs) % 2
-        sums = screen.sums(halves, 2, progress=progress)
+        sums = screen.sums(screen.drawn(2, (0,)), 2, progress=progress)
         cells = int(sums.counts[[number + 1 for number in test]].sum())
         own = np.array([place[gene] for gene in shared])
         truth, first, second = (sums.changes(which)[test][:, own] for which in ((0, 1), (0,), (1,)))

@@ -76,9 +76,9 @@ def fit_version(
 
     First it is fitted to the training part alone and judged after every epoch by two errors: of the validation
     perturbations, and of cells of the training perturbations that were kept back. Then a fresh one is fitted to both
-    parts, all cells of them, for as many epochs as were best: a screen has few perturbations, and what a gene does is
-    known from its own alone. Last, with the network as it is, what serves genes that were never perturbed: for how long
-    is chosen by leaving genes out, a quarter of them at a time.
+    parts, all cells of them, for as many epochs as were best, and left as after the one that fits them best: a screen
+    has few perturbations, and what a gene does is known from its own alone. Last, with the network as it is, what
+    serves genes that were never perturbed: for how long is chosen by leaving genes out, a quarter of them at a time.
     """
     fitted = sorted([*training, *validation])
     first = _Steps(inputs, version, [perturbations[n] for n in training], changes.seen[list(training)], schedule.seed)

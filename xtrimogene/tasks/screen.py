@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,9 +59,14 @@ class Screen:
         """Rows of the cells of a perturbation by its position, or of the control, -1."""
         return np.flatnonzero(self.condition == condition)
 
-    @property
-    def control_rows(self) -> Array:
-        return self.rows_of(CONTROL)
+    def drawn(self, one_in: int, seed: Sequence[int]) -> Array:
+        """(n_obs,) 1 for one in so many cells of each perturbation, one at least, else 0."""
+        found = np.zeros(self.source.n_obs, np.int64)
+        rng = np.random.default_rng(seed)
+        for number in range(len(self.perturbations)):
+            rows = rng.permutation(self.rows_of(number))
+            found[rows[: max(1, len(rows) // one_in)]] = 1
+        return found
 
     def read(self, rows: Array, genes: Array | None = None) -> Iterator[tuple[Array, sparse.csr_matrix]]:
         """Windows of some ascending rows: (n,) the rows and (n, genes) what they hold, log-normalised."""
@@ -115,10 +120,6 @@ class Sums:
     totals: Array
     squares: Array
 
-    def control_mean(self) -> Array:
-        """(genes,) mean of the control cells."""
-        return self.totals[0].sum((0, 1)) / self.counts[0].sum()
-
     def changes(self, parts: tuple[int, ...]) -> Array:
         """(perturbations, genes) mean of the cells of some parts less that of all control cells; where there are
         groups, in each of them, and the mean weighs the groups as the cells of the perturbation lie in them."""
@@ -164,8 +165,8 @@ def open_screen(
 
     Raises ValueError, OSError that says in a line what is wrong with the data or the labels, and what to do.
     """
-    if min_cells < 1:
-        raise ValueError(f"min_cells: expected at least 1, got {min_cells}")
+    if min_cells < 2:
+        raise ValueError(f"min_cells: expected at least 2, so that some can be kept back, got {min_cells}")
     kind = ValueKind.checked(values, normalized, fractional_counts)
     with open_cells(data, layer=layer, gene_symbols=gene_symbols) as source:
         labels = np.char.strip(column_of([source], condition, "condition").astype(str))

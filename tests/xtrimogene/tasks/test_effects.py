@@ -113,6 +113,13 @@ def test_a_table_of_pairs_is_a_graph_whose_links_go_both_ways(tmp_path: Path) ->
             read_graph(path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_graph(tmp_path / "none.tsv")
+    path.write_bytes(b"\x89HDF")
+    for wrong in (path, tmp_path):
+        with pytest.raises(ValueError, match=rf"graph {wrong}: expected a table of tab-separated text"):
+            read_graph(wrong)
+    path.write_text("x" * 200_000)
+    with pytest.raises(ValueError, match=r"go\.tsv: expected a table of tab-separated text: field larger than"):
+        read_graph(path)
 
 
 def test_co_expression_links_genes_that_vary_together() -> None:

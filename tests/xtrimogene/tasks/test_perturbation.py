@@ -16,16 +16,18 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import AnnData
 from scipy import sparse
 
 from xtrimogene.cli import main
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.vocabulary import Vocabulary
-from xtrimogene.tasks import effects
+from xtrimogene.tasks import effects, fitting, folder, perturbation_training
 from xtrimogene.tasks.conditions import name_of
 from xtrimogene.tasks.perturbation import fit, predict
-from xtrimogene.tasks.perturbation_model import LEARNED, OURS, SHUFFLED, PerturbationModel
+from xtrimogene.tasks.perturbation_model import LEARNED, OURS, SHUFFLED, TASK, PerturbationModel
+from xtrimogene.tasks.perturbation_network import PerturbationNetwork
 from xtrimogene.tasks.perturbation_parts import parts_of
 from xtrimogene.tasks.perturbation_report import NETWORK, REPLICATE, PerturbationEvaluation, evaluate, verdict
 from xtrimogene.tasks.screen import open_screen
@@ -119,6 +121,25 @@ def test_pairs_of_genes_that_were_seen_are_predicted_and_baselines_stand_beside(
         assert all(f"`{name}` ({error(name, group):.4f})" in words for name in effects.BASELINES)
 
 
+def test_predictions_are_judged_by_the_test_part_and_the_mean_of_the_fitted_one(
+    evaluation: PerturbationEvaluation, fitted: Path, screen: AnnData
+) -> None:
+    model = PerturbationModel.load(fitted)
+    values, labels = np.log1p(screen.X.toarray() / TOTAL * 1e4), screen.obs["condition"].to_numpy()
+
+    def changes(names: Sequence[str]) -> np.ndarray:
+        return np.array([values[labels == name].mean(0) - values[labels == "ctrl"].mean(0) for name in names])
+
+    truth, predicted = evaluation.changes
+    np.testing.assert_allclose(truth, changes(evaluation.perturbations), atol=1e-5)
+    np.testing.assert_array_equal(
+        predicted, model.mean_changes([tuple(n.split("+")) for n in evaluation.perturbations])
+    )
+    common = changes([name_of(each) for each in model.fitted]).mean(0)
+    for metric, expected in effects.judge(predicted, truth, common).items():
+        np.testing.assert_allclose(evaluation.metrics[NETWORK[OURS]][metric], expected, rtol=1e-3, atol=1e-6)
+
+
 def test_a_gene_of_which_nothing_is_known_does_what_an_average_gene_does(fitted: Path) -> None:
     model = PerturbationModel.load(fitted)
     assert model.unknown(["P7", "P0", "unheard", "unused"]) == ["P7", "unheard"]
@@ -128,6 +149,14 @@ def test_a_gene_of_which_nothing_is_known_does_what_an_average_gene_does(fitted:
     np.testing.assert_allclose(model.mean_changes([("P7",)])[0], expected, atol=1e-5)
     both = model.mean_changes([("P0", "P1"), ("P0",), ("P1",)])
     np.testing.assert_allclose(both[0], both[1] + both[2], atol=1e-5)
+
+
+def test_what_is_known_of_genes_stays_zero_where_it_says_nothing_of_genes_left_out(fitted: Path) -> None:
+    # What each gene does was drawn at random.
+    model = PerturbationModel.load(fitted)
+    assert model.settings["epochs"][OURS]["others"] == 0
+    assert not model._networks[OURS].known.any()
+    assert not model._networks[OURS].likeness.any()
 
 
 def test_versions_differ_in_their_rows_alone(fitted: Path) -> None:
@@ -142,23 +171,48 @@ def test_versions_differ_in_their_rows_alone(fitted: Path) -> None:
     assert not np.array_equal(rows[OURS], rows[SHUFFLED])
     # Those of other genes in the same cell
     np.testing.assert_array_equal(np.sort(rows[OURS].numpy(), axis=1), np.sort(rows[SHUFFLED].numpy(), axis=1))
+    # And of perturbed genes: of all that the checkpoint knows, in another order
+    known = {version: model.inputs.of(VOCABULARY.genes, model.trained, version)[2] for version in model.versions}
+    assert not known[LEARNED].any()
+    assert not torch.equal(known[OURS], known[SHUFFLED])
+    np.testing.assert_array_equal(np.sort(known[OURS].numpy(), axis=0), np.sort(known[SHUFFLED].numpy(), axis=0))
+
+
+def _decoded(cells: AnnData, network: XTrimoGeneNetwork, genes: Sequence[str]) -> np.ndarray:
+    """(cells, genes, D) the decoder's rows, standardised over cells and genes."""
+    from xtrimogene import gene_embeddings
+
+    given = gene_embeddings(cells, network, genes, total_counts="total", progress=False)[1]
+    assert given is not None
+    flat = given.reshape(-1, given.shape[-1])
+    return np.asarray((given - flat.mean(0)) / flat.std(0))
 
 
 def test_rows_are_those_of_the_decoder_in_that_very_cell(
     fitted: Path, network: XTrimoGeneNetwork, screen: AnnData
 ) -> None:
-    from xtrimogene import gene_embeddings
-
     model = PerturbationModel.load(fitted)
     cells = screen[model.settings["control_cells"]].copy()
-    given = gene_embeddings(cells, network, model.genes, total_counts="total", progress=False)[1]
-    assert given is not None
-    flat = given.reshape(-1, given.shape[-1])
-    expected = (given - flat.mean(0)) / flat.std(0)
     # They are kept in half precision.
-    np.testing.assert_allclose(model.inputs.rows(OURS).numpy(), expected, atol=5e-3)
+    np.testing.assert_allclose(model.inputs.rows(OURS).numpy(), _decoded(cells, network, model.genes), atol=5e-3)
     expression = np.log1p(cells[:, model.genes].X.toarray() / TOTAL * 1e4)
     np.testing.assert_allclose(model.control, expression, rtol=1e-5)
+
+
+def test_rows_are_of_the_genes_that_a_checkpoint_knows_and_zero_for_others(
+    screen: AnnData, split: str, tmp_path: Path
+) -> None:
+    known = GENES[::-2]
+    network = XTrimoGeneNetwork.from_preset("tiny", Vocabulary([*known, "P0"]), seed=0)
+    fit(network, screen, tmp_path / "model", split=split, **{**FIT, "epochs": 1, "max_genes": 20})
+    model = PerturbationModel.load(tmp_path / "model")
+    asked = [gene for gene in model.genes if gene in known]
+    assert len(model.genes) == 20
+    assert 0 < len(asked) < 20
+    rows = dict(zip(model.genes, model.inputs.rows(OURS).numpy().swapaxes(0, 1), strict=True))
+    expected = _decoded(screen[model.settings["control_cells"]].copy(), network, asked)
+    np.testing.assert_allclose(np.array([rows[gene] for gene in asked]), expected.swapaxes(0, 1), atol=5e-3)
+    assert not np.any([rows[gene] for gene in model.genes if gene not in known])
 
 
 def test_predicted_cells_are_the_control_cells_changed(fitted: Path, tmp_path: Path) -> None:
@@ -227,6 +281,81 @@ def test_the_same_seed_gives_the_same_bits_wherever_the_model_lies(
     assert two.versions == [OURS]
 
 
+def test_validation_is_by_what_the_first_fit_does_not_see_and_the_second_fit_sees_all(
+    network: XTrimoGeneNetwork, screen: AnnData, split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: dict[str, tuple[np.ndarray, float]] = {}
+
+    def spied(module: Any, optimizer: Any, batches: Any, loss: Any, validate: Any, **options: Any) -> Any:
+        if isinstance(module, PerturbationNetwork):
+            with torch.no_grad():
+                begun[options["name"]] = module.average.numpy().copy(), validate()
+        return fitting.fit(module, optimizer, batches, loss, validate, **options)
+
+    monkeypatch.setattr(perturbation_training, "fit", spied)
+    parts = fit(network, screen, tmp_path / "model", split=split, **{**FIT, "epochs": 1}).parts
+    fitted = sorted([*parts["training"], *parts["validation"]])
+    assert len(fitted) == 8
+    with open_screen(screen, control=None, **READING) as opened:
+        held = opened.drawn(5, (0, 1)) == 1
+    values, labels = np.log1p(screen.X.toarray() / TOTAL * 1e4), screen.obs["condition"].to_numpy()
+    assert [int(held[labels == name].sum()) for name in fitted] == [12] * 8
+    assert not held[labels == "ctrl"].any()
+    every, control = np.ones_like(held), values[labels == "ctrl"].mean(0)
+
+    def changes(names: list[str], cells: np.ndarray) -> np.ndarray:
+        return np.array([values[(labels == name) & cells].mean(0) - control for name in names])
+
+    def sizes(names: list[str]) -> np.ndarray:
+        return np.array([[name.count("+") + 1] for name in names])
+
+    # Untrained, every gene does what an average one does.
+    def error(average: np.ndarray, names: list[str], cells: np.ndarray) -> float:
+        scale = (changes(fitted, every) ** 2).mean()
+        return float(((sizes(names) * average - changes(names, cells)) ** 2).mean() / scale)
+
+    first = (changes(parts["training"], ~held) / sizes(parts["training"])).mean(0)
+    last = (changes(fitted, every) / sizes(fitted)).mean(0)
+    judged = (error(first, parts["validation"], every) + error(first, parts["training"], held)) / 2
+    for name, average, loss in (("ours_epochs", first, judged), ("ours", last, error(last, fitted, every))):
+        np.testing.assert_allclose(begun[name][0], average, atol=1e-5)
+        assert begun[name][1] == pytest.approx(loss, rel=1e-4)
+
+
+def test_of_many_genes_the_perturbed_ones_and_those_that_vary_most_in_training_are_predicted(
+    network: XTrimoGeneNetwork, screen: AnnData, split: str, tmp_path: Path
+) -> None:
+    data = screen.copy()
+    labels = data.obs["condition"].astype(str)
+    trained = ~labels.isin(["P0+P1", "P2+P3", "P4+P5", "P0+P7"]).to_numpy()
+    variances = np.log1p(data.X.toarray() / TOTAL * 1e4)[trained].var(0)
+    order = [GENES[number] for number in np.argsort(-variances)]
+    data.obs["condition"] = labels.replace("P6", order[-1])
+    fit(network, data, tmp_path / "model", split=split, **{**FIT, "epochs": 1, "max_genes": 6})
+    genes = PerturbationModel.load(tmp_path / "model").genes
+    assert genes == sorted([*order[:5], order[-1]], key=GENES.index)
+
+
+def test_nothing_that_was_measured_in_the_test_part_goes_into_a_fit(
+    network: XTrimoGeneNetwork, screen: AnnData, split: str, tmp_path: Path
+) -> None:
+    other = screen.copy()
+    counts = other.X.toarray()
+    left_out = other.obs["condition"].isin(["P0+P1", "P2+P3", "P4+P5", "P0+P7"]).to_numpy()
+    counts[left_out] = np.random.default_rng(1).poisson(5 * np.arange(30), (left_out.sum(), 30))
+    other.X = sparse.csr_matrix(counts)
+    made = []
+    for number, data in enumerate((screen, other)):
+        fit(network, data, tmp_path / str(number), split=split, **{**FIT, "epochs": 2, "max_genes": 12})
+        made.append(folder.load(tmp_path / str(number), TASK))
+    one, two = made
+    assert one.settings.pop(folder.IDENTITY)["data"] != two.settings.pop(folder.IDENTITY)["data"]
+    assert one.settings == two.settings
+    assert one.tensors.keys() == two.tensors.keys()
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(two.tensors[name], tensor, rtol=0, atol=0)
+
+
 _FIT_IN_A_PROCESS = """
 import sys, time
 import anndata
@@ -246,11 +375,11 @@ perturbation.fit(checkpoint, data, output, split=split, condition="condition", t
 def test_a_fit_that_was_killed_goes_on_with_the_same_bits(
     fitted: Path, network: XTrimoGeneNetwork, screen: AnnData, split: str, tmp_path: Path
 ) -> None:
-    from xtrimogene.network import folder
+    from xtrimogene.network import folder as checkpoints
 
     data, checkpoint, output = tmp_path / "screen.h5ad", tmp_path / "checkpoint", tmp_path / "model"
     screen.write_h5ad(data)
-    folder.save(checkpoint, network.state_dict(), network.config, network.vocabulary)
+    checkpoints.save(checkpoint, network.state_dict(), network.config, network.vocabulary)
     command = [sys.executable, "-c", _FIT_IN_A_PROCESS, *map(str, (data, checkpoint, output, split))]
     root = str(Path(__file__).parents[3])
     running = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE)
@@ -267,6 +396,11 @@ def test_a_fit_that_was_killed_goes_on_with_the_same_bits(
         fit(checkpoint, data, output, split=split, **FIT)
     with pytest.raises(ValueError, match="seed was 0, is 1"):
         fit(checkpoint, data, output, split=split, resume=True, seed=1, **FIT)
+    other = XTrimoGeneNetwork.from_preset("tiny", VOCABULARY, seed=1)
+    with pytest.raises(ValueError, match="checkpoint was"):
+        fit(other, data, output, split=split, resume=True, **FIT)
+    with pytest.raises(ValueError, match="data was"):
+        fit(checkpoint, screen_of(["ctrl", *SINGLES, *PAIRS], seed=1), output, split=split, resume=True, **FIT)
     fit(checkpoint, data, output, split=split, resume=True, **FIT)
     assert not kept.parent.exists()
     one, two = PerturbationModel.load(fitted), PerturbationModel.load(output)
@@ -344,6 +478,8 @@ def test_a_split_leaves_out_what_it_says(seed: int) -> None:
     left_out = {perturbations[number][0] for number in parts.test if len(perturbations[number]) == 1}
     assert len(left_out) == 2
     assert not left_out & known
+    others = [pair for pair in PAIR_NAMES if not left_out & set(pair)]
+    assert sum(perturbations[number] in others for number in parts.test) == round(0.25 * len(others))
     assert sorted([*parts.training, *parts.validation, *parts.test]) == list(range(12))
     assert parts.validation
     parts = parts_of(perturbations, "unseen-double", seed=seed, read=_read)
@@ -353,6 +489,13 @@ def test_a_split_leaves_out_what_it_says(seed: int) -> None:
     assert parts_of(perturbations, None, seed=seed, read=_read) == parts
     assert parts_of(SINGLE_NAMES, None, seed=seed, read=_read).test
     assert parts_of(perturbations, "none", seed=seed, read=_read).test == []
+
+
+def test_a_table_says_what_is_kept_for_validation_and_for_the_test(tmp_path: Path) -> None:
+    (tmp_path / "split.tsv").write_text("condition\tpart\nC\tvalidation\nB+A\ttest\n\nD\ttest\nE\ttrain\n")
+    parts = parts_of([*SINGLE_NAMES, *PAIR_NAMES], str(tmp_path / "split.tsv"), read=_read)
+    assert (parts.validation, parts.test) == ([2], [3, 8])
+    assert parts.training == [0, 1, 4, 5, 6, 7, 9, 10, 11]
 
 
 @pytest.mark.parametrize(
@@ -395,7 +538,7 @@ def _without(**changed: Any) -> AnnData:
         (_without(labels=("ctrl", "cells")), {}, "none goes by a name of controls"),
         (_without(), {"control": "cntrl"}, "got 'cntrl'; it has 'ctrl'"),
         (_without(), {"min_cells": 50}, "at least two perturbations of at least 50 cells"),
-        (_without(), {"min_cells": 0}, "min_cells: expected at least 1"),
+        (_without(), {"min_cells": 1}, "min_cells: expected at least 2"),
         (_without(), {"group": "line"}, "group: expected a column of obs, got 'line'"),
         (_without(), {"epochs": 0}, "epochs: expected at least 1"),
         (_without(), {"split": "unseen-double"}, "the screen has none"),
@@ -412,6 +555,16 @@ def test_screens_and_options_that_do_not_fit_are_refused_before_the_work(
             fit(network, data, tmp_path / "model", **{**FIT, **options})
     assert "\n" not in str(refused.value)
     assert not any(tmp_path.iterdir())
+
+
+def test_screens_that_cannot_judge_a_model_are_refused(fitted: Path, screen: AnnData) -> None:
+    for data, words in (
+        (screen[:, GENES[:20]].copy(), "expected the genes that the model predicts, such as G0, G1, G2, got 20 of 30"),
+        (screen[screen.obs["condition"].isin(["ctrl", "P0", "P1"])].copy(), "got none among 2; fit with a split"),
+    ):
+        with pytest.raises(ValueError, match=words) as refused:
+            evaluate(fitted, data, progress=False)
+        assert "\n" not in str(refused.value)
 
 
 def test_perturbations_of_few_cells_are_left_out_and_named(network: XTrimoGeneNetwork, tmp_path: Path) -> None:
@@ -431,14 +584,28 @@ def test_perturbations_of_few_cells_are_left_out_and_named(network: XTrimoGeneNe
     )
 
 
+def test_two_cells_of_a_perturbation_are_enough_to_fit_and_to_judge(network: XTrimoGeneNetwork, tmp_path: Path) -> None:
+    few = screen_of(["P6", "P0+P1", "P2+P3"], cells=2)
+    data = anndata.concat([screen_of(["ctrl", *SINGLES[:6]], cells=20), few], index_unique="-")
+    options = {**FIT, "epochs": 1, "min_cells": 2, "split": "unseen-double", "test_share": 1.0}
+    report = fit(network, data, tmp_path / "model", **options)
+    assert report.parts["few"] == []
+    found = evaluate(tmp_path / "model", data, progress=False)
+    assert found.perturbations == ["P0+P1", "P2+P3"]
+    values = np.log1p(data.X.toarray() / TOTAL * 1e4)
+    for number, name in enumerate(found.perturbations):
+        first, second = values[data.obs["condition"] == name]
+        assert found.metrics[REPLICATE][effects.MSE_ALL][number] == pytest.approx(np.mean((first - second) ** 2))
+
+
 def test_the_command_fits_predicts_and_says_what_was_done(
     network: XTrimoGeneNetwork, screen: AnnData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from xtrimogene.network import folder
+    from xtrimogene.network import folder as checkpoints
 
     data, checkpoint, model = (str(tmp_path / name) for name in ("screen.h5ad", "checkpoint", "model"))
     screen.write_h5ad(data)
-    folder.save(checkpoint, network.state_dict(), network.config, network.vocabulary)
+    checkpoints.save(checkpoint, network.state_dict(), network.config, network.vocabulary)
     fit_it = ["perturb", "fit", "--checkpoint", checkpoint, "--data", data, "--condition", "condition"]
     reading = ["--total-counts", "total", "--epochs", "2", "--control-cells", "8", "--no-progress"]
     assert main([*fit_it, "--control", "ctrl", "--split", "unseen-double", "--output", model, *reading]) == 0
