@@ -196,7 +196,7 @@ def verdict(known: dict[str, Any]) -> str:
                 f"On {name} a linear model wins: {other} has macro-F1 {theirs:.3f}, the best model here, tuned "
                 f"`{best}`, {mine:.3f}. The regression weighs each of {runs[0][1]['genes_measured']:,} genes by "
                 f"itself; the network knows {runs[0][1]['genes_read']:,} of them, and all that it passes on of a cell "
-                "goes through one short vector, which a few thousand labelled cells have to shape."
+                "goes through two short vectors, which the linear layers have to read types off."
             )
         else:
             told.append(f"On {name} the model tuned `{best}` has macro-F1 {mine:.3f}, {other} {theirs:.3f}.")
