@@ -40,6 +40,7 @@ ROOMS = {
     },
     "xtrimogene.training": {
         "xtrimogene.cells",
+        "xtrimogene.evaluation",
         "xtrimogene.hub",
         "xtrimogene.network",
         "xtrimogene.progress",

@@ -115,10 +115,9 @@ def train(cells: anndata.AnnData, folder: Path, steps: int) -> dict[str, Any]:
         "cells": report.cells,
         "seconds": report.seconds,
         "cells_per_second": report.cells / report.seconds,
-        "validation": [[line["step"], line["loss"]] for line in lines if line["event"] == "validation"],
+        "hidden": [[line["step"], line["hidden_loss"]] for line in lines if line["event"] == "validation"],
         "training": [[line["step"], line["loss"]] for line in lines if line["event"] == "train"],
-        "baseline_mean": report.baseline_mean,
-        "baseline_zero_mean": report.baseline_zero_mean,
+        "ridge": report.ridge_hidden_loss,
     }
 
 
@@ -136,17 +135,18 @@ def split(cells: anndata.AnnData) -> tuple[npt.NDArray[np.int64], npt.NDArray[np
 
 
 def draw_loss(training: dict[str, Any], path: Path) -> None:
-    """Write a picture of the losses of a run and of the two guesses."""
+    """Write a picture of the losses of a run and of the ridge."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(*zip(*training["training"], strict=True), color="tab:gray", lw=0.5, label="training batches")
-    axes.plot(*zip(*training["validation"], strict=True), color="tab:blue", marker="o", ms=3, label="held-out cells")
-    axes.axhline(training["baseline_mean"], color="tab:orange", ls="--", label="each gene's mean")
-    axes.axhline(training["baseline_zero_mean"], color="tab:red", ls=":", label="told which genes are zero")
-    top = max(loss for _, loss in training["validation"][1:] or training["validation"])
-    axes.set(xlabel="step", ylabel="mean squared error", ylim=(0, 1.25 * max(top, training["baseline_mean"])))
+    axes.plot(*zip(*training["training"], strict=True), color="tab:gray", lw=0.5, label="training, chosen genes")
+    axes.plot(
+        *zip(*training["hidden"], strict=True), color="tab:blue", marker="o", ms=3, label="held out, hidden genes"
+    )
+    axes.axhline(training["ridge"], color="tab:orange", ls="--", label="ridge, the same genes")
+    top = max(loss for _, loss in training["hidden"])
+    axes.set(xlabel="step", ylabel="mean squared error", ylim=(0, 1.25 * max(top, training["ridge"])))
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
@@ -183,31 +183,25 @@ def flop_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def loss_table(training: dict[str, Any]) -> str:
-    """The losses of held-out cells, at a few steps of the run, and the two guesses'."""
-    losses = training["validation"]
+    """The losses at hidden genes of held-out cells, at a few steps of the run, and the ridge's."""
+    losses = training["hidden"]
     shown = sorted({round(i * (len(losses) - 1) / 4) for i in range(5)})
     rows = [[f"after step {losses[i][0]:,}", f"{losses[i][1]:.4f}"] for i in shown]
-    rows.append(["guess: each gene's mean over the training cells", f"{training['baseline_mean']:.4f}"])
-    rows.append(["guess that is told which genes are zero", f"{training['baseline_zero_mean']:.4f}"])
-    return table(["held-out cells, masked and other chosen genes", "mean squared error"], rows)
+    rows.append(["ridge on depth and principal components", f"{training['ridge']:.4f}"])
+    return table(["hidden genes of held-out cells", "mean squared error"], rows)
 
 
 def loss_verdict(training: dict[str, Any]) -> str:
     """What the losses say, in words."""
-    loss, mean, told = training["validation"][-1][1], training["baseline_mean"], training["baseline_zero_mean"]
-    if loss >= mean:
-        return (
-            "The model predicts held-out cells no better than each gene's mean does: it has learned nothing of use yet."
-        )
-    text = (
-        f"The model predicts genes of held-out cells with {100 * (1 - loss / mean):.0f} % less squared error than each "
-        "gene's mean. Part of that is no knowledge of the cell: expressed genes are chosen ten times as often as "
-        "others, which a model learns of each gene and the mean does not have. "
-    )
-    if loss < told:
-        return text + "It even beats the guess that is told which genes are zero, which the model has to find out."
+    began, ended, ridge = training["hidden"][0][1], training["hidden"][-1][1], training["ridge"]
+
+    def against(loss: float) -> str:
+        return f"{100 * abs(loss / ridge - 1):.1f} % {'less' if loss < ridge else 'more'}"
+
     return (
-        text + "The guess that is told which genes are zero is better still: it knows what the model has to find out."
+        "A ridge for each gene, on how deep a cell is and on its principal components, fitted to the training cells, "
+        f"is what a network has to pass: the model has {against(began)} squared error as it comes, {against(ended)} "
+        "after training on."
     )
 
 
@@ -359,9 +353,10 @@ this one has seen them before they are judged by.
 
 ## Labels
 
-A cell's embedding is the mean of the encoder's rows. Labels (`bulk_labels`) of the held-out cells, read off by those of
-the training cells: accuracy of a vote of the {neighbours} nearest neighbours (Euclidean), and of a logistic regression.
-Neither model nor PCA was shown a label; PCA was fitted to the training cells.
+A cell's embedding is its vector in the product head, through which the prediction of every gene goes. Labels
+(`bulk_labels`) of the held-out cells, read off by those of the training cells: accuracy of a vote of the {neighbours}
+nearest neighbours (Euclidean), and of a logistic regression. Neither model nor PCA was shown a label; PCA was fitted to
+the training cells.
 
 {scores}
 

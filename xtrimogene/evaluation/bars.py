@@ -80,19 +80,15 @@ def _centred(cells: sparse.csr_matrix, mean: Values, axes: Values) -> Values:
 
 
 @dataclass(frozen=True)
-class Bars:
-    """The fitted bars; see the module."""
+class RidgeBar:
+    """The strongest bar, depth + PCA, by itself: the means, components and ridge of some training cells."""
 
     means: Values
     components: Components
-    depth_ridge: _Ridge
     ridge: _Ridge
-    whole: sparse.csr_matrix
-    coordinates: Values
-    slopes: dict[str, float]
 
     @classmethod
-    def fit(cls, maskings: Sequence[HiddenGenes], masking: MaskingConfig) -> Bars:
+    def fit(cls, maskings: Sequence[HiddenGenes], masking: MaskingConfig) -> RidgeBar:
         """From some maskings of the training cells, one or more epochs of the same cells."""
         whole = maskings[0].whole
         genes = np.concatenate([each.genes for each in maskings])
@@ -101,45 +97,68 @@ class Bars:
         sums, counts = np.bincount(genes, weights=values, minlength=num_genes), np.bincount(genes, minlength=num_genes)
         means = sums / counts.clip(min=1)
         components = Components.of(whole, COMPONENTS)
+        features = [_features(components, each) for each in maskings]
+        return cls(means, components, _Ridge.fit([each.whole for each in maskings], features, means, masking))
+
+    def predict(self, cells: HiddenGenes) -> Values:
+        """(hidden,) of masked cells."""
+        return self.means[cells.genes] + self.ridge.predict(_features(self.components, cells), cells)
+
+
+def _features(components: Components, cells: HiddenGenes) -> Values:
+    """(n, 3 + k) depth numbers and coordinates."""
+    return np.hstack([depth_numbers(cells.seen), components.coordinates(cells.seen, cells)])
+
+
+@dataclass(frozen=True)
+class Bars:
+    """The fitted bars; see the module."""
+
+    ridge: RidgeBar
+    depth_ridge: _Ridge
+    whole: sparse.csr_matrix
+    coordinates: Values
+    slopes: dict[str, float]
+
+    @classmethod
+    def fit(cls, maskings: Sequence[HiddenGenes], masking: MaskingConfig) -> Bars:
+        """From some maskings of the training cells, one or more epochs of the same cells."""
+        ridge = RidgeBar.fit(maskings, masking)
         depth = [depth_numbers(each.seen) for each in maskings]
-        coordinates = [components.coordinates(each.seen, each) for each in maskings]
-        both = [np.hstack(pair) for pair in zip(depth, coordinates, strict=True)]
         wholes = [each.whole for each in maskings]
+        first = maskings[0]
         fitted = cls(
-            means,
-            components,
-            _Ridge.fit(wholes, depth, means, masking),
-            _Ridge.fit(wholes, both, means, masking),
-            whole,
-            coordinates[0],
+            ridge,
+            _Ridge.fit(wholes, depth, ridge.means, masking),
+            first.whole,
+            ridge.components.coordinates(first.seen, first),
             {},
         )
         # The slopes are fitted to one masking.
-        first = maskings[0]
-        truth = first.values - means[first.genes]
-        for name, guess in ((_PCA, fitted._rebuilt(first, coordinates[0])), (_KNN, fitted._of_nearest(first, True))):
-            fitted.slopes[name] = float(guess @ truth / max(guess @ guess, 1e-12))
+        truth = first.values - ridge.means[first.genes]
+        guesses = fitted._rebuilt(first, fitted.coordinates), fitted._of_nearest(first, True)
+        for name, guess in zip((_PCA, _KNN), guesses, strict=True):
+            fitted.slopes[name] = float(guess @ truth) / max(float(guess @ guess), 1e-12)
         return fitted
 
     def predict(self, cells: HiddenGenes) -> dict[str, Values]:
         """Each bar's predictions (hidden,) of masked cells, in the order of BARS."""
-        base = self.means[cells.genes]
-        coordinates = self.components.coordinates(cells.seen, cells)
-        depth = depth_numbers(cells.seen)
+        base = self.ridge.means[cells.genes]
+        coordinates = self.ridge.components.coordinates(cells.seen, cells)
         return {
             _MEAN: base,
-            _DEPTH: base + self.depth_ridge.predict(depth, cells),
+            _DEPTH: base + self.depth_ridge.predict(depth_numbers(cells.seen), cells),
             _PCA: base + self.slopes[_PCA] * self._rebuilt(cells, coordinates),
             _KNN: base + self.slopes[_KNN] * self._of_nearest(cells, False),
-            _BOTH: base + self.ridge.predict(np.hstack([depth, coordinates]), cells),
+            _BOTH: self.ridge.predict(cells),
         }
 
     def _rebuilt(self, cells: HiddenGenes, coordinates: Values) -> Values:
-        return _products(coordinates, self.components.axes, cells)
+        return _products(coordinates, self.ridge.components.axes, cells)
 
     def _of_nearest(self, cells: HiddenGenes, are_known: bool) -> Values:
         """(hidden,) mean of the gene over the nearest training cells, less its mean; a known cell is not its own."""
-        asked = self.components.coordinates(cells.seen, cells)
+        asked = self.ridge.components.coordinates(cells.seen, cells)
         known = self.coordinates
         count = min(NEIGHBOURS, len(known) - are_known)
         guesses = np.empty(len(cells.genes))
@@ -158,7 +177,7 @@ class Bars:
             averages = (shares @ self.whole).toarray()
             own = by_cell[bounds[rows[0]] : bounds[rows[-1] + 1]]
             guesses[own] = averages[cells.cells[own] - start, cells.genes[own]]
-        return guesses - self.components.mean[cells.genes]
+        return guesses - self.ridge.components.mean[cells.genes]
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def evaluate(
         cells={"judged": len(judged.numbers), "known": len(known.numbers)},
         genes={"vocabulary": len(network.vocabulary), "found": judged.stream.genes_found},
         known="data" if train_data is None else "train_data",
-        masked={name: figures(guess, hidden, bars.means) for name, guess in guesses.items()},
+        masked={name: figures(guess, hidden, bars.ridge.means) for name, guess in guesses.items()},
         spaces=spaces,
         largest_label=None if label is None else largest_label(*labels),
         label=label,

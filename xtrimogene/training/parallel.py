@@ -17,15 +17,22 @@ from xtrimogene.training.ranks import Ranks
 
 class _LossOf(nn.Module):
     """The model's summed loss as a module's forward, which is what DDP and FSDP act on, or that of its product head
-    alone; or what the product head reads of the cells."""
+    alone; or what the product head reads of the cells, or what is predicted of the chosen genes."""
 
     def __init__(self, model: XTrimoGeneNetwork) -> None:
         super().__init__()
         self.model = model
 
     def forward(
-        self, masked: MaskedBatch, head_alone: tuple[float, float] | None = None, *, features: bool = False
+        self,
+        masked: MaskedBatch,
+        head_alone: tuple[float, float] | None = None,
+        *,
+        features: bool = False,
+        predictions: bool = False,
     ) -> Tensor:
+        if predictions:
+            return self.model.masked_predictions(masked)
         if features:
             return self.model.product_features(masked.batch, None if head_alone else self.model(masked.batch))
         return self.model.loss(masked) if head_alone is None else self.model.product_loss(masked, *head_alone)
@@ -35,7 +42,8 @@ def parallel(model: XTrimoGeneNetwork, ranks: Ranks, how: str, *, head_alone: bo
     """The module whose forward is the model's summed loss of a MaskedBatch: "ddp" or "fsdp" where there are ranks.
 
     With head_alone, the rates of the masking plan, it is the loss of the product head without encoder and decoder, for
-    which the argument here makes room; with features=True what the head reads of the cells, as they are masked.
+    which the argument here makes room; with features=True what the head reads of the cells, as they are masked; with
+    predictions=True those of the chosen genes, see masked_predictions.
     """
     network = _LossOf(model)
     if ranks.world_size == 1:

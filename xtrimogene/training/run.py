@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from xtrimogene.cells.stream import TrainingCells
+from xtrimogene.evaluation.bars import RidgeBar
 from xtrimogene.network.folder import Checkpoint, save
 from xtrimogene.network.masked_batch import MaskedBatch
 from xtrimogene.network.model import XTrimoGeneNetwork
@@ -37,7 +38,7 @@ from xtrimogene.training.log import TrainingLog
 from xtrimogene.training.parallel import exchanging, parallel
 from xtrimogene.training.ranks import Ranks, StopSignals
 from xtrimogene.training.run_folder import MODEL_FOLDER, RunFolder
-from xtrimogene.training.validation import Losses, evenly_spaced, gene_means, validate
+from xtrimogene.training.validation import Losses, evenly_spaced, gene_means, ridge_bar, validate
 
 # Streams of random numbers: different first words for different uses of one seed.
 _WEIGHTS, _DROPOUT, _PROJECTIONS = 1, 2, 3
@@ -46,8 +47,9 @@ _SINCE_LOG = ("squares", "chosen", "cells", "tokens", "seconds")
 # The product head's norm takes the moments of at most so many training cells, every so many steps.
 _SETTLED_CELLS = 512
 _SETTLE_EVERY = 200
-# Training cells that the baselines' means are taken over, at most.
+# Training cells that the baselines' means are taken over, and that the ridge is fitted to, at most.
 _BASELINE_CELLS = 20_000
+_RIDGE_CELLS = 5000
 
 
 class TrainingFailed(RuntimeError):
@@ -68,6 +70,8 @@ class PretrainReport:
     baseline_mean       that of predicting each gene's mean over the training cells
     baseline_zero_mean  that of a guess that is told which genes are zero: zero there, else the gene's mean where it is
                         not zero
+    hidden_loss         that of the model at those of the genes that are hidden from it
+    ridge_hidden_loss   that of the strongest bar there, see xtrimogene.evaluation.bars.RidgeBar
     seconds             wall time of all calls together
     rank                number of this process
     signal              number of the signal that stopped the run, 0 if none did
@@ -83,6 +87,8 @@ class PretrainReport:
     validation_loss: float
     baseline_mean: float
     baseline_zero_mean: float
+    hidden_loss: float
+    ridge_hidden_loss: float
     seconds: float
     rank: int
     signal: int
@@ -91,8 +97,8 @@ class PretrainReport:
         resumed = f" ({self.resumed_steps:,} of them by an earlier run)" if self.resumed_steps else ""
         return (
             f"{self.steps:,} steps{resumed}, {self.epochs:.2f} epochs, {self.cells:,} cells, {self.seconds:.1f} s\n"
-            f"loss {self.loss:.4f}, validation {self.validation_loss:.4f}; predicting each gene's mean "
-            f"{self.baseline_mean:.4f}, told the zeros {self.baseline_zero_mean:.4f}"
+            f"loss {self.loss:.4f}, validation {self.validation_loss:.4f}, at its hidden genes {self.hidden_loss:.4f}; "
+            f"there, a ridge on depth and principal components {self.ridge_hidden_loss:.4f}"
         )
 
 
@@ -153,6 +159,7 @@ class Run:
             fused=True,
         )
         self.log: TrainingLog | None = None
+        self._ridge: RidgeBar | None = None
         self._settling: list[MaskedBatch] | None = None
         self._counted: tuple[int, int] | None = None
         self._clock = 0.0
@@ -196,6 +203,8 @@ class Run:
             validation_loss=validated.get("loss", math.nan),
             baseline_mean=validated.get("baseline_mean", math.nan),
             baseline_zero_mean=validated.get("baseline_zero_mean", math.nan),
+            hidden_loss=validated.get("hidden_loss", math.nan),
+            ridge_hidden_loss=validated.get("ridge_hidden_loss", math.nan),
             seconds=progress.seconds,
             rank=self.ranks.rank,
             signal=number,
@@ -392,10 +401,16 @@ class Run:
                 loss=validated.model,
                 baseline_mean=validated.mean,
                 baseline_zero_mean=validated.zero_mean,
+                hidden_loss=validated.hidden,
+                ridge_hidden_loss=validated.ridge,
                 seconds=self.progress.seconds,
             )
         if self.show_progress:
-            bar.write(f"step {step:,}: validation loss {validated.model:.4f}", file=sys.stderr)
+            bar.write(
+                f"step {step:,}: validation loss {validated.model:.4f}, at hidden genes {validated.hidden:.4f} (ridge: "
+                f"{validated.ridge:.4f})",
+                file=sys.stderr,
+            )
         return 0
 
     def _settle_where_due(self) -> None:
@@ -420,7 +435,8 @@ class Run:
             head.norm.settle(settled)
 
     def _validate(self, signals: StopSignals) -> Losses | int:
-        losses = validate(self.network, self.cells, self.ranks, signals, self._autocast, self._gene_means())
+        guesses = self._gene_means(), self._bar()
+        losses = validate(self.network, self.cells, self.ranks, signals, self._autocast, *guesses)
         if isinstance(losses, Losses) and not losses.chosen:
             raise TrainingFailed("validation: no gene was chosen; raise masking.nonzero_rate or masking.zero_rate")
         return losses
@@ -430,6 +446,11 @@ class Run:
         if self._means is None:
             self._means = self.ranks.first(lambda: gene_means(self.cells, _BASELINE_CELLS))
         return self._means
+
+    def _bar(self) -> RidgeBar:
+        if self._ridge is None:
+            self._ridge = self.ranks.first(lambda: ridge_bar(self.cells, self.config.masking, _RIDGE_CELLS))
+        return self._ridge
 
     def _chosen_means(self) -> npt.NDArray[np.float32]:
         """(genes,) mean value of each gene over the training cells in which it is chosen, as the plan chooses."""
@@ -469,9 +490,10 @@ class Run:
         }
         if validated:
             card["Figures"] = (
-                "Mean squared error at the masked genes of held-out cells "
-                f"{validated['loss']:.4f}; of guessing each gene's mean {validated['baseline_mean']:.4f}. "
-                "Embeddings were not judged."
+                f"Mean squared error at the hidden genes of held-out cells {validated['hidden_loss']:.4f}; of a ridge "
+                f"on depth and principal components {validated['ridge_hidden_loss']:.4f}. At all chosen genes "
+                f"{validated['loss']:.4f}; of guessing each gene's mean {validated['baseline_mean']:.4f}. Embeddings "
+                "were not judged."
             )
         return card
 

@@ -1,4 +1,4 @@
-"""Validation of a pre-training run: the model's loss at held-out cells beside that of guessing each gene's mean."""
+"""Validation of a pre-training run: the model's loss at held-out cells beside those of guesses that need no network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from xtrimogene.cells.masking import MaskingConfig
 from xtrimogene.cells.stream import TrainingCells
+from xtrimogene.evaluation.bars import MASKINGS, RidgeBar
+from xtrimogene.evaluation.hidden import HiddenGenes, is_hidden
 from xtrimogene.training.ranks import Ranks, StopSignals
 
 Means = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
@@ -22,17 +25,21 @@ _READ_CELLS = 1024
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean squared errors at the chosen genes of the validation cells.
+    """Mean squared errors at the chosen genes of the validation cells, or at the hidden ones among them.
 
     model      the model's
     mean       of guessing each gene's mean
     zero_mean  of a guess that is told which genes are zero, and guesses the mean over the other cells elsewhere
+    hidden     the model's at the hidden genes, of which it is shown nothing
+    ridge      that of the strongest bar there, see RidgeBar
     chosen     number of chosen genes
     """
 
     model: float
     mean: float
     zero_mean: float
+    hidden: float
+    ridge: float
     chosen: int
 
 
@@ -43,6 +50,7 @@ def validate(
     signals: StopSignals,
     autocast: Callable[[], contextlib.AbstractContextManager[object]],
     means: Means,
+    bar: RidgeBar,
 ) -> Losses | int:
     """The losses at the validation cells, of all ranks together.
 
@@ -50,24 +58,33 @@ def validate(
     does it again.
     """
     mean, nonzero_mean = means
-    squares = np.zeros(4)
+    squares = np.zeros(7)
     network.eval()
     batches = cells.validation(rank=ranks.rank, world_size=ranks.world_size)
     with torch.no_grad(), contextlib.closing(batches):
         for masked in batches:
             with autocast():
-                loss = network(masked.to(ranks.device))
+                predicted = network(masked.to(ranks.device), predictions=True)
             genes, values = masked.chosen_ids.numpy(), masked.chosen_values.numpy().astype(np.float64)
             told = np.where(values > 0, nonzero_mean[genes], 0.0)
+            errors = np.square(predicted.double().cpu().numpy() - values)
+            hidden = HiddenGenes.of([masked], len(cells.vocabulary))
             squares += [
-                float(loss), np.square(values - mean[genes]).sum(), np.square(values - told).sum(), len(genes)
-            ]  # fmt: skip
+                errors.sum(),
+                np.square(values - mean[genes]).sum(),
+                np.square(values - told).sum(),
+                errors[is_hidden(masked, len(cells.vocabulary))].sum(),
+                np.square(bar.predict(hidden) - hidden.values).sum(),
+                len(hidden.values),
+                len(genes),
+            ]
             # Every rank has as many batches.
             if number := signals.first(ranks.sums(signals.counts())):
                 return number
-    *sums, chosen = ranks.sums(squares.tolist())
-    model, mean_loss, zero_mean_loss = (each / max(chosen, 1) for each in sums)
-    return Losses(model, mean_loss, zero_mean_loss, int(chosen))
+    *sums, num_hidden, chosen = ranks.sums(squares.tolist())
+    model, mean_loss, zero_mean_loss = (each / max(chosen, 1) for each in sums[:3])
+    hidden_loss, ridge_loss = (each / max(num_hidden, 1) for each in sums[3:])
+    return Losses(model, mean_loss, zero_mean_loss, hidden_loss, ridge_loss, int(chosen))
 
 
 def evenly_spaced(numbers: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.int64]:
@@ -87,3 +104,10 @@ def gene_means(cells: TrainingCells, most: int) -> Means:
         sums += np.bincount(gene_ids, weights=batch.values.numpy(), minlength=genes)
         counts += np.bincount(gene_ids, minlength=genes)
     return sums / len(sample), sums / np.maximum(counts, 1)
+
+
+def ridge_bar(cells: TrainingCells, masking: MaskingConfig, most: int) -> RidgeBar:
+    """The strongest bar, of at most so many training cells, evenly spaced."""
+    sample = evenly_spaced(cells.training, most)
+    genes = len(cells.vocabulary)
+    return RidgeBar.fit([HiddenGenes.of(cells.masked(sample, epoch), genes) for epoch in range(MASKINGS)], masking)

@@ -76,9 +76,9 @@ def test_components_are_those_of_the_singular_value_decomposition() -> None:
 def test_hidden_genes_count_as_their_mean_in_coordinates(fitted: tuple) -> None:
     _, asked, bars = fitted
     filled = asked.seen.toarray().astype(np.float64)
-    filled[asked.cells, asked.genes] = bars.components.mean[asked.genes]
-    wanted = (filled - bars.components.mean) @ bars.components.axes
-    np.testing.assert_allclose(bars.components.coordinates(asked.seen, asked), wanted, atol=1e-9)
+    filled[asked.cells, asked.genes] = bars.ridge.components.mean[asked.genes]
+    wanted = (filled - bars.ridge.components.mean) @ bars.ridge.components.axes
+    np.testing.assert_allclose(bars.ridge.components.coordinates(asked.seen, asked), wanted, atol=1e-9)
 
 
 def test_the_ridge_is_the_minimum_of_its_sum(fitted: tuple) -> None:
@@ -93,8 +93,8 @@ def test_the_ridge_is_the_minimum_of_its_sum(fitted: tuple) -> None:
     for gene in range(GENES):
         weighted = z * rates[:, gene : gene + 1]
         matrix = weighted.T @ z + module.PENALTY * np.eye(3)
-        slope = np.linalg.solve(matrix, weighted.T @ (values[:, gene] - bars.means[gene]))
-        wanted[:, gene] = bars.means[gene] + asked_z @ slope
+        slope = np.linalg.solve(matrix, weighted.T @ (values[:, gene] - bars.ridge.means[gene]))
+        wanted[:, gene] = bars.ridge.means[gene] + asked_z @ slope
     np.testing.assert_allclose(bars.predict(asked)["depth"], wanted[asked.cells, asked.genes], rtol=1e-8)
 
 
@@ -106,10 +106,10 @@ def test_each_bar_is_what_it_is_said_to_be(fitted: tuple) -> None:
     values = np.concatenate([each.values for each in maskings])
     means = np.array([values[genes == gene].mean() if (genes == gene).any() else 0.0 for gene in range(GENES)])
     np.testing.assert_allclose(predictions["gene mean"], means[asked.genes])
-    coordinates = bars.components.coordinates(asked.seen, asked)
-    rebuilt = (coordinates @ bars.components.axes.T)[asked.cells, asked.genes]
+    coordinates = bars.ridge.components.coordinates(asked.seen, asked)
+    rebuilt = (coordinates @ bars.ridge.components.axes.T)[asked.cells, asked.genes]
     np.testing.assert_allclose(predictions["PCA"], means[asked.genes] + bars.slopes["PCA"] * rebuilt)
-    known = bars.components.coordinates(maskings[0].seen, maskings[0])
+    known = bars.ridge.components.coordinates(maskings[0].seen, maskings[0])
     whole, count = maskings[0].whole.toarray().astype(np.float64), min(module.NEIGHBOURS, KNOWN)
     for row in range(0, len(asked.genes), 7):
         cell, gene = asked.cells[row], asked.genes[row]
@@ -123,7 +123,7 @@ def test_a_known_cell_is_not_its_own_neighbour(monkeypatch: pytest.MonkeyPatch) 
     maskings = [_hidden(_matrix(KNOWN, 0), 0)[0]]
     bars = Bars.fit(maskings, MASKING)
     guess = bars._of_nearest(maskings[0], True)
-    own = maskings[0].values - bars.components.mean[maskings[0].genes]
+    own = maskings[0].values - bars.ridge.components.mean[maskings[0].genes]
     assert np.mean(np.isclose(guess, own)) < 0.9
     assert np.isclose(bars._of_nearest(maskings[0], False), own).all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -25,6 +26,8 @@ from xtrimogene import Vocabulary, XTrimoGene, embed
 from xtrimogene.cells.masking import MaskingConfig
 from xtrimogene.cells.stream import TrainingCells
 from xtrimogene.cli import main
+from xtrimogene.evaluation.bars import Bars
+from xtrimogene.evaluation.hidden import HiddenGenes
 from xtrimogene.network import folder
 from xtrimogene.network.config import XTrimoGeneConfig
 from xtrimogene.network.model import XTrimoGeneNetwork
@@ -197,7 +200,7 @@ def test_steps_are_adamw_on_the_mean_over_all_chosen_genes(path: Path, tmp_path:
         torch.testing.assert_close(tensor, model.state_dict()[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_validation_is_that_of_the_model_and_two_plain_guesses(uninterrupted: Path) -> None:
+def test_validation_is_that_of_the_model_and_of_guesses(uninterrupted: Path) -> None:
     path = uninterrupted.with_name("cells.h5ad")
     data = TrainingCells(
         path, Vocabulary(GENES), min_genes=3, validation_share=0.1, masking=MaskingConfig(zero_rate=0.3), progress=False
@@ -210,19 +213,35 @@ def test_validation_is_that_of_the_model_and_two_plain_guesses(uninterrupted: Pa
     for means, expected in zip(gene_means(data, 1000), (mean, nonzero_mean), strict=True):
         np.testing.assert_allclose(means, expected, rtol=1e-6)
 
-    squares, count = np.zeros(3), 0
+    squares, hidden_squares, count = np.zeros(3), 0.0, 0
+    bars = Bars.fit(
+        [HiddenGenes.of(data.masked(data.training, epoch), len(GENES)) for epoch in range(4)],
+        MaskingConfig(zero_rate=0.3),
+    )
+    hidden = HiddenGenes.of(data.validation(), len(GENES), model)
+    ridge_squares = np.square(bars.predict(hidden)["depth + PCA"] - hidden.values).sum()
     for masked in data.validation():
         values, genes = masked.chosen_values.numpy(), masked.chosen_ids.numpy()
         with torch.no_grad():
             predicted = model.masked_predictions(masked).numpy()
         for i, guess in enumerate((predicted, mean[genes], np.where(values > 0, nonzero_mean[genes], 0))):
             squares[i] += np.square(values - guess).sum()
+        for cell, (start, end) in enumerate(itertools.pairwise(masked.chosen_cu_seqlens.tolist())):
+            own = masked.masked_ids[masked.masked_cu_seqlens[cell] : masked.masked_cu_seqlens[cell + 1]].numpy()
+            at = start + np.flatnonzero(np.isin(genes[start:end], own))
+            hidden_squares += np.square(values[at] - predicted[at]).sum()
         count += len(values)
     data.close()
     last = timeless(uninterrupted)[-1]
     assert last["event"] == "validation"
     np.testing.assert_allclose(
         [last["loss"], last["baseline_mean"], last["baseline_zero_mean"]], squares / count, rtol=1e-5
+    )
+    assert 0 < len(hidden.values) < count
+    np.testing.assert_allclose(
+        [last["hidden_loss"], last["ridge_hidden_loss"]],
+        [hidden_squares / len(hidden.values), ridge_squares / len(hidden.values)],
+        rtol=1e-5,
     )
 
 
