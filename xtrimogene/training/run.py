@@ -38,7 +38,7 @@ from xtrimogene.training.log import TrainingLog
 from xtrimogene.training.parallel import exchanging, parallel
 from xtrimogene.training.ranks import Ranks, StopSignals
 from xtrimogene.training.run_folder import MODEL_FOLDER, RunFolder
-from xtrimogene.training.validation import Losses, evenly_spaced, gene_means, ridge_bar, validate
+from xtrimogene.training.validation import Losses, chosen_means, evenly_spaced, gene_means, ridge_bar, validate
 
 # Streams of random numbers: different first words for different uses of one seed.
 _WEIGHTS, _DROPOUT, _PROJECTIONS = 1, 2, 3
@@ -146,7 +146,9 @@ class Run:
         self.model.checkpoint_activations = config.activation_checkpointing
         if start is None and self.model.product_head is not None:
             # Else the table's small rows would have to learn each gene's mean.
-            self.model.product_head.gene_bias.data[: len(cells.vocabulary)] = torch.from_numpy(self._chosen_means())
+            self.model.product_head.gene_bias.data[: len(cells.vocabulary)] = torch.from_numpy(
+                chosen_means(self._gene_means(), config.masking)
+            )
         self.head_steps = config.head_steps_of(self.model.config)
         self.network: nn.Module = parallel(self.model, ranks, config.parallel, head_alone=self.head_steps > 0)
         self.parameters = list(self.model.parameters())
@@ -451,15 +453,6 @@ class Run:
         if self._ridge is None:
             self._ridge = self.ranks.first(lambda: ridge_bar(self.cells, self.config.masking, _RIDGE_CELLS))
         return self._ridge
-
-    def _chosen_means(self) -> npt.NDArray[np.float32]:
-        """(genes,) mean value of each gene over the training cells in which it is chosen, as the plan chooses."""
-        mean, nonzero_mean = self._gene_means()
-        share = np.divide(mean, nonzero_mean, out=np.zeros_like(mean), where=nonzero_mean > 0)
-        masking = self.config.masking
-        chosen = masking.nonzero_rate * share + masking.zero_rate * (1 - share)
-        values = masking.nonzero_rate * mean
-        return np.divide(values, chosen, out=np.zeros_like(mean), where=chosen > 0).astype(np.float32)
 
     def _save_model(self) -> Path:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)

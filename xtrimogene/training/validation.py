@@ -106,6 +106,15 @@ def gene_means(cells: TrainingCells, most: int) -> Means:
     return sums / len(sample), sums / np.maximum(counts, 1)
 
 
+def chosen_means(means: Means, masking: MaskingConfig) -> npt.NDArray[np.float32]:
+    """(genes,) mean value of each gene over the cells in which it is chosen, as the plan chooses, from gene_means."""
+    mean, nonzero_mean = means
+    share = np.divide(mean, nonzero_mean, out=np.zeros_like(mean), where=nonzero_mean > 0)
+    chosen = masking.nonzero_rate * share + masking.zero_rate * (1 - share)
+    values = masking.nonzero_rate * mean
+    return np.divide(values, chosen, out=np.zeros_like(mean), where=chosen > 0).astype(np.float32)
+
+
 def ridge_bar(cells: TrainingCells, masking: MaskingConfig, most: int) -> RidgeBar:
     """The strongest bar, of at most so many training cells, evenly spaced."""
     sample = evenly_spaced(cells.training, most)
