@@ -35,6 +35,11 @@ class CellNorm(nn.Module):
         self.mean.copy_(cells.mean(dim=0))
         self.variance.copy_(cells.var(dim=0, correction=0))
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether it has moments of cells, and not those that it was made with."""
+        return bool((self.mean != 0).any() or (self.variance != 1).any())
+
     def forward(self, cells: Tensor) -> Tensor:
         """(n, dim) -> (n, dim)."""
         return (cells - self.mean) * (self.variance + self.eps).rsqrt() * self.weight + self.bias

@@ -149,6 +149,8 @@ class Run:
             self.model.product_head.gene_bias.data[: len(cells.vocabulary)] = torch.from_numpy(
                 chosen_means(self._gene_means(), config.masking)
             )
+        head = self.model.product_head
+        self._keeps_moments = start is not None and head is not None and head.norm.is_settled
         self.head_steps = config.head_steps_of(self.model.config)
         self.network: nn.Module = parallel(self.model, ranks, config.parallel, head_alone=self.head_steps > 0)
         self.parameters = list(self.model.parameters())
@@ -419,10 +421,11 @@ class Run:
         """Give the product head's norm the moments of the cells as the weights make them now, every so many steps.
 
         Always the same masked cells, evenly spaced over all data sets, all of them on every rank: the moments depend on
-        the weights alone.
+        the weights alone. A head that begins with the moments of a checkpoint keeps them: its weights have learned with
+        these, and other cells' would make another function of them.
         """
         head, step = self.model.product_head, self.progress.step
-        if head is None or not (step % _SETTLE_EVERY == 0 or step == self.head_steps):
+        if head is None or self._keeps_moments or not (step % _SETTLE_EVERY == 0 or step == self.head_steps):
             return
         if self._settling is None:
             self._settling = list(self.cells.masked(evenly_spaced(self.cells.training, _SETTLED_CELLS), 0))

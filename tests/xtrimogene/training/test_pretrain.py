@@ -318,6 +318,27 @@ def test_a_product_head_takes_the_moments_of_training_cells_and_resumes_bit_for_
     assert (seldom[-model.config.dim :] > 0).all()
 
 
+@pytest.mark.parametrize("settled", [True, False])
+def test_a_run_keeps_the_moments_of_its_checkpoint(path: Path, tmp_path: Path, settled: bool) -> None:
+    model = XTrimoGene(
+        XTrimoGeneConfig.from_dict({"num_genes": len(GENES), **MODEL, "product_head": 4}), Vocabulary(GENES)
+    )
+    assert model.product_head is not None
+    assert not model.product_head.norm.is_settled
+    if settled:
+        model.product_head.norm.settle(torch.randn(9, 3 + 2 * MODEL["dim"]) + 2)
+        assert model.product_head.norm.is_settled
+    model.save_pretrained(tmp_path / "begun")
+    config = PretrainConfig.from_dict(
+        {**{key: value for key, value in OPTIONS.items() if key != "model"}, "checkpoint": str(tmp_path / "begun")}
+    )
+    pretrain(config, path, tmp_path / "run", progress=False)
+    begun, ended = (load_file(tmp_path / name / "model.safetensors") for name in ("begun", "run/model"))
+    assert not torch.equal(begun["product_head.cell_map.weight"], ended["product_head.cell_map.weight"])
+    for name in ("product_head.norm.mean", "product_head.norm.variance"):
+        assert torch.equal(begun[name], ended[name]) == settled
+
+
 def test_the_product_head_begins_with_the_means_and_learns_alone_at_first(path: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"model": {**MODEL, "product_head": 4}, "masking": MaskingConfig(zero_rate=0.2)}
     changes["weight_decay"] = 0.5  # which what does not learn is spared
