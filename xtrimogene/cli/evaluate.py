@@ -27,6 +27,12 @@ def add_to(commands: Commands) -> None:
     command.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     command.add_argument("--label", metavar="COL", help="column of obs that embeddings are judged by (default: none)")
     command.add_argument(
+        "--batch",
+        metavar="COL",
+        help="column of obs with the batch of a held-out cell: also judge how little batches of one label are told "
+        "apart (default: none)",
+    )
+    command.add_argument(
         "--train-data",
         nargs="+",
         metavar="PATH",
@@ -65,7 +71,7 @@ def _run(arguments: argparse.Namespace) -> None:
     set_threads(arguments)
     output = Path(arguments.output)
     check_output(output, arguments.overwrite)
-    names = ("label", "train_data", "layer", "gene_symbols", "normalized", "min_genes", "max_cells", "device")
+    names = ("label", "batch", "train_data", "layer", "gene_symbols", "normalized", "min_genes", "max_cells", "device")
     options = {name: getattr(arguments, name) for name in names}
     evaluation = evaluate(arguments.checkpoint, arguments.data, **options, progress=not arguments.no_progress)
     write(evaluation, output)

@@ -24,7 +24,15 @@ from xtrimogene.cells.sources import is_anndata_file, open_cells
 from xtrimogene.cells.stream import VALIDATION_EPOCH, TrainingCells
 from xtrimogene.evaluation.bars import MASKINGS, RIDGE, Bars, figures
 from xtrimogene.evaluation.hidden import HiddenGenes
-from xtrimogene.evaluation.spaces import COMPONENTS, agreement, largest_label, pca, random_projection, silhouette
+from xtrimogene.evaluation.spaces import (
+    COMPONENTS,
+    agreement,
+    batch_mixing,
+    largest_label,
+    pca,
+    random_projection,
+    silhouette,
+)
 from xtrimogene.inference.embed import embed
 from xtrimogene.inference.model_cells import WINDOW, opened
 from xtrimogene.network.devices import choose_device
@@ -51,6 +59,7 @@ class Evaluation:
     spaces         space -> figure, see spaces; None without labels
     largest_label  share of the judged cells that have the commonest label; None without labels
     label          the column, None without
+    batch          the column of batches, None without
     """
 
     cells: dict[str, int]
@@ -60,6 +69,7 @@ class Evaluation:
     spaces: dict[str, dict[str, float | None]] | None
     largest_label: float | None
     label: str | None
+    batch: str | None = None
 
     @property
     def passes_ridge(self) -> bool:
@@ -73,6 +83,7 @@ def evaluate(
     data: Data | Sequence[Data],
     *,
     label: str | None = None,
+    batch: str | None = None,
     train_data: Data | Sequence[Data] | None = None,
     layer: str | None = None,
     gene_symbols: str | None = None,
@@ -89,6 +100,8 @@ def evaluate(
         model: a model, its checkpoint folder, its name on the Hub or that of a model in the package.
         data: held-out cells: AnnData, h5ad files, zarr stores or folders of them. They are read into memory.
         label: column of obs by which embeddings are judged; None to judge masked prediction alone.
+        batch: column of obs that says which batch (donor, laboratory, chemistry) a cell of data is of, to judge by how
+            little the embeddings tell batches of one label apart; it needs label.
         train_data: cells that bars, PCA and readers of labels are fitted to, as for data; they have the label too.
             None: a fixed four fifths of data, and the other fifth is judged.
         layer, gene_symbols, normalized: as for embed, the same for all data sets.
@@ -103,6 +116,8 @@ def evaluate(
             ones (by content), a vocabulary that does not fit; one line says what and what to do, before any work.
         ImportError: scikit-learn is missing, and label is given.
     """
+    if batch is not None and label is None:
+        raise ValueError(f"batch: expected a label too, by which cells of {batch!r} can be alike; give label")
     if label is not None:
         _need_sklearn()
     torch_device = choose_device(device)
@@ -116,10 +131,10 @@ def evaluate(
         "min_genes": min_genes, "batch_cells": _BATCH_CELLS, "depth_tokens": network.config.depth_tokens,
         "target_sum": network.config.target_sum, "validation_share": 0.0, "progress": progress,
     }  # fmt: skip
-    if label is not None:
-        for name, adatas in sets:
-            for adata in adatas:
-                _check_label(adata, label, name)
+    for kind, column, checked in (("label", label, sets), ("batch", batch, sets[:1])):
+        for name, adata in ((name, adata) for name, adatas in checked for adata in adatas):
+            if column is not None:
+                _check_column(adata, column, kind, name)
     with contextlib.ExitStack() as stack:
         streams = [stack.enter_context(TrainingCells(adatas, network.vocabulary, **options)) for _, adatas in sets]
         for (name, _), stream in zip(sets, streams, strict=True):
@@ -134,7 +149,8 @@ def evaluate(
             known = _Cells(streams[1], streams[1].training, sets[1][1])
             _check_held_out(judged, known)
         if label is not None:
-            labels = [_labels(cells, label, name) for cells, name in ((known, "known"), (judged, "judged"))]
+            labels = [_labels(cells, label, "label", name) for cells, name in ((known, "known"), (judged, "judged"))]
+            batches = None if batch is None else _labels(judged, batch, "batch", "judged")
         bars = Bars.fit([known.masked(epoch) for epoch in range(MASKINGS)], masking)
         hidden = judged.masked(VALIDATION_EPOCH, network)
         assert hidden.predictions is not None
@@ -142,7 +158,7 @@ def evaluate(
         spaces = None
         if label is not None:
             reading: dict[str, Any] = {name: options[name] for name in _READING}
-            spaces = _spaces(network, known, judged, labels, {**reading, "device": torch_device})
+            spaces = _spaces(network, known, judged, labels, batches, {**reading, "device": torch_device})
     return Evaluation(
         cells={"judged": len(judged.numbers), "known": len(known.numbers)},
         genes={"vocabulary": len(network.vocabulary), "found": judged.stream.genes_found},
@@ -151,6 +167,7 @@ def evaluate(
         spaces=spaces,
         largest_label=None if label is None else largest_label(*labels),
         label=label,
+        batch=batch,
     )
 
 
@@ -189,9 +206,10 @@ def _spaces(
     known: _Cells,
     judged: _Cells,
     labels: list[npt.NDArray[Any]],
+    batches: npt.NDArray[Any] | None,
     reading: dict[str, Any],
 ) -> dict[str, dict[str, float | None]]:
-    """The figures of each space, labels being those of the known and of the judged cells."""
+    """The figures of each space, labels being those of the known and of the judged cells, batches of the latter."""
     points: dict[str, list[npt.NDArray[Any]]] = {
         name: [cells.embedded(each, reading) for cells in (known, judged)]
         for name, each in ((MODEL, network), (UNTRAINED, _untrained(network)))
@@ -199,10 +217,12 @@ def _spaces(
     wholes = [known.whole(), judged.whole()]
     points[f"PCA, {COMPONENTS} components"] = pca(*wholes)
     points["random projection"] = random_projection(wholes, points[MODEL][0].shape[1])
-    return {
-        name: {**agreement(*pair, *labels), "silhouette": silhouette(pair[1], labels[1])}
-        for name, pair in points.items()
-    }
+    found: dict[str, dict[str, float | None]] = {}
+    for name, pair in points.items():
+        found[name] = {**agreement(*pair, *labels), "silhouette": silhouette(pair[1], labels[1])}
+        if batches is not None:
+            found[name]["batch mixing"] = batch_mixing(pair[1], labels[1], batches)
+    return found
 
 
 def _need_sklearn() -> None:
@@ -235,27 +255,29 @@ def _read(path: Path) -> AnnData:
     return anndata.read_zarr(path) if path.is_dir() else anndata.read_h5ad(path)
 
 
-def _check_label(adata: AnnData, label: str, name: str) -> None:
-    if label not in adata.obs.columns:
+def _check_column(adata: AnnData, column: str, kind: str, name: str) -> None:
+    """Refuses a column of labels or batches that is not there or has gaps."""
+    if column not in adata.obs.columns:
         known = ", ".join(map(str, adata.obs.columns)) or "none"
-        raise ValueError(f"label: expected a column of obs of {name}, got {label!r}; columns: {known}")
-    values = adata.obs[label]
+        raise ValueError(f"{kind}: expected a column of obs of {name}, got {column!r}; columns: {known}")
+    values = adata.obs[column]
     if values.isna().any():
         raise ValueError(
-            f"label: expected a label for every cell of {name}, got none for {int(values.isna().sum()):,} of "
-            f"{adata.n_obs:,} in obs[{label!r}]; take these cells out"
+            f"{kind}: expected a {kind} for every cell of {name}, got none for {int(values.isna().sum()):,} of "
+            f"{adata.n_obs:,} in obs[{column!r}]; take these cells out"
         )
 
 
-def _labels(cells: _Cells, label: str, name: str) -> npt.NDArray[Any]:
-    """Labels of some cells, at least two different ones."""
-    column = np.concatenate([adata.obs[label].astype(str).to_numpy() for adata in cells.adatas])[cells.numbers]
-    if len(np.unique(column)) < 2:
+def _labels(cells: _Cells, column: str, kind: str, name: str) -> npt.NDArray[Any]:
+    """Labels or batches of some cells, at least two different ones."""
+    found = np.concatenate([adata.obs[column].astype(str).to_numpy() for adata in cells.adatas])[cells.numbers]
+    if len(np.unique(found)) < 2:
+        kinds = "labels" if kind == "label" else "batches"
         raise ValueError(
-            f"label: expected at least two different labels, got {column[:1].tolist()} for all {len(column):,} {name} "
-            f"cells in obs[{label!r}]; name another column"
+            f"{kind}: expected at least two different {kinds}, got {found[:1].tolist()} for all {len(found):,} {name} "
+            f"cells in obs[{column!r}]; name another column"
         )
-    return column.astype(str)
+    return found.astype(str)
 
 
 def _check_vocabulary(stream: TrainingCells, name: str) -> None:

@@ -92,6 +92,11 @@ def text(evaluation: Evaluation, *, pictures: bool = False) -> str:
             "(`neighbours`) and by a logistic regression (`probe`); `silhouette` is the mean width by label. PCA was",
             "fitted to the known cells; no space was shown a label.",
         ]
+        if evaluation.batch is not None:
+            lines += [
+                f"`batch mixing`: how little batches (`{evaluation.batch}`) are told apart within a label, 1 where",
+                "they lie alike.",
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -108,9 +113,10 @@ def masked_table(evaluation: Evaluation) -> str:
 def spaces_table(evaluation: Evaluation) -> str:
     """The figures of the spaces."""
     assert evaluation.spaces is not None
-    rows = [[name, *(_shown(figures[key], 3) for key in _SPACE_FIGURES)] for name, figures in evaluation.spaces.items()]
+    keys = [*_SPACE_FIGURES, *(["batch mixing"] if evaluation.batch is not None else [])]
+    rows = [[name, *(_shown(figures[key], 3) for key in keys)] for name, figures in evaluation.spaces.items()]
     guess = _shown(evaluation.largest_label, 3)
-    return table(["space", *_SPACE_FIGURES], [*rows, ["always the largest label", guess, guess, ""]])
+    return table(["space", *keys], [*rows, ["always the largest label", guess, guess, *[""] * (len(keys) - 2)]])
 
 
 def verdict(evaluation: Evaluation) -> str:

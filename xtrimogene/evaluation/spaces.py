@@ -7,6 +7,11 @@ compact labels are in it:
     probe        share of right labels by a logistic regression on standardised coordinates
     silhouette   mean silhouette width of the held-out cells (Euclidean) by label, from -1 to 1
 
+and, where cells are of several batches, by how little these are told apart in it:
+
+    batch mixing  1 - |silhouette width| of a cell by batch among the held-out cells of its label, mean over the cells
+                  of a label, then over labels; 1 where batches lie alike (batch ASW of scIB, Luecken et al. 2022)
+
 No space is shown a label; PCA is fitted to the known cells.
 """
 
@@ -50,6 +55,19 @@ def silhouette(points: npt.NDArray[Any], labels: npt.NDArray[Any]) -> float | No
 
     distinct = len(np.unique(labels))
     return float(silhouette_score(points, labels)) if 1 < distinct < len(points) else None
+
+
+def batch_mixing(points: npt.NDArray[Any], labels: npt.NDArray[Any], batches: npt.NDArray[Any]) -> float | None:
+    """The figure "batch mixing" of points (n, k); labels of which all cells are of one batch, or each of another, say
+    nothing; None where all labels are such."""
+    from sklearn.metrics import silhouette_samples
+
+    found = []
+    for label in np.unique(labels):
+        own = labels == label
+        if 1 < len(np.unique(batches[own])) < own.sum():
+            found.append(1 - np.abs(silhouette_samples(points[own], batches[own])).mean())
+    return float(np.mean(found)) if found else None
 
 
 def largest_label(known_labels: npt.NDArray[Any], asked_labels: npt.NDArray[Any]) -> float:

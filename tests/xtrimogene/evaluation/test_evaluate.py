@@ -11,13 +11,14 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import silhouette_samples
 
 from tests.xtrimogene.cells.test_formats import loom
 from xtrimogene import Vocabulary, XTrimoGene, cli
 from xtrimogene.evaluation import report
 from xtrimogene.evaluation.bars import BARS
 from xtrimogene.evaluation.evaluate import MODEL, UNTRAINED, Evaluation, evaluate
-from xtrimogene.evaluation.spaces import agreement, largest_label, silhouette
+from xtrimogene.evaluation.spaces import agreement, batch_mixing, largest_label, silhouette
 
 GENES = [f"GENE{i}" for i in range(60)]
 
@@ -67,6 +68,36 @@ def test_all_figures_are_there(evaluation: Evaluation) -> None:
     assert not evaluation.passes_ridge
 
 
+def test_batches_of_a_label_are_told_apart_or_not(model: XTrimoGene, evaluation: Evaluation) -> None:
+    rng = np.random.default_rng(0)
+    labels, batches = np.repeat(["a", "b"], 100), np.tile(["x", "y"], 100)
+    points = rng.normal(size=(200, 3)) + 20 * (labels == "b")[:, None]
+    apart = points + 30 * (batches == "y")[:, None]
+    mixed, parted = batch_mixing(points, labels, batches), batch_mixing(apart, labels, batches)
+    assert mixed is not None
+    assert parted is not None
+    assert mixed > 0.9 > 0.1 > parted
+    # Of the definition, on one label; a label of one batch says nothing.
+    widths = silhouette_samples(apart[labels == "a"], batches[labels == "a"])
+    one = np.where(labels == "b", "x", batches)
+    assert batch_mixing(apart, labels, one) == pytest.approx(1 - np.abs(widths).mean())
+    assert batch_mixing(apart, labels, labels) is None
+
+    judged = _cells(60, 1)
+    judged.obs["donor"] = np.where(np.arange(60) < 30, "first", "second")
+    found = evaluate(model, judged, train_data=_cells(150, 2), label="kind", batch="donor", **OPTIONS)
+    assert found.spaces is not None
+    assert evaluation.spaces is not None
+    for name, figures in found.spaces.items():
+        assert {key: figures[key] for key in evaluation.spaces[name]} == evaluation.spaces[name]
+        assert figures["batch mixing"] is not None
+        assert 0.8 < figures["batch mixing"] <= 1
+    text = report.text(found)
+    assert f"{found.spaces[MODEL]['batch mixing']:.3f}" in text
+    assert "batches (`donor`)" in text
+    assert "batch" not in report.text(evaluation)
+
+
 def test_the_same_cells_give_the_same_figures_and_are_left_alone(model: XTrimoGene, evaluation: Evaluation) -> None:
     held_out = _cells(60, 1)
     again = evaluate(model, held_out, train_data=_cells(150, 2), label="kind", **OPTIONS)
@@ -113,6 +144,9 @@ def _without_label() -> anndata.AnnData:
             {"label": "same"},
             r"label: expected at least two different labels, got \['x'\] for all 48 known",
         ),
+        (_cells(60, 1), {"label": "kind", "batch": "lab"}, "batch: expected a column of obs of data, got 'lab'"),
+        (_cells(60, 1), {"label": "kind", "batch": "same"}, "batch: expected at least two different batches, got"),
+        (_cells(60, 1), {"batch": "kind"}, "batch: expected a label too, by which cells of 'kind' can be alike; give"),
         (_without_label(), {"label": "kind"}, "label: expected a label for every cell of data, got none for 1 of 60"),
         (
             _cells(60, 1),
