@@ -11,7 +11,7 @@ from xtrimogene.cli.messages import pointer_to_inspect, show_error, tell
 from xtrimogene.cli.options import Commands, fields_of, set_threads
 
 # The names of xtrimogene.training.config.RECIPES, which would bring torch along.
-RECIPES = ("small", "published")
+RECIPES = ("small", "tune", "published")
 _CHANGE = re.compile(r"[a-z_][a-z_0-9]*(\.[a-z_0-9]+)?=")
 
 
@@ -36,8 +36,9 @@ def add_to(commands: Commands) -> None:
     command.add_argument(
         "--recipe",
         choices=RECIPES,
-        help="keys to begin with: small, for up to a million cells, or published (default: small; with --config or "
-        "checkpoint=DIR published, since what they leave out has always been that)",
+        help="keys to begin with: small, for up to a million cells, tune, to go on with checkpoint=DIR, or published "
+        "(default: small; with checkpoint=DIR tune; with --config published, since what it leaves out has always been "
+        "that)",
     )
     command.add_argument("--data", required=True, nargs="+", metavar="PATH", help="files of cells, or folders of them")
     command.add_argument("--output", required=True, metavar="DIR", help="folder to make: log, checkpoints, model")
@@ -79,8 +80,9 @@ def _recipe(arguments: argparse.Namespace, config: Path | None) -> str:
     """The recipe asked for, else the one that fits what else is given."""
     if arguments.recipe is not None:
         return str(arguments.recipe)
-    begun = config is not None or any(change.startswith("checkpoint=") for change in arguments.changes)
-    return "published" if begun else "small"
+    if config is not None:
+        return "published"
+    return "tune" if any(change.startswith("checkpoint=") for change in arguments.changes) else "small"
 
 
 def _run(arguments: argparse.Namespace) -> int:

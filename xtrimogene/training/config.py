@@ -40,6 +40,17 @@ RECIPES: dict[str, dict[str, Any]] = {
         "schedule": "cosine",
         "final_rate_share": 0.05,
     },
+    # To go on with a model that has learned, on a few hundred cells or more of another kind.
+    "tune": {
+        "model": _DEFAULT_MODEL,
+        "batch_cells": 32,
+        "learning_rate": 3e-4,
+        "beta2": 0.99,
+        "head_steps": 1000,
+        "head_learning_rate": 2e-3,
+        "schedule": "cosine",
+        "final_rate_share": 0.05,
+    },
 }
 
 # Keys that change neither the weights nor what the log says of them: a resumed run may have other values.
@@ -77,8 +88,9 @@ class PretrainConfig:
     schedule        after the warm-up: "constant", or "cosine" down to final_rate_share of the rate at max_steps
     warmup_steps    steps of linear warm-up; None: the published 9,766 steps, at most a tenth of max_steps
     redraw_every    steps between two draws of the decoder's random projections
-    head_steps      steps at the beginning in which the product head learns alone, without encoder and decoder, which
-                    takes little time; at most nine tenths of max_steps. Then warm-up and schedule begin anew
+    head_steps      steps at the beginning in which the product head, if there is one, learns alone, without encoder and
+                    decoder, which takes little time; at most nine tenths of max_steps. Then warm-up and schedule begin
+                    anew
     head_learning_rate
                     learning rate of these steps
 
@@ -95,7 +107,7 @@ class PretrainConfig:
 
     The defaults are the recipe "published" (Gong et al., NeurIPS 2023; AdamW, rate 1e-4, no weight decay, clipping at
     1) but for what a batch of 1,024 cells on many GPUs asks for: batch, length and, with it, warm-up are scaled down.
-    from_dict and from_yaml begin with the recipe "small" where they are asked to.
+    from_dict and from_yaml begin with another recipe where they are asked to.
 
     Raises ValueError, naming the key, the expected and the given value, for a value that no run can have.
     """
@@ -190,10 +202,8 @@ class PretrainConfig:
             raise ValueError(f"config model: {error}") from None
 
     def head_steps_of(self, model: XTrimoGeneConfig) -> int:
-        """Steps in which the product head of such a model learns alone: none where it has learned already."""
-        if model.product_head is None or self.checkpoint is not None:
-            return 0
-        return min(self.head_steps, self.max_steps * 9 // 10)
+        """Steps in which the product head of such a model learns alone."""
+        return 0 if model.product_head is None else min(self.head_steps, self.max_steps * 9 // 10)
 
     def rate(self, step: int, head_steps: int = 0) -> float:
         """Learning rate of optimizer step `step`, counted from 0, of a run whose head learns alone for head_steps."""
@@ -218,7 +228,7 @@ class PretrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, recipe: str = "published") -> PretrainConfig:
-        """Inverse of to_dict: keys that are given, over those of a recipe, "published" or "small".
+        """Inverse of to_dict: keys that are given, over those of a recipe, "published", "small" or "tune".
 
         The model's keys are taken one by one; where they name sizes without a preset, the recipe's preset is left out,
         and with a checkpoint all of the recipe's model. Raises ValueError for an unknown or bad key, and names it.
@@ -228,6 +238,8 @@ class PretrainConfig:
         if not isinstance(values, Mapping):
             raise ValueError(f"config: expected keys and values, got {type(values).__name__}")
         refuse_unknown(values, [each.name for each in dataclasses.fields(cls)])
+        if recipe == "tune" and values.get("checkpoint") is None:
+            raise ValueError("recipe tune: expected checkpoint=DIR, the model to go on with; a new one takes small")
         values = {**RECIPES[recipe], **values}
         if values["model"] is not RECIPES[recipe]["model"] and isinstance(values["model"], Mapping):
             preset = {} if "preset" in values["model"] else {"preset": None}

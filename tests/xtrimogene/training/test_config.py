@@ -69,7 +69,12 @@ def test_a_recipe_leaves_sizes_without_preset_and_checkpoints_alone() -> None:
     assert config.model_config(5) == XTrimoGeneConfig(num_genes=5, **sizes, **own)
     tuned = PretrainConfig.from_dict({"checkpoint": "folder"}, recipe="small")
     assert (tuned.learning_rate, tuned.model) == (1e-3, PretrainConfig().model)
-    with pytest.raises(ValueError, match="recipe: expected one of published, small, got 'big'"):
+    tuned = PretrainConfig.from_dict({"checkpoint": "folder", "batch_cells": 3}, recipe="tune")
+    assert (tuned.learning_rate, tuned.batch_cells, tuned.head_steps) == (3e-4, 3, 1000)
+    assert (tuned.head_learning_rate, tuned.beta2, tuned.model) == (2e-3, 0.99, PretrainConfig().model)
+    with pytest.raises(ValueError, match=r"recipe tune: expected checkpoint=DIR, the model to go on with; a new one"):
+        PretrainConfig.from_yaml(None, ["max_steps=3"], recipe="tune")
+    with pytest.raises(ValueError, match="recipe: expected one of published, small, tune, got 'big'"):
         PretrainConfig.from_yaml(None, ["model.dim=3"], recipe="big")
 
 
@@ -83,7 +88,8 @@ def test_the_command_begins_with_the_recipe_that_fits() -> None:
     assert recipe() == "small"
     assert recipe("--threads", "1", "max_steps=7") == "small"
     assert recipe("--config", "config.yaml") == "published"
-    assert recipe("--threads", "1", "checkpoint=folder") == "published"
+    assert recipe("--threads", "1", "checkpoint=folder") == "tune"
+    assert recipe("--config", "config.yaml", "checkpoint=folder") == "published"
     assert recipe("--recipe", "published") == "published"
     assert recipe("--recipe", "small", "checkpoint=folder") == "small"
 
@@ -107,9 +113,9 @@ def test_the_product_head_learns_alone_at_first_at_a_rate_of_its_own() -> None:
     assert config.rate(50) == PretrainConfig(
         max_steps=1000, schedule="cosine", **{**changes, "head_steps": 0}, final_rate_share=0.0
     ).rate(50)
-    # Short runs have some steps of all; a head that has learned, or none, has no such steps.
+    # Short runs have some steps of all; without a head there are no such steps.
     assert PretrainConfig(max_steps=50, **changes).head_steps_of(model) == 45
-    assert PretrainConfig(checkpoint="folder", **changes).head_steps_of(model) == 0
+    assert PretrainConfig(max_steps=1000, checkpoint="folder", **changes).head_steps_of(model) == 100
     assert config.head_steps_of(XTrimoGeneConfig.preset("tiny", num_genes=5)) == 0
 
 
