@@ -10,6 +10,9 @@ from xtrimogene.cli.messages import tell
 from xtrimogene.cli.options import Commands, set_threads
 
 
+_READING = ("layer", "gene_symbols", "normalized", "min_genes", "max_cells")
+
+
 def add_to(commands: Commands) -> None:
     """Adds the command to the parser."""
     command = commands.add_parser(
@@ -31,6 +34,11 @@ def add_to(commands: Commands) -> None:
         metavar="COL",
         help="column of obs with the batch of a held-out cell: also judge how little batches of one label are told "
         "apart (default: none)",
+    )
+    command.add_argument(
+        "--scib",
+        action="store_true",
+        help="also judge each space by scib-metrics, with --label and --batch (pip install 'xtrimogene[scib]')",
     )
     command.add_argument(
         "--train-data",
@@ -71,7 +79,18 @@ def _run(arguments: argparse.Namespace) -> None:
     set_threads(arguments)
     output = Path(arguments.output)
     check_output(output, arguments.overwrite)
-    names = ("label", "batch", "train_data", "layer", "gene_symbols", "normalized", "min_genes", "max_cells", "device")
+    names = (
+        "label",
+        "batch",
+        "scib",
+        "train_data",
+        "layer",
+        "gene_symbols",
+        "normalized",
+        "min_genes",
+        "max_cells",
+        "device",
+    )
     options = {name: getattr(arguments, name) for name in names}
     evaluation = evaluate(arguments.checkpoint, arguments.data, **options, progress=not arguments.no_progress)
     write(evaluation, output)

@@ -24,6 +24,7 @@ from xtrimogene.cells.sources import is_anndata_file, open_cells
 from xtrimogene.cells.stream import VALIDATION_EPOCH, TrainingCells
 from xtrimogene.evaluation.bars import MASKINGS, RIDGE, Bars, figures
 from xtrimogene.evaluation.hidden import HiddenGenes
+from xtrimogene.evaluation.scib import SCIB, need_scib, scib_figures
 from xtrimogene.evaluation.spaces import (
     COMPONENTS,
     agreement,
@@ -84,6 +85,7 @@ def evaluate(
     *,
     label: str | None = None,
     batch: str | None = None,
+    scib: bool = False,
     train_data: Data | Sequence[Data] | None = None,
     layer: str | None = None,
     gene_symbols: str | None = None,
@@ -102,6 +104,7 @@ def evaluate(
         label: column of obs by which embeddings are judged; None to judge masked prediction alone.
         batch: column of obs that says which batch (donor, laboratory, chemistry) a cell of data is of, to judge by how
             little the embeddings tell batches of one label apart; it needs label.
+        scib: also judge each space by scib-metrics, see scib_figures; it needs label, batch and that package.
         train_data: cells that bars, PCA and readers of labels are fitted to, as for data; they have the label too.
             None: a fixed four fifths of data, and the other fifth is judged.
         layer, gene_symbols, normalized: as for embed, the same for all data sets.
@@ -114,10 +117,14 @@ def evaluate(
     Raises:
         ValueError, OSError: bad data, labels that are missing or all the same, cells of train_data among the held-out
             ones (by content), a vocabulary that does not fit; one line says what and what to do, before any work.
-        ImportError: scikit-learn is missing, and label is given.
+        ImportError: scikit-learn is missing, and label is given; scib-metrics is missing, and scib is asked for.
     """
     if batch is not None and label is None:
         raise ValueError(f"batch: expected a label too, by which cells of {batch!r} can be alike; give label")
+    if scib:
+        if batch is None:
+            raise ValueError("scib: expected label and batch too, which its figures compare; give both")
+        need_scib()
     if label is not None:
         _need_sklearn()
     torch_device = choose_device(device)
@@ -158,7 +165,7 @@ def evaluate(
         spaces = None
         if label is not None:
             reading: dict[str, Any] = {name: options[name] for name in _READING}
-            spaces = _spaces(network, known, judged, labels, batches, {**reading, "device": torch_device})
+            spaces = _spaces(network, known, judged, labels, batches, scib, {**reading, "device": torch_device})
     return Evaluation(
         cells={"judged": len(judged.numbers), "known": len(known.numbers)},
         genes={"vocabulary": len(network.vocabulary), "found": judged.stream.genes_found},
@@ -207,6 +214,7 @@ def _spaces(
     judged: _Cells,
     labels: list[npt.NDArray[Any]],
     batches: npt.NDArray[Any] | None,
+    scib: bool,
     reading: dict[str, Any],
 ) -> dict[str, dict[str, float | None]]:
     """The figures of each space, labels being those of the known and of the judged cells, batches of the latter."""
@@ -222,6 +230,10 @@ def _spaces(
         found[name] = {**agreement(*pair, *labels), "silhouette": silhouette(pair[1], labels[1])}
         if batches is not None:
             found[name]["batch mixing"] = batch_mixing(pair[1], labels[1], batches)
+            if scib:
+                found[name] |= {
+                    f"{SCIB}{figure}": value for figure, value in scib_figures(pair[1], labels[1], batches).items()
+                }
     return found
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from xtrimogene.evaluation.bars import BARS, RIDGE
 from xtrimogene.evaluation.evaluate import MODEL, Evaluation
+from xtrimogene.evaluation.scib import SCIB
 
 REPORT_FILE, TEXT_FILE = "report.json", "report.md"
 MASKED_PICTURE, SPACES_PICTURE = "masked.png", "spaces.png"
@@ -97,6 +98,13 @@ def text(evaluation: Evaluation, *, pictures: bool = False) -> str:
                 f"`batch mixing`: how little batches (`{evaluation.batch}`) are told apart within a label, 1 where",
                 "they lie alike.",
             ]
+        if figures := [key for key in evaluation.spaces[MODEL] if key.startswith(SCIB)]:
+            rows = [
+                [key.removeprefix(SCIB), *(_shown(space[key], 3) for space in evaluation.spaces.values())]
+                for key in figures
+            ]
+            lines += ["", "By scib-metrics, from 0 to 1, of which 1 is the best:", ""]
+            lines += [table(["figure", *evaluation.spaces], rows)]
     return "\n".join(lines) + "\n"
 
 

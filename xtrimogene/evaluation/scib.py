@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+# Before each figure's name among those of a space.
+SCIB = "scIB "
 # Neighbours that cLISI, iLISI, kBET and the connectivity of labels look at, as scib-metrics' benchmark has them.
 _NEIGHBOURS = 90
 
@@ -44,8 +46,6 @@ def scib_figures(
         "graph connectivity": scib_metrics.graph_connectivity(near, codes),
         "silhouette batch": scib_metrics.silhouette_batch(points, codes, batch_codes),
         "iLISI": scib_metrics.ilisi_knn(near, batch_codes),
-        "kBET": scib_metrics.kbet_per_label(near, batch_codes, codes)
-        if hasattr(scib_metrics, "kbet_per_label")
-        else scib_metrics.kbet(near, batch_codes)[0],
+        "kBET": scib_metrics.kbet_per_label(near, batch_codes, codes),
     }
     return {name: float(value) if np.isfinite(value) else None for name, value in found.items()}

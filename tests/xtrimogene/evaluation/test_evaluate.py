@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,11 @@ def _without_label() -> anndata.AnnData:
         ),
         (_cells(60, 1), {"label": "kind", "batch": "lab"}, "batch: expected a column of obs of data, got 'lab'"),
         (_cells(60, 1), {"label": "kind", "batch": "same"}, "batch: expected at least two different batches, got"),
+        (
+            _cells(60, 1),
+            {"label": "kind", "scib": True},
+            "scib: expected label and batch too, which its figures",
+        ),
         (_cells(60, 1), {"batch": "kind"}, "batch: expected a label too, by which cells of 'kind' can be alike; give"),
         (_without_label(), {"label": "kind"}, "label: expected a label for every cell of data, got none for 1 of 60"),
         (
@@ -196,6 +204,55 @@ def test_labels_need_scikit_learn_and_say_so(model: XTrimoGene, monkeypatch: pyt
     with pytest.raises(ImportError, match=r"label: needs scikit-learn, .*: pip install 'xtrimogene\[scanpy\]'"):
         evaluate(model, _cells(60, 1), label="kind", **OPTIONS)
     assert evaluate(model, _cells(60, 1), **OPTIONS).spaces is None
+
+
+def test_scib_metrics_judges_where_it_is_installed(model: XTrimoGene, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = _cells(60, 1)
+    judged.obs["donor"] = np.where(np.arange(60) < 30, "first", "second")
+    options: dict[str, Any] = {"train_data": _cells(150, 2), "label": "kind", "batch": "donor", "scib": True}
+    monkeypatch.setitem(sys.modules, "scib_metrics", None)
+    with pytest.raises(ImportError, match=r"scib: needs scib-metrics, .*: pip install 'xtrimogene\[scib\]'"):
+        evaluate(model, judged, **options, **OPTIONS)
+
+    # A package of the same functions, that tell what they were given. (The package itself brings jax.)
+    kinds, donors = (np.unique(judged.obs[name], return_inverse=True)[1] for name in ("kind", "donor"))
+
+    def told(number: float, *codes: np.ndarray) -> Callable[..., float]:
+        def figure(points: Any, *given: np.ndarray) -> float:
+            assert len(points) == 60
+            assert len(given) == len(codes)
+            assert all(np.array_equal(*pair) for pair in zip(given, codes, strict=True))
+            return number
+
+        return figure
+
+    def neighbours(points: np.ndarray, n_neighbors: int, random_state: int, n_jobs: int) -> np.ndarray:
+        assert (n_neighbors, points.dtype) == (59, np.float32)
+        return points
+
+    package, module = types.ModuleType("scib_metrics"), types.ModuleType("scib_metrics.nearest_neighbors")
+    module.pynndescent = neighbours  # type: ignore[attr-defined]
+    figures = {
+        "isolated_labels": told(0.1, kinds, donors),
+        "nmi_ari_cluster_labels_kmeans": lambda _, labels: {"nmi": 0.2, "ari": 0.3},
+        "silhouette_label": told(0.4, kinds),
+        "clisi_knn": told(0.5, kinds),
+        "graph_connectivity": told(0.6, kinds),
+        "silhouette_batch": told(0.7, kinds, donors),
+        "ilisi_knn": told(np.nan, donors),
+        "kbet_per_label": told(0.9, donors, kinds),
+    }
+    for name, function in figures.items():
+        setattr(package, name, function)
+    monkeypatch.setitem(sys.modules, "scib_metrics", package)
+    monkeypatch.setitem(sys.modules, "scib_metrics.nearest_neighbors", module)
+    found = evaluate(model, judged, **options, **OPTIONS)
+    assert found.spaces is not None
+    for figures in found.spaces.values():
+        assert [value for key, value in figures.items() if key.startswith("scIB ")] == [
+            0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, None, 0.9
+        ]  # fmt: skip
+    assert "| kBET               | 0.900" in report.text(found)
 
 
 def test_the_command_writes_a_report(model: XTrimoGene, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
