@@ -9,7 +9,6 @@ from pathlib import Path
 from xtrimogene.cli.messages import tell
 from xtrimogene.cli.options import Commands, set_threads
 
-
 _READING = ("layer", "gene_symbols", "normalized", "min_genes", "max_cells")
 
 
