@@ -24,10 +24,10 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(CSRC)
 demo: setup
 	$(BIN)/python -m xtrimogene.demo --output demo_output
 
-# A file of tests goes to one process, since tests of a file share what is dear to make. Threads that wait must not spin:
-# two processes would take the cores from each other.
+# A file of tests goes to one process, since tests of a file share what is dear to make. A process has one thread, but
+# where a test asks for more; those that wait must not spin, since processes would take the cores from each other.
 test: setup check-kernels
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # What is known of GPUs without one, and too long for every `make test`: the ahead-of-time checks of the Triton kernels,
 # with every shipped launch config, for every GPU, and the rehearsal of `make gpu`. XTG_GPU_STATIC_PART=0/7 takes a
