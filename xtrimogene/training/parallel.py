@@ -24,11 +24,18 @@ class _LossOf(nn.Module):
         self.model = model
 
     def forward(
-        self, masked: MaskedBatch, head_alone: tuple[float, float] | None = None, *, features: bool = False
+        self,
+        masked: MaskedBatch,
+        head_alone: tuple[float, float] | None = None,
+        *,
+        features: bool = False,
+        dropout_seed: int | None = None,
     ) -> Tensor:
         if features:
             return self.model.product_features(masked.batch, None if head_alone else self.model(masked.batch))
-        return self.model.loss(masked) if head_alone is None else self.model.product_loss(masked, *head_alone)
+        if head_alone is None:
+            return self.model.loss(masked, dropout_seed=dropout_seed)
+        return self.model.product_loss(masked, *head_alone)
 
 
 def parallel(model: XTrimoGeneNetwork, ranks: Ranks, how: str, *, head_alone: bool = False) -> nn.Module:
