@@ -140,8 +140,8 @@ class RaggedTransformerEncoderLayer(nn.Module):
     x = norm2(x + linear2(activation(linear1(x))))              x = x + linear2(activation(linear1(norm2(x))))
 
     activation is "relu", "gelu" (erf) or "gelu_tanh". In training, dropout acts on both residual branches and after the
-    activation, with masks of xtg_kernels.dropout. torch's layer (and the published training recipe) also drops attention
-    probabilities; that one is left out. Evaluation is the same in both.
+    activation, with masks of xtg_kernels.dropout. torch's layer (and the published training recipe) also drops
+    attention probabilities; that one is left out. Evaluation is the same in both.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Reference of dropout: plain PyTorch, any dtype, any device, written to be read.
 
 The mask is a pure function of seed, place, the row's id and the channel. Philox4x32-10 (Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3", SC 2011) turns a key of 64 bits and a counter of 128 into 128 bits that nobody can tell from
-random ones; 16 of them decide about a channel. The kernels (csrc/cpu/dropout.h, triton_kernel.py) draw the same bits.
+numbers: as easy as 1, 2, 3", SC 2011) turns a key of 64 bits and a counter of 128 into 128 bits, as random as tests can
+tell; 16 of them decide about a channel. The kernels (csrc/cpu/dropout.h, triton_kernel.py) draw the same bits.
 """
 
 from __future__ import annotations
