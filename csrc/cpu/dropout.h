@@ -1,6 +1,6 @@
 // dropout on a CPU: the algorithm, over raw pointers and one vector type V; no torch in here.
 //
-// The mask is a pure function of seed, place, the row's id and the channel: Philox4x32-10 (Salmon et al., SC 2011) with the
+// The mask is a pure function of seed, place, the row's id and the channel: Philox4x32-7 (Salmon et al., SC 2011) with the
 // seed as its key. A counter gives 8 channels 16 bits each. Counters of 128 channels are worked on in the lanes of V, and
 // which bits a channel gets is such that neighbouring lanes serve neighbouring channels, whatever the width of V.
 // The same words as in xtg_kernels/ops/dropout/reference.py and triton_kernel.py.
@@ -16,7 +16,7 @@ namespace xtg {
 // word of counter 16 b + lane.
 constexpr int64_t kDropoutBlock = 128, kDropoutLanes = 16;
 
-// The four words of Philox4x32-10 for the counters (group, place, row) of consecutive groups.
+// The four words of Philox4x32-7 for the counters (group, place, row) of consecutive groups.
 template <class V>
 static inline void philox(uint32_t first_group, uint32_t place, uint64_t row, uint64_t seed, typename V::words (&c)[4]) {
   using words = typename V::words;
@@ -38,7 +38,7 @@ static inline void philox(uint32_t first_group, uint32_t place, uint64_t row, ui
   c[2] = V::xor_words(c[3], V::set_words(uint32_t(shared_product >> 32)), V::set_words(key1));
   c[3] = V::set_words(uint32_t(shared_product));
 #pragma GCC unroll 8
-  for (int round = 2; round < 10; ++round) {
+  for (int round = 2; round < 7; ++round) {
     key0 += kStep0;
     key1 += kStep1;
     V::mul_words(c[0], kFactor0, &high0, &low0);

@@ -25,7 +25,7 @@ def dropout(
 
     Whether a channel is kept is a pure function of seed, place, the row's id and the channel: the same whatever the
     other rows are, whoever computes it, on how many threads, in C++, Triton or the reference. The backward draws it
-    again (after ReLU: sees it in the output). The bits are those of Philox4x32-10 (Salmon et al., SC 2011), 16 for each
+    again (after ReLU: sees it in the output). The bits are those of Philox4x32-7 (Salmon et al., SC 2011), 16 for each
     channel, so that p is rounded to a multiple of 2^-16; what is kept is divided by 1 - that p, and the mean stays.
 
     Args:

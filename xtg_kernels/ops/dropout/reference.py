@@ -1,8 +1,9 @@
 """Reference of dropout: plain PyTorch, any dtype, any device, written to be read.
 
-The mask is a pure function of seed, place, the row's id and the channel. Philox4x32-10 (Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3", SC 2011) turns a key of 64 bits and a counter of 128 into 128 bits, as random as tests can
-tell; 16 of them decide about a channel. The kernels (csrc/cpu/dropout.h, triton_kernel.py) draw the same bits.
+The mask is a pure function of seed, place, the row's id and the channel. Philox4x32-7 (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011) turns a key of 64 bits and a counter of 128 into 128 bits: from seven rounds on
+no test of theirs tells them from random ones. 16 of them decide about a channel. The kernels (csrc/cpu/dropout.h,
+triton_kernel.py) draw the same bits.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ STEPS = 1 << 16
 # Channel BLOCK * b + 64 * half + LANES * word + lane takes one half of a word of counter LANES * b + lane.
 BLOCK, LANES = 128, 16
 _FACTORS, _STEPS = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_ROUNDS = 7
 _WORD = 0xFFFFFFFF
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Philox4x32-10 of counters and a key, as words of 32 bits in int64 tensors that broadcast."""
+    """Philox4x32-7 of counters and a key, as words of 32 bits in int64 tensors that broadcast."""
     c, k = list(counter), list(key)
     for _ in range(_ROUNDS):
         # The product of two words may pass the sign bit: its bits are right all the same.
