@@ -52,12 +52,15 @@ class DropoutKey(NamedTuple):
         return dropout_backward(grad_out, p, self.row_ids, self.seed, self.place, out=out)
 
 
-def share_of(module: nn.Dropout | None) -> float:
-    """What it drops now."""
-    return module.p if module is not None and module.training else 0.0
+def share_of(module: nn.Module | None) -> float:
+    """What torch's dropout drops now; 0 also where it has to be called, because it is another module or has hooks."""
+    if type(module) is not nn.Dropout or not module.training:
+        return 0.0
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return 0.0 if hooks else module.p
 
 
-def any_drops(modules: Sequence[nn.Dropout | None]) -> bool:
+def any_drops(modules: Sequence[nn.Module | None]) -> bool:
     """Whether any of them drops something now."""
     return any(share_of(module) > 0 for module in modules)
 
@@ -65,26 +68,17 @@ def any_drops(modules: Sequence[nn.Dropout | None]) -> bool:
 def dropped(module: nn.Dropout | None, x: Tensor, key: DropoutKey | None, *, relu: bool = False) -> Tensor:
     """What the module gives for x, or for relu(x) with relu, which x is then overwritten with; key None where no module
     drops."""
-    if key is not None and _is_plain(module):
-        return key(x, share_of(module), relu=relu) if share_of(module) else _activated(x, relu)
-    x = _activated(x, relu)
+    share = share_of(module)
+    if share and key is not None:
+        return key(x, share, relu=relu)
+    # In place: no backward needs the value before it, and this is the widest tensor of the layer.
+    x = torch.nn.functional.relu(x, inplace=True) if relu else x
     return x if module is None else module(x)
 
 
 def added(residual: Tensor, module: nn.Dropout | None, x: Tensor, key: DropoutKey | None) -> Tensor:
     """residual + what the module gives for x."""
-    if key is not None and _is_plain(module) and share_of(module) and takes_residual(x.dtype, residual.dtype):
-        return key(x, share_of(module), residual=residual)
+    share = share_of(module)
+    if share and key is not None and takes_residual(x.dtype, residual.dtype):
+        return key(x, share, residual=residual)
     return residual + dropped(module, x, key)
-
-
-def _activated(x: Tensor, relu: bool) -> Tensor:
-    # In place: no backward needs the value before it, and this is the widest tensor of the layer.
-    return torch.nn.functional.relu(x, inplace=True) if relu else x
-
-
-def _is_plain(module: nn.Dropout | None) -> bool:
-    """Whether it is torch's, and nobody sees that it is not called."""
-    return type(module) is nn.Dropout and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

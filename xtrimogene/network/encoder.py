@@ -251,10 +251,10 @@ class RaggedTransformerEncoder(nn.Module):
         if self._infers_by_blocks(x):
             layers = [layer.parts() for layer in cast(list[RaggedTransformerEncoderLayer], self.layers)]
             return infer_by_blocks(layers, self.norm, x, cu_seqlens, max_seqlen)
-        layers = cast(list[RaggedTransformerEncoderLayer], self.layers)
-        if dropout_key is None and any_drops([layer.dropout for layer in layers]):
+        dropouts = [layer.dropout for layer in cast(list[RaggedTransformerEncoderLayer], self.layers)]
+        if dropout_key is None and any_drops(dropouts):
             dropout_key = DropoutKey.of(cu_seqlens, len(x))
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(self.layers):
             key = None if dropout_key is None else dropout_key.at(DROPOUTS * i)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cu_seqlens, max_seqlen, key, use_reentrant=False)

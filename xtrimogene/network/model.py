@@ -151,7 +151,7 @@ class XTrimoGeneNetwork(nn.Module):
         return F.mse_loss(predictions, masked.chosen_values, reduction=reduction)
 
     def _dropout_key(self, masked: MaskedBatch, seed: int | None) -> DropoutKey | None:
-        if not any_drops([module for module in self.encoder.modules() if isinstance(module, nn.Dropout)]):
+        if not any_drops(list(self.encoder.modules())):
             return None
         return DropoutKey.of(masked.batch.cu_seqlens, masked.batch.total_nnz, masked.cells, seed)
 
@@ -191,11 +191,11 @@ class XTrimoGeneNetwork(nn.Module):
         """Fresh random projections in every decoder layer, of a generator on the CPU (None: torch's global one)."""
         self.decoder.redraw_projections(generator)
 
-    def decode(self, batch: RaggedBatch, dropout_key: DropoutKey | None = None, **genes: Tensor | None) -> Tensor:
+    def decode(self, batch: RaggedBatch, dropout_key: DropoutKey | None = None, /, **genes: Tensor | None) -> Tensor:
         """The decoder's rows of a batch, before its norms; genes are the masked and asked ones of Decoder.forward."""
         return self._decode(self(batch, dropout_key), batch, **genes)
 
-    def predict(self, batch: RaggedBatch, dropout_key: DropoutKey | None = None, **genes: Tensor | None) -> Tensor:
+    def predict(self, batch: RaggedBatch, dropout_key: DropoutKey | None = None, /, **genes: Tensor | None) -> Tensor:
         """(n,) float32: predicted log-normalised values of the asked genes of each cell, or (batch * positions,) of all
         of them; genes are the masked and asked ones of Decoder.forward."""
         encoded = self(batch, dropout_key)

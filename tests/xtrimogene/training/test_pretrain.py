@@ -768,7 +768,7 @@ def test_training_that_cannot_go_on_says_why(
         stop_at(monkeypatch, 5, lambda: monkeypatch.setattr(TrainingCells, "_masked", broken))
         expected = "cells.h5ad: cannot read rows 3 to 9; go on with --resume"
     elif what == "loss":
-        monkeypatch.setattr(XTrimoGeneNetwork, "loss", lambda self, masked: self.mask_row.sum() * torch.nan)
+        monkeypatch.setattr(XTrimoGeneNetwork, "loss", lambda self, *_, **__: self.mask_row.sum() * torch.nan)
         expected = "step 1: the loss is nan; lower learning_rate"
     else:
         loss = XTrimoGene.loss
