@@ -22,9 +22,8 @@ from xtrimogene.bench.runner import task_rows
 
 # Columns in which no two rows of a table need agree, and those that a person wants to see while a run is on.
 SHOWN = (
-    "case", "cells", "dtype", "direction", "provider", "correct", "median_ms", "cost_percent", "speedup", "share_of_gemm",
-    "share_of_copy",
-    "cells_per_second", "encoder_share", "peak_mib",
+    "case", "cells", "dtype", "direction", "provider", "correct", "median_ms", "cost_percent", "speedup",
+    "share_of_gemm", "share_of_copy", "cells_per_second", "encoder_share", "peak_mib",
 )  # fmt: skip
 
 
