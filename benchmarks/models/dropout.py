@@ -1,7 +1,8 @@
 """What dropout costs in training: the same encoder, and the same pre-training step, with dropout 0 and 0.1 in turns.
 
 A row with dropout is judged by the loss, or the encoder's output, in float64 on the reference backend with the same
-random seed: its masks are the same in every dtype and on every backend.
+random seed: its masks are the same in every dtype and on every backend. Times are CPU time, which other work on the
+machine does not lengthen.
 """
 
 from __future__ import annotations
@@ -122,11 +123,11 @@ def _rows_of(
     for number in range(2 if quick else 8):
         # Each goes first in every other round.
         for share in list(ways)[:: 1 if number % 2 else -1]:
-            clock = time.perf_counter()
+            clock = time.process_time()
             ways[share]()
             # The first round warms caches, allocators and oneDNN's kernels.
             if number:
-                times[share].append(time.perf_counter() - clock)
+                times[share].append(time.process_time() - clock)
     cost = 100 * (np.array(times[SHARES[1]]) / np.array(times[SHARES[0]]) - 1)
     for share in SHARES:
         low, median, high = np.quantile(times[share], [0.25, 0.5, 0.75])
