@@ -85,7 +85,7 @@ SANITIZED := build/sanitize
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED_TESTS ?= tests/xtg_kernels/test_ragged_attention.py tests/xtg_kernels/test_expression_embedding.py \
   tests/xtg_kernels/test_masked_decoder_gather.py tests/xtg_kernels/test_masked_head.py \
-  tests/xtg_kernels/test_favor_attention.py tests/xtrimogene/test_pack.py tests/xtrimogene/test_masking.py
+  tests/xtg_kernels/test_favor_attention.py tests/xtg_kernels/test_dropout.py tests/xtrimogene/test_pack.py tests/xtrimogene/test_masking.py
 
 $(SANITIZED)/isa_%.o: csrc/cpu/isa/%.cpp $(CSRC)
 	@mkdir -p $(SANITIZED)
