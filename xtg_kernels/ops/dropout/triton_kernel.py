@@ -7,6 +7,7 @@ channels. In words and bits it is csrc/cpu/dropout.h.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -35,10 +36,26 @@ def _bits(row_id, seed, place, block, BLOCK_R: tl.constexpr):
     return tl.reshape(tl.permute(halves, (0, 4, 3, 2, 1)), (BLOCK_R, _BLOCK)).to(tl.int32)
 
 
+@triton.jit
+def _tile(num_rows, DIM: tl.constexpr, BLOCK_R: tl.constexpr):
+    """This program's block of channels, its rows, and where in memory they are, with a mask."""
+    block = tl.program_id(0) % tl.cdiv(DIM, _BLOCK)
+    row = (tl.program_id(0) // tl.cdiv(DIM, _BLOCK)).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    channel = block * _BLOCK + tl.arange(0, _BLOCK)
+    mask = (row < num_rows)[:, None] & (channel < DIM)[None, :]
+    return block, row, row[:, None] * DIM + channel[None, :], mask
+
+
+@triton.jit
+def _kept(row_ids, row, num_rows, seed, place, threshold, block, BLOCK_R: tl.constexpr):
+    row_id = tl.load(row_ids + row, mask=row < num_rows, other=0)
+    return _bits(row_id, tl.load(seed), place, block, BLOCK_R) >= threshold
+
+
 @triton.jit(do_not_specialize=["num_rows", "place", "threshold", "scale"])
-def _rows_kernel(
+def _forward_kernel(
     x,
-    other,
+    residual,
     out,
     row_ids,
     seed,
@@ -47,32 +64,47 @@ def _rows_kernel(
     threshold,
     scale,
     HAS_RESIDUAL: tl.constexpr,
-    HAS_OUT: tl.constexpr,
     RELU: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """other is the residual, or with HAS_OUT what came out of a forward with RELU."""
-    block = tl.program_id(0) % tl.cdiv(DIM, _BLOCK)
-    row = (tl.program_id(0) // tl.cdiv(DIM, _BLOCK)).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    channel = block * _BLOCK + tl.arange(0, _BLOCK)
-    mask = (row < num_rows)[:, None] & (channel < DIM)[None, :]
-    at = row[:, None] * DIM + channel[None, :]
+    block, row, at, mask = _tile(num_rows, DIM, BLOCK_R)
     rows = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
-    if HAS_OUT:
-        kept = tl.load(other + at, mask=mask, other=0.0).to(tl.float32) > 0
-    else:
-        row_id = tl.load(row_ids + row, mask=row < num_rows, other=0)
-        kept = _bits(row_id, tl.load(seed), place, block, BLOCK_R) >= threshold
     if RELU:
         rows = tl.where(rows < 0, 0.0, rows)
-    dropped = tl.where(kept, rows * scale, 0.0)
+    dropped = tl.where(_kept(row_ids, row, num_rows, seed, place, threshold, block, BLOCK_R), rows * scale, 0.0)
     if HAS_RESIDUAL:
-        dropped += tl.load(other + at, mask=mask, other=0.0).to(tl.float32)
+        dropped += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at, dropped.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["num_rows", "place", "threshold", "scale"])
+def _backward_kernel(
+    grad_out,
+    out,
+    grad_x,
+    row_ids,
+    seed,
+    num_rows,
+    place,
+    threshold,
+    scale,
+    HAS_OUT: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    block, row, at, mask = _tile(num_rows, DIM, BLOCK_R)
+    grad_rows = tl.load(grad_out + at, mask=mask, other=0.0).to(tl.float32)
+    if HAS_OUT:
+        kept = tl.load(out + at, mask=mask, other=0.0).to(tl.float32) > 0
+    else:
+        kept = _kept(row_ids, row, num_rows, seed, place, threshold, block, BLOCK_R)
+    tl.store(grad_x + at, tl.where(kept, grad_rows * scale, 0.0).to(grad_x.dtype.element_ty), mask=mask)
+
+
 def _launch(
+    kernel: Any,
+    name: str,
     x: Tensor,
     other: Tensor | None,
     row_ids: Tensor,
@@ -80,36 +112,22 @@ def _launch(
     place: int,
     p: float,
     dtype: torch.dtype,
-    *,
-    relu: bool = False,
-    other_is_out: bool = False,
+    **flags: bool,
 ) -> Tensor:
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    if out.numel() == 0:
-        return out
+    made = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if made.numel() == 0:
+        return made
     num_rows, dim = x.shape
-    threshold, scale = threshold_and_scale(p)
-    config = _configs("rows", x.dtype, BLOCK, x.device)
+    # Product and sum are rounded one after the other, as everywhere: the same bits.
+    config = {**_configs(name, x.dtype, BLOCK, x.device), "enable_fp_fusion": False}
+    x, row_ids = x.contiguous(), row_ids.contiguous()
+    other = x if other is None else other.contiguous()
     programs = triton.cdiv(num_rows, config["BLOCK_R"]) * triton.cdiv(dim, BLOCK)
     with torch.cuda.device_of(x):
-        _rows_kernel[(programs,)](
-            x.contiguous(),
-            x if other is None else other.contiguous(),
-            out,
-            row_ids.contiguous(),
-            seed,
-            num_rows,
-            place,
-            threshold,
-            scale,
-            HAS_RESIDUAL=other is not None and not other_is_out,
-            HAS_OUT=other_is_out,
-            RELU=relu,
-            DIM=dim,
-            # Product and sum are rounded one after the other, as everywhere: the same bits.
-            **{**config, "enable_fp_fusion": False},
+        kernel[(programs,)](
+            x, other, made, row_ids, seed, num_rows, place, *threshold_and_scale(p), **flags, DIM=dim, **config
         )
-    return out
+    return made
 
 
 def forward(
@@ -126,11 +144,14 @@ def forward(
     Returns:
         (rows, dim) in the dtype of residual, else of x.
     """
-    return _launch(x, residual, row_ids, seed, place, p, x.dtype if residual is None else residual.dtype, relu=relu)
+    dtype = x.dtype if residual is None else residual.dtype
+    flags = {"HAS_RESIDUAL": residual is not None, "RELU": relu}
+    return _launch(_forward_kernel, "forward", x, residual, row_ids, seed, place, p, dtype, **flags)
 
 
 def backward(
     grad_out: Tensor, out: Tensor | None, row_ids: Tensor, seed: Tensor, place: int, p: float, dtype: torch.dtype
 ) -> Tensor:
     """Gradient of `forward` to x in its dtype; out is what came out after ReLU, else None."""
-    return _launch(grad_out, out, row_ids, seed, place, p, dtype, other_is_out=out is not None)
+    has_out = out is not None
+    return _launch(_backward_kernel, "backward", grad_out, out, row_ids, seed, place, p, dtype, HAS_OUT=has_out)
