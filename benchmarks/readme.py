@@ -286,8 +286,8 @@ def _dropout(rows: Rows) -> str:
         for r in rows
         if r["provider"] == "dropout 0.1"
     ]  # fmt: skip
-    title = "## Dropout\n\nForward and backward with and without, in turns, CPU time, first as PyTorch drops, then as we"
-    return f"{title} do:\n\n" + markdown_table(header, body)
+    title = "## Dropout\n\nForward and backward with and without, in turns, CPU time; first as PyTorch drops, then"
+    return f"{title} as we do:\n\n" + markdown_table(header, body)
 
 
 def _ranks(rows: Rows) -> str:
