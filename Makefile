@@ -85,7 +85,8 @@ SANITIZED := build/sanitize
 SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
 SANITIZED_TESTS ?= tests/xtg_kernels/test_ragged_attention.py tests/xtg_kernels/test_expression_embedding.py \
   tests/xtg_kernels/test_masked_decoder_gather.py tests/xtg_kernels/test_masked_head.py \
-  tests/xtg_kernels/test_favor_attention.py tests/xtrimogene/test_pack.py tests/xtrimogene/test_masking.py
+  tests/xtg_kernels/test_favor_attention.py tests/xtg_kernels/test_dropout.py tests/xtrimogene/cells/test_packing.py \
+  tests/xtrimogene/cells/test_masking.py
 
 $(SANITIZED)/isa_%.o: csrc/cpu/isa/%.cpp $(CSRC)
 	@mkdir -p $(SANITIZED)
@@ -106,7 +107,7 @@ sanitize: setup $(SANITIZED)/kernels_check
 
 # All benchmarks, for half an hour on a machine that does nothing else, and the tables that show them.
 benchmarks: setup
-	for name in pack loader attention favor favor_memory embedding encoder gather head embed memory step ranks savings; do \
+	for name in pack loader attention favor favor_memory embedding encoder gather head embed memory step dropout ranks savings; do \
 	  $(BIN)/python -m benchmarks.run $$name --out benchmarks/results/$$name.csv || exit 1; done
 	$(BIN)/python -m benchmarks.readme
 

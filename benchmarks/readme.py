@@ -275,6 +275,21 @@ def _step(rows: Rows) -> str:
     return f"{title} and optimizer:\n\n" + markdown_table(header, body)
 
 
+def _dropout(rows: Rows) -> str:
+    header = ["what", "dtype", "without dropout", "0.1 costs", "quartiles", "commit"]
+    without = {(r["case"], r["dtype"], r["commit"]): r["median_ms"] for r in rows if r["provider"] == "dropout 0"}
+    body = [
+        [
+            r["case"], r["dtype"], _milliseconds(without[r["case"], r["dtype"], r["commit"]]),
+            f"{r['cost_percent']} %", f"{r['cost_q25_percent']} to {r['cost_q75_percent']} %", r["commit"],
+        ]
+        for r in rows
+        if r["provider"] == "dropout 0.1"
+    ]  # fmt: skip
+    title = "## Dropout\n\nForward and backward with and without, in turns, CPU time; first as PyTorch drops, then"
+    return f"{title} as we do:\n\n" + markdown_table(header, body)
+
+
 def _ranks(rows: Rows) -> str:
     header = ["processes", "time of a step", "largest difference of the loss curve"]
     body = [[r["provider"], _milliseconds(r["median_ms"]), r["error"]] for r in rows]
@@ -296,6 +311,7 @@ SECTIONS: dict[str, Callable[[Rows], str]] = {
     "pack": _pack,
     "loader": _loader,
     "step": _step,
+    "dropout": _dropout,
     "savings": _savings,
     "ranks": _ranks,
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.models import end_to_end, pretraining
+from benchmarks.models import dropout, end_to_end, pretraining
 from benchmarks.ops import favor_memory
 from benchmarks.ops.cases import TASKS
 from xtrimogene.bench import counting
@@ -22,9 +22,8 @@ from xtrimogene.bench.runner import task_rows
 
 # Columns in which no two rows of a table need agree, and those that a person wants to see while a run is on.
 SHOWN = (
-    "case", "cells", "dtype", "direction", "provider", "correct", "median_ms", "speedup", "share_of_gemm",
-    "share_of_copy",
-    "cells_per_second", "encoder_share", "peak_mib",
+    "case", "cells", "dtype", "direction", "provider", "correct", "median_ms", "cost_percent", "speedup",
+    "share_of_gemm", "share_of_copy", "cells_per_second", "encoder_share", "peak_mib",
 )  # fmt: skip
 
 
@@ -43,6 +42,7 @@ OTHERS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "embed": end_to_end.embed_share,
     "memory": end_to_end.memory,
     "favor_memory": favor_memory.favor_memory,
+    "dropout": dropout.dropout,
     "step": pretraining.step,
     "ranks": pretraining.ranks,
     "savings": counting.savings,

@@ -37,6 +37,11 @@ STABLE_TORCH_LIBRARY(xtg, m) {
       " Tensor? masked_cu_seqlens, Tensor? out_genes, Tensor? out_cu_seqlens, SymInt num_genes)"
       " -> (Tensor grad_table, Tensor grad_zero_row, Tensor grad_mask_row, Tensor grad_encoded)");
   m.def(
+      "dropout(Tensor x, Tensor? residual, Tensor row_ids, Tensor seed, int place, float p, bool relu) -> Tensor");
+  m.def(
+      "dropout_backward(Tensor grad_out, Tensor? out, Tensor row_ids, Tensor seed, int place, float p,"
+      " ScalarType dtype) -> Tensor");
+  m.def(
       "masked_head(Tensor x, Tensor? rows, Tensor norm1_weight, Tensor norm1_bias, Tensor norm2_weight,"
       " Tensor norm2_bias, Tensor weight, Tensor bias, float eps) -> Tensor");
   m.def(

@@ -3,6 +3,7 @@
 from importlib import metadata as _metadata
 
 from xtg_kernels.dispatch import current_backend, use_backend
+from xtg_kernels.ops.dropout import dropout, dropout_row_ids
 from xtg_kernels.ops.expression_embedding import distinct_index, expression_embedding
 from xtg_kernels.ops.favor_attention import favor_attention
 from xtg_kernels.ops.masked_decoder_gather import masked_decoder_gather
@@ -20,6 +21,8 @@ __all__ = [
     "RaggedBatch",
     "current_backend",
     "distinct_index",
+    "dropout",
+    "dropout_row_ids",
     "expression_embedding",
     "favor_attention",
     "masked_decoder_gather",

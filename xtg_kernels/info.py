@@ -13,6 +13,7 @@ import torch
 
 import xtg_kernels
 from xtg_kernels import dispatch
+from xtg_kernels.ops.dropout import library as dropout
 from xtg_kernels.ops.expression_embedding import library as embedding
 from xtg_kernels.ops.favor_attention import library as favor
 from xtg_kernels.ops.masked_decoder_gather import library as gather
@@ -54,6 +55,7 @@ def _op_backends(device: str) -> dict[str, dict[str, Any]]:
             "masked_decoder_gather": functools.partial(gather.not_supported_reasons, table=rows),
             "masked_head": functools.partial(head.not_supported_reasons, x=rows),
             "masked_mse": functools.partial(head.not_supported_reasons, x=rows),
+            "dropout": functools.partial(dropout.not_supported_reasons, x=rows),
             "distinct_index": functools.partial(embedding.distinct_not_supported_reasons, values=values),
         }
         for op, why in reasons.items():

@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.ops import baselines
 from benchmarks.ops.baselines import FAVOR_EPS
 from xtg_kernels import (
+    dropout,
     expression_embedding,
     favor_attention,
     masked_decoder_gather,
@@ -27,6 +28,7 @@ from xtg_kernels import (
     ragged_attention,
     use_backend,
 )
+from xtg_kernels.ops.dropout.reference import kept, threshold_and_scale
 from xtg_kernels.ops.ragged_attention import varlen
 from xtrimogene.bench.plain import attention_split
 from xtrimogene.bench.tasks import BACKWARD, BOTH, FORWARD, Lengths, Provider, Task, offsets
@@ -257,6 +259,29 @@ def gather(case: str, lengths: Lengths, dtype: str, device: torch.device, *, num
 
     ways = {"plain": plain, "xtg": lambda: on_triton(masked_decoder_gather, *inputs, *rest)}
     return _task("gather", case, lengths, dtype, ways, inputs, grad_out, exact, (0, 0))
+
+
+def dropped(case: str, lengths: Lengths, dtype: str, device: torch.device, *, dim: int = 768) -> Task:
+    """dropout of a tenth, added to a residual; PyTorch's draws another mask, so that plain has that of the op."""
+    make, total = Maker(device), sum(lengths)
+    inputs = tuple(make.randn(total, dim, dtype=DTYPES[dtype]).requires_grad_() for _ in range(2))
+    grad_out = make.randn(total, dim, dtype=DTYPES[dtype])
+    row_ids, seed = torch.arange(total, device=device), torch.tensor(1, device=device)
+    mask, scale = kept(row_ids, seed, 0, 0.1, dim), threshold_and_scale(0.1)[1]
+
+    def masked(x: Tensor, residual: Tensor) -> Tensor:
+        return residual + torch.where(mask, x * scale, 0.0)
+
+    def exact() -> tuple[Tensor, list[Tensor]]:
+        leaves = [leaf.detach().double().requires_grad_() for leaf in inputs]
+        out = masked(*leaves)
+        return out.detach(), list(torch.autograd.grad(out, leaves, grad_out.double()))
+
+    def fused(x: Tensor, residual: Tensor) -> Tensor:
+        return dropout(x, 0.1, row_ids, seed, residual=residual)
+
+    ways = {"plain": lambda: masked(*inputs), "xtg": lambda: on_triton(fused, *inputs)}
+    return _task("dropout", case, lengths, dtype, ways, inputs, grad_out, exact, (0, 0))
 
 
 def head(case: str, lengths: Lengths, dtype: str, device: torch.device, *, dim: int = 512) -> Task:

@@ -133,6 +133,8 @@ def _task(
         # The rows of all genes of every cell: a few cells are as many as thousands of tokens.
         cells = tuple(min(n, plan.num_genes) for n in lengths[:8])
         return tasks.gather(case, cells, dtype, device, num_genes=plan.num_genes, **plan.rows), {}
+    if op == "dropout":
+        return tasks.dropped(case, lengths, dtype, device, **plan.rows), {}
     return tasks.head(case, lengths, dtype, device, **plan.rows), {}
 
 

@@ -42,6 +42,8 @@ FORMULAS = {
     ),
     ("masked_head", "forward"): ("2 D A", "0", "2 A D (x) + 4 A (target) + 20 D (parameters)"),
     ("masked_head", "backward"): ("6 D A", "0", "4 A D (x, grad_x) + 4 A (target) + 40 D (parameters, gradients)"),
+    ("dropout", "forward"): ("0", "0", "6 N d (x, residual, out) + 8 N (ids)"),
+    ("dropout", "backward"): ("0", "0", "4 N d (grad_out, grad_x) + 8 N (ids)"),
 }  # fmt: skip
 
 
@@ -137,6 +139,8 @@ def needs(config: XTrimoGeneConfig, batch: Batch) -> dict[tuple[str, str], Need]
             (8 if back else 4) * decoder_rows + projection + kept + 2 * starts,
         )  # fmt: skip
         found["masked_decoder_gather", direction] = Need(0, 0, gathered)
+        # Of a residual branch; with the seed.
+        found["dropout", direction] = Need(0, 0, (2 if back else 3) * HALF * tokens * dim + 8 * tokens + 8)
         # The loss, or its gradient, is one number.
         found["masked_head", direction] = Need(
             head[direction], 0,

@@ -146,6 +146,7 @@ def shape_of(config: XTrimoGeneConfig, op: str, lengths: Lengths, card: Card) ->
         "ragged_attention": config.head_dim,
         "expression_embedding": config.num_bins,
         "favor_attention": config.decoder_head_dim,
+        "dropout": config.dim,
     }.get(op, config.decoder_dim)
     width = next(width for width, known in OPS[op].sizes.items() if known == size)
     if op == "favor_attention":

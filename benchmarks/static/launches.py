@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.static import model
 from benchmarks.static.model import Shape, Work
+from xtg_kernels.ops.dropout import triton_kernel as dropout
 from xtg_kernels.ops.expression_embedding import triton_kernel as expression_embedding
 from xtg_kernels.ops.favor_attention import triton_kernel as favor_attention
 from xtg_kernels.ops.masked_decoder_gather import triton_kernel as masked_decoder_gather
@@ -191,6 +192,28 @@ def _embedding_calls(dtype: torch.dtype, num_bins: int, lengths: Lengths, device
         "forward": lambda: [expression_embedding.forward(*arguments)],
         "backward": lambda: expression_embedding.backward(grad_out, *arguments, True),
     }
+
+
+def _dropout_rows(precision: str, width: int) -> list[Config]:
+    """16 channels for a thread: two loads of 16 bytes of half precision."""
+    return _configs((16, 4, 1), names="BLOCK_R")
+
+
+def _dropout_calls(dtype: torch.dtype, dim: int, lengths: Lengths, device: torch.device) -> dict[str, Call]:
+    """Added to a residual, after ReLU, and alone, of the dtype that everything has."""
+    total = sum(lengths)
+    x, other = (torch.randn((total, dim), device=device).to(dtype) for _ in range(2))
+    row_ids, seed = torch.arange(total, device=device), torch.ones((), dtype=torch.int64, device=device)
+    mask = (row_ids, seed, 1, 0.1)
+
+    def forward() -> Sequence[Tensor]:
+        forms = ((other, False), (None, True), (None, False))
+        return [dropout.forward(x, residual, *mask, relu) for residual, relu in forms]
+
+    def backward() -> Sequence[Tensor]:
+        return [dropout.backward(x, out, *mask, dtype) for out in (None, other)]
+
+    return {"forward": forward, "backward": backward}
 
 
 def _favor_sums(precision: str, width: int) -> list[Config]:
@@ -385,6 +408,16 @@ OPS = {
         sizes={128: 128, 512: 512, 4096: 4096},
         usual=512,
         calls=_head_calls,
+    ),
+    "dropout": Op(
+        kernels={
+            "forward": Kernel("forward", _dropout_rows, has_dot=False),
+            "backward": Kernel("backward", _dropout_rows, has_dot=False),
+        },
+        # 128 channels at a time, whatever the width.
+        sizes={128: 768},
+        usual=128,
+        calls=_dropout_calls,
     ),
 }
 

@@ -1,6 +1,7 @@
 // Checks the torch-free kernels without Python or torch: every ISA of the machine against plain loops in double.
 // `make check-kernels` runs it here, `make check-aarch64` cross-compiled under qemu-user. Exit status 1 on a failure.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -611,6 +612,63 @@ void check_head(const Kernels& kernels, int64_t dim, bool mse) {
   }
 }
 
+// Philox4x32-7, a counter at a time.
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < 7; ++round) {
+    const uint64_t first = uint64_t(0xD2511F53u) * c[0], second = uint64_t(0xCD9E8D57u) * c[2];
+    c = {uint32_t(second >> 32) ^ c[1] ^ key0, uint32_t(second), uint32_t(first >> 32) ^ c[3] ^ key1, uint32_t(first)};
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return c;
+}
+
+void check_dropout(const Kernels& kernels, int64_t dim) {
+  const int64_t rows = 7;
+  const uint64_t seed = 0x0123456789ABCDEFu;
+  const auto x = normal(size_t(rows * dim)), residual = normal(size_t(rows * dim));
+  std::vector<int64_t> ids;
+  for (int64_t row = 0; row < rows; ++row) ids.push_back((row - 3) * 0x123456789ABC);
+  DropoutArgs args{};
+  args.in = args.out = DType::f32;
+  args.rows = rows;
+  args.dim = dim;
+  args.x = x.data();
+  args.row_ids = ids.data();
+  args.seed = seed;
+  args.place = 5;
+  args.threshold = 20000;
+  args.scale = 1.5f;
+  std::vector<float> alone(x.size(), NAN), sum(alone), relu(alone), grad(alone);
+  args.dst = alone.data();
+  kernels.dropout_rows(args, 0, 3);
+  kernels.dropout_rows(args, 3, rows - 3);
+  args.residual = residual.data();
+  args.dst = sum.data();
+  kernels.dropout_rows(args, 0, rows);
+  args.residual = nullptr;
+  args.relu = true;
+  args.dst = relu.data();
+  kernels.dropout_rows(args, 0, rows);
+  args.relu = false;
+  args.kept = relu.data();
+  args.dst = grad.data();
+  kernels.dropout_rows(args, 0, rows);
+  int wrong = 0;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t d = 0; d < dim; ++d) {
+      const auto id = uint64_t(ids[size_t(row)]);
+      const uint32_t group = uint32_t(d / 128 * 16 + d % 16);
+      const auto words = philox({group, 5, uint32_t(id), uint32_t(id >> 32)}, uint32_t(seed), uint32_t(seed >> 32));
+      const uint32_t word = words[size_t(d % 64 / 16)], bits = d % 128 < 64 ? word & 0xffffu : word >> 16;
+      const size_t at = size_t(row * dim + d);
+      const float dropped = bits >= 20000 ? x[at] * 1.5f : 0.0f;
+      wrong += alone[at] != dropped || sum[at] != residual[at] + dropped || relu[at] != (x[at] > 0 ? dropped : 0.0f) ||
+               grad[at] != (x[at] > 0 ? dropped : 0.0f);
+    }
+  expect(wrong == 0, std::string(kernels.name) + " dropout, dim " + std::to_string(dim));
+}
+
 void check_half_types() {
   int wrong = 0;
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
@@ -632,6 +690,9 @@ void check_half_types() {
 
 int main() {
   check_half_types();
+  // A known answer of the authors' library, Random123.
+  expect(philox({0, 0, 0, 0}, 0, 0) == std::array<uint32_t, 4>{0x5F6FB709u, 0x0D893F64u, 0x4F121F81u, 0x4F730A48u},
+         "Philox4x32-7 gives the published words");
   for (const std::string& isa : available_isas()) {
     use_isa(isa);
     for (int64_t head_dim : {8, 20, 64})
@@ -647,6 +708,7 @@ int main() {
         check_gather(active_kernels(), dim, other);
         check_head(active_kernels(), dim, other);
       }
+    for (int64_t dim : {3, 128, 205}) check_dropout(active_kernels(), dim);
   }
   std::printf("%s\n", failures ? "some kernels are wrong" : "all kernels agree with plain loops in double");
   return failures != 0;

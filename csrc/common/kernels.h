@@ -173,6 +173,21 @@ struct HeadSums {
   float *normed2, *product, *middle;  // (padded_dim,): grad_out normed2, grad_middle normed1, grad_middle
 };
 
+struct DropoutArgs {
+  DType in, out;         // of x, and of residual and out
+  int64_t rows, dim;
+  const void* x;         // (rows, dim) contiguous, as are the others
+  const void* residual;  // or null
+  const void* kept;      // of out's type or null; where it is given x passes where it is positive, and no mask is drawn
+  void* dst;
+  const int64_t* row_ids;
+  uint64_t seed;
+  uint32_t place;
+  uint32_t threshold;  // a channel whose 16 bits are below is dropped
+  float scale;         // of what is kept
+  bool relu;
+};
+
 struct Kernels {
   const char* name;
   int width;  // floats in a vector register: rows handed to the kernels are padded to a multiple of it
@@ -210,6 +225,7 @@ struct Kernels {
   size_t (*head_scratch)(const HeadArgs&);
   void (*head_forward)(const HeadArgs&, int64_t first, int64_t count, float* predictions, void* scratch);
   void (*head_backward)(const HeadArgs&, int64_t first, int64_t count, const HeadSums&, void* scratch);
+  void (*dropout_rows)(const DropoutArgs&, int64_t first, int64_t count);
   void (*load_rows)(DType, const void* src, int64_t rows, int64_t columns, float* dst, int64_t padded);
   void (*store_rows)(DType, const float* src, int64_t padded, int64_t rows, int64_t columns, void* dst);
 };

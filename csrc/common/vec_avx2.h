@@ -67,6 +67,22 @@ struct VecAvx2 {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(_mm256_floor_ps(x)), _mm256_set1_epi32(127));
     return _mm256_mul_ps(y, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
+  using words = __m256i;
+  static words set_words(uint32_t x) { return _mm256_set1_epi32(int(x)); }
+  static words words_from(uint32_t first) {
+    return _mm256_add_epi32(set_words(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static void mul_words(words x, uint32_t factor, words* high, words* low) {
+    const words even = _mm256_mul_epu32(x, set_words(factor));
+    const words odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), set_words(factor));
+    *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    *low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  }
+  static words xor_words(words a, words b, words c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+  static words upper_half(words x) { return _mm256_slli_epi32(x, 16); }
+  static reg keep_from(words x, words least, reg y) {
+    return _mm256_and_ps(y, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(x, least), x)));
+  }
   static void transpose(reg* x) {
     reg a[8];
     for (int i = 0; i < 4; ++i) {

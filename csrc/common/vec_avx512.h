@@ -57,6 +57,22 @@ struct VecAvx512 {
   static reg scale_or_flush(reg y, reg x) {
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-126.0f), _CMP_NLT_UQ), y, x);
   }
+  using words = __m512i;
+  static words set_words(uint32_t x) { return _mm512_set1_epi32(int(x)); }
+  static words words_from(uint32_t first) {
+    return _mm512_add_epi32(set_words(first), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  }
+  static void mul_words(words x, uint32_t factor, words* high, words* low) {
+    const words even = _mm512_mul_epu32(x, set_words(factor));
+    const words odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), set_words(factor));
+    *high = _mm512_mask_shuffle_epi32(odd, 0x5555, even, _MM_PERM_DDBB);
+    *low = _mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA);
+  }
+  static words xor_words(words a, words b, words c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
+  static words upper_half(words x) { return _mm512_slli_epi32(x, 16); }
+  static reg keep_from(words x, words least, reg y) {
+    return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(x, least), y);
+  }
   static void transpose(reg* x) {
     reg a[16];
 #pragma GCC unroll 8

@@ -59,6 +59,24 @@ struct VecScalar {
     std::memcpy(&power, &exponent, sizeof(power));
     return y * power;
   }
+  // Lanes of 32-bit integers without sign.
+  typedef uint32_t words __attribute__((vector_size(16)));
+  static words set_words(uint32_t x) { return words{x, x, x, x}; }
+  // first, first + 1, ...
+  static words words_from(uint32_t first) { return set_words(first) + words{0, 1, 2, 3}; }
+  // The two halves of the 64-bit product.
+  static void mul_words(words x, uint32_t factor, words* high, words* low) {
+    for (int i = 0; i < width; ++i) (*high)[i] = uint32_t((uint64_t(x[i]) * factor) >> 32);
+    *low = x * factor;
+  }
+  static words xor_words(words a, words b, words c) { return a ^ b ^ c; }
+  // The lower 16 bits as the upper ones.
+  static words upper_half(words x) { return x << 16; }
+  // y where x is at least least, else 0.
+  static reg keep_from(words x, words least, reg y) {
+    for (int i = 0; i < width; ++i) y[i] = x[i] >= least[i] ? y[i] : 0.0f;
+    return y;
+  }
   // The square of width rows, transposed in place.
   static void transpose(reg* x) {
     for (int i = 0; i < width; ++i)

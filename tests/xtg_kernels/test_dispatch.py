@@ -15,6 +15,7 @@ import xtg_kernels
 from tests import warm
 from tests.xtg_kernels.ragged_cases import ISAS, needs_cpp
 from xtg_kernels import RaggedBatch, current_backend, dispatch, info, use_backend
+from xtg_kernels.ops.dropout import library as dropout
 from xtg_kernels.ops.expression_embedding import library as embedding
 from xtg_kernels.ops.favor_attention import library as favor
 from xtg_kernels.ops.masked_decoder_gather import library as gather
@@ -28,6 +29,8 @@ SCHEMAS = {
     "expression_embedding": embedding.SCHEMA,
     "expression_embedding_backward": embedding.BACKWARD_SCHEMA,
     "distinct_index": embedding.DISTINCT_SCHEMA,
+    "dropout": dropout.SCHEMA,
+    "dropout_backward": dropout.BACKWARD_SCHEMA,
     "favor_attention": favor.SCHEMA,
     "favor_attention_backward": favor.BACKWARD_SCHEMA,
     "masked_decoder_gather": gather.SCHEMA,
@@ -159,6 +162,7 @@ xtg_kernels.ragged_attention(q, q, q, cu, 4).sum().backward()
 w = [torch.randn(s) for s in ((5,), (5,), (5, 5), (5,), (5, 3))]
 assert xtg_kernels.expression_embedding(torch.rand(4), *w, cu_seqlens=cu).shape == (4, 3)
 rows, genes = torch.randn(4, 3), torch.arange(4)
+assert xtg_kernels.dropout(rows, 0.5, genes, genes[0]).shape == (4, 3)
 assert xtg_kernels.masked_decoder_gather(rows, rows[0], rows[1], rows, cu, genes, None, None).shape == (1, 4, 3)
 params = [torch.ones(n) for n in (3, 3, 3, 3, 3, 1)]
 assert xtg_kernels.masked_head(rows, None, *params).shape == (4,)

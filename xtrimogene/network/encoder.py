@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xtg_kernels import ragged_attention
+from xtrimogene.network.dropping import DropoutKey, added, any_drops, dropped, share_of
 from xtrimogene.network.linear import (
     ACTIVATIONS,
     activate,
@@ -31,6 +32,8 @@ from xtrimogene.network.linear import (
 )
 
 Attend = Callable[[Tensor, Tensor, int], Tensor]
+# Of a layer.
+DROPOUTS = 3
 
 
 @dataclass(frozen=True)
@@ -57,31 +60,31 @@ class Layer:
     norm_first: bool
     dropouts: tuple[nn.Dropout | None, nn.Dropout | None, nn.Dropout | None]
 
-    def __call__(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """x (total_nnz, dim) -> (total_nnz, dim)."""
+    def __call__(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, key: DropoutKey | None = None) -> Tensor:
+        """x (total_nnz, dim) -> (total_nnz, dim). key is what masks are drawn from, None to take a seed from torch."""
         after_attention, _, after_ffn = self.dropouts
+        if not any_drops(self.dropouts):
+            key = None
+        elif key is None:
+            key = DropoutKey.of(cu_seqlens, len(x))
+        of_attention, of_hidden, of_ffn = (None if key is None else key.at(i) for i in range(DROPOUTS))
         if self.norm_first:
-            x = x + _drop(after_attention, self.attend(self.norm1(x), cu_seqlens, max_seqlen))
-            return x + _drop(after_ffn, self._feed_forward(self.norm2(x)))
-        x = self.norm1(x + _drop(after_attention, self.attend(x, cu_seqlens, max_seqlen)))
-        return self.norm2(x + _drop(after_ffn, self._feed_forward(x)))
+            x = added(x, after_attention, self.attend(self.norm1(x), cu_seqlens, max_seqlen), of_attention)
+            return added(x, after_ffn, self._feed_forward(self.norm2(x), of_hidden), of_ffn)
+        x = self.norm1(added(x, after_attention, self.attend(x, cu_seqlens, max_seqlen), of_attention))
+        return self.norm2(added(x, after_ffn, self._feed_forward(x, of_hidden), of_ffn))
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
+    def _feed_forward(self, x: Tensor, key: DropoutKey | None) -> Tensor:
         dropout = self.dropouts[1]
         modules = (self.linear1, self.linear2, *(() if dropout is None else (dropout,)))
         if torch.is_grad_enabled() and untouched(x, modules):
             rows, w1, w2 = in_autocast_dtype(x, self.linear1.weight, self.linear2.weight)
             b1, b2 = in_autocast_dtype(self.linear1.bias, self.linear2.bias)
-            share = dropout.p if dropout is not None and dropout.training else 0.0
-            # After other activations the mask of the dropout would have to be kept.
-            if pays_by_blocks(len(rows), w1, b1, w2, b2, rows) and (self.activation == "relu" or not share):
-                return feed_forward(rows, w1, b1, w2, b2, share, activation=self.activation)
-        # ReLU in place: no backward needs the value before it, and this is the widest tensor of the layer.
-        return self.linear2(_drop(dropout, activate(self.linear1(x), self.activation)))
-
-
-def _drop(dropout: nn.Dropout | None, x: Tensor) -> Tensor:
-    return x if dropout is None else dropout(x)
+            if pays_by_blocks(len(rows), w1, b1, w2, b2, rows):
+                return feed_forward(rows, w1, b1, w2, b2, share_of(dropout), key, activation=self.activation)
+        if self.activation == "relu":
+            return self.linear2(dropped(dropout, self.linear1(x), key, relu=True))
+        return self.linear2(dropped(dropout, activate(self.linear1(x), self.activation), key))
 
 
 def attend(
@@ -137,8 +140,8 @@ class RaggedTransformerEncoderLayer(nn.Module):
     x = norm2(x + linear2(activation(linear1(x))))              x = x + linear2(activation(linear1(norm2(x))))
 
     activation is "relu", "gelu" (erf) or "gelu_tanh". In training, dropout acts on both residual branches and after the
-    activation. torch's layer (and the published training recipe) also drops attention probabilities; that one is left
-    out, so that the attention kernel needs no random mask. Evaluation is the same in both.
+    activation, with masks of xtg_kernels.dropout. torch's layer (and the published training recipe) also drops
+    attention probabilities; that one is left out. Evaluation is the same in both.
     """
 
     def __init__(
@@ -164,9 +167,9 @@ class RaggedTransformerEncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=layer_norm_eps, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """x (total_nnz, dim) -> (total_nnz, dim)."""
-        return self.parts()(x, cu_seqlens, max_seqlen)
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, key: DropoutKey | None = None) -> Tensor:
+        """x (total_nnz, dim) -> (total_nnz, dim). key is what masks are drawn from, None to take a seed from torch."""
+        return self.parts()(x, cu_seqlens, max_seqlen, key)
 
     def parts(self) -> Layer:
         """This layer's modules."""
@@ -228,12 +231,16 @@ class RaggedTransformerEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=layer_norm_eps, bias=bias)
         self.checkpoint_activations = False
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_key: DropoutKey | None = None
+    ) -> Tensor:
         """Encode every segment of x by itself.
 
         x           (total_nnz, dim), float32, bfloat16, float16 or float64
         cu_seqlens  (batch + 1,) int32; segment c owns rows cu_seqlens[c]:cu_seqlens[c + 1]
         max_seqlen  length of the longest segment
+        dropout_key what the masks of dropout are drawn from in training; None for a seed from torch's generator and the
+                    numbers of the segments in the batch
         returns     (total_nnz, dim); rows past cu_seqlens[-1] hold no cell and mean nothing
 
         Raises ValueError or TypeError for a wrong shape or dtype, or offsets that do not fit x.
@@ -244,11 +251,15 @@ class RaggedTransformerEncoder(nn.Module):
         if self._infers_by_blocks(x):
             layers = [layer.parts() for layer in cast(list[RaggedTransformerEncoderLayer], self.layers)]
             return infer_by_blocks(layers, self.norm, x, cu_seqlens, max_seqlen)
-        for layer in self.layers:
+        dropouts = [layer.dropout for layer in cast(list[RaggedTransformerEncoderLayer], self.layers)]
+        if dropout_key is None and any_drops(dropouts):
+            dropout_key = DropoutKey.of(cu_seqlens, len(x))
+        for i, layer in enumerate(self.layers):
+            key = None if dropout_key is None else dropout_key.at(DROPOUTS * i)
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cu_seqlens, max_seqlen, use_reentrant=False)
+                x = checkpoint(layer, x, cu_seqlens, max_seqlen, key, use_reentrant=False)
             else:
-                x = layer(x, cu_seqlens, max_seqlen)
+                x = layer(x, cu_seqlens, max_seqlen, key)
         return self.norm(x)
 
     def _infers_by_blocks(self, x: Tensor) -> bool:

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from xtg_kernels.dispatch import is_transformed, pull_back
+from xtg_kernels.ops.dropout.reference import threshold_and_scale
+from xtrimogene.network.dropping import DropoutKey
 
 # Where one is None, it is a bias that a layer does not have.
 Operand = TypeVar("Operand", Tensor, Tensor | None)
@@ -146,7 +148,8 @@ def norm_feed_forward(
     and b2 (dim,) of that one or a narrower one; all on the CPU. Gradients to all; x and the hidden rows before the GELU
     are kept for the backward.
     """
-    return _FeedForward.apply(x, norm_weight, norm_bias, eps, w1, b1, w2, b2, 0.0, "gelu", torch.is_grad_enabled())
+    has_backward = torch.is_grad_enabled()
+    return _FeedForward.apply(x, norm_weight, norm_bias, eps, w1, b1, w2, b2, 0.0, None, "gelu", has_backward)
 
 
 def feed_forward(
@@ -156,21 +159,18 @@ def feed_forward(
     w2: Tensor,
     b2: Tensor | None,
     dropout: float = 0.0,
+    key: DropoutKey | None = None,
     *,
     activation: str = "relu",
 ) -> Tensor:
     """F.linear(F.dropout(activation(F.linear(x, w1, b1)), dropout), w2, b2), with gradients to all five, by blocks.
 
     x (rows, dim), w1 (ffn_dim, dim), b1 (ffn_dim,) or None, w2 (dim, ffn_dim), b2 (dim,) or None, of one dtype on the
-    CPU; activation "relu", "gelu" or "gelu_tanh". One (rows, ffn_dim) tensor is kept for the backward: with relu the
-    dropped-out hidden rows, which are positive where the gradient passes; with the others the rows before the
-    activation, which is computed again.
-
-    Raises ValueError for dropout after another activation than relu: its mask would have to be kept too.
+    CPU; activation "relu", "gelu" or "gelu_tanh"; key is what the masks of dropout are drawn from. One (rows, ffn_dim)
+    tensor is kept for the backward: with relu the dropped-out hidden rows, which are positive where the gradient
+    passes; with the others the rows before the activation, which is computed again and dropped out again.
     """
-    if dropout and activation != "relu":
-        raise ValueError(f"dropout: expected 0 with activation {activation!r}, got {dropout}")
-    return _FeedForward.apply(x, None, None, 0.0, w1, b1, w2, b2, dropout, activation, torch.is_grad_enabled())
+    return _FeedForward.apply(x, None, None, 0.0, w1, b1, w2, b2, dropout, key, activation, torch.is_grad_enabled())
 
 
 class _Linear(torch.autograd.Function):
@@ -216,30 +216,35 @@ class _FeedForward(torch.autograd.Function):
         w2: Tensor,
         b2: Tensor | None,
         dropout: float,
+        key: DropoutKey | None,
         activation: str,
         has_backward: bool,
     ) -> Tensor:
         norm = _RowNorm.given(norm_weight, norm_bias, eps)
         linear1, linear2 = row_linear(w1, b1, activation="relu" if activation == "relu" else "none"), row_linear(w2, b2)
-        hidden, out = w1.new_empty((len(x) if has_backward else 0, len(w1))), x.new_empty((len(x), len(w2)))
+        # Block by block: what is kept is not copied.
+        hidden, out = [], x.new_empty((len(x), len(w2)))
         for block in row_blocks(len(x), _live_width(w1, activation), w1.dtype):
             rows = linear1(x[block] if norm is None else norm(x[block]).to(w1.dtype))
-            if dropout:
-                rows = F.dropout(rows, dropout)
+            if activation == "relu":
+                rows = kept = _dropped(rows, dropout, key, block)
+            else:
+                kept, rows = rows, _dropped(activate(rows, activation), dropout, key, block)
             if has_backward:
-                hidden[block] = rows
-            rows = linear2(rows if activation == "relu" else activate(rows, activation))
+                hidden.append(kept)
+            rows = linear2(rows)
             if norm is None:
                 out[block] = rows
             else:
                 torch.add(x[block], rows, out=out[block])
-        ctx.save_for_backward(x, norm_weight, norm_bias, w1, b1, w2, b2, hidden)
-        ctx.eps, ctx.dropout, ctx.activation = eps, dropout, activation
+        ctx.save_for_backward(x, norm_weight, norm_bias, w1, b1, w2, b2, *hidden)
+        ctx.eps, ctx.dropout, ctx.key, ctx.activation = eps, dropout, key, activation
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, norm_weight, norm_bias, w1, b1, w2, b2, hidden = ctx.saved_tensors
+        x, norm_weight, norm_bias, w1, b1, w2, b2, *hidden = ctx.saved_tensors
+        every = slice(None)
         if torch.is_grad_enabled():
 
             def plain(x: Tensor, *weights: Tensor) -> Tensor:
@@ -248,30 +253,33 @@ class _FeedForward(torch.autograd.Function):
                 rows = F.linear(rows.to(w1.dtype), w1, b1)
                 # What ReLU and dropout let through is where they left something.
                 if ctx.activation == "relu":
-                    rows = rows * (hidden > 0).to(rows.dtype) / (1 - ctx.dropout)
+                    rows = rows * (torch.cat(hidden) > 0).to(rows.dtype) * threshold_and_scale(ctx.dropout)[1]
                 else:
-                    rows = activate(rows, ctx.activation)
+                    rows = _dropped(activate(rows, ctx.activation), ctx.dropout, ctx.key, every)
                 out = F.linear(rows, w2, b2)
                 return (out if norm_weight is None else x + out).to(grad_out.dtype)
 
             args, needed = (x, norm_weight, norm_bias, w1, b1, w2, b2), ctx.needs_input_grad
             grads = pull_back(plain, args, (*needed[:3], *needed[4:8]), (grad_out,))
-            return *grads[:3], None, *grads[3:], None, None, None
+            return *grads[:3], None, *grads[3:], None, None, None, None
         norm = _RowNorm.given(norm_weight, norm_bias, ctx.eps)
         linear1, linear2 = row_linear(w1.t(), None), row_linear(w2.t(), None)
         needs_grad_x = ctx.needs_input_grad[0] or norm is not None
         grad_x = x.new_empty(x.shape if needs_grad_x else (0,))
         grads1, grads2 = _LinearGrads(w1, ctx.needs_input_grad[4:6]), _LinearGrads(w2, ctx.needs_input_grad[6:8])
-        for block in row_blocks(len(x), _live_width(w1, ctx.activation), w1.dtype):
-            grad_rows, activated = grad_out[block].to(w2.dtype), hidden[block]
-            if ctx.activation == "relu":
-                grad_hidden = torch.ops.aten.threshold_backward(linear2(grad_rows), activated, 0)
-            else:
+        blocks = row_blocks(len(x), _live_width(w1, ctx.activation), w1.dtype)
+        for block, activated in zip(blocks, hidden, strict=True):
+            grad_rows = grad_out[block].to(w2.dtype)
+            grad_hidden = linear2(grad_rows)
+            if ctx.activation != "relu":
                 algorithm = _ONEDNN_ACTIVATIONS[ctx.activation][1]
-                grad_hidden = torch.ops.aten.gelu_backward(linear2(grad_rows), activated, approximate=algorithm)
-                activated = activate(activated, ctx.activation)
-            if ctx.dropout:
-                grad_hidden.mul_(1 / (1 - ctx.dropout))
+                grad_hidden = _dropped(grad_hidden, ctx.dropout, ctx.key, block)
+                grad_hidden = torch.ops.aten.gelu_backward(grad_hidden, activated, approximate=algorithm)
+                activated = _dropped(activate(activated, ctx.activation), ctx.dropout, ctx.key, block)
+            elif ctx.dropout:
+                grad_hidden = ctx.key.rows(block).backward_of_relu(grad_hidden, activated, ctx.dropout)
+            else:
+                grad_hidden = torch.ops.aten.threshold_backward(grad_hidden, activated, 0)
             grads1.add(grad_hidden, x[block] if norm is None else norm(x[block]).to(w1.dtype))
             grads2.add(grad_rows, activated)
             if norm is not None:
@@ -279,7 +287,12 @@ class _FeedForward(torch.autograd.Function):
             elif needs_grad_x:
                 grad_x[block] = linear1(grad_hidden)
         grad_norm = (None, None) if norm is None else norm.sums()
-        return grad_x if needs_grad_x else None, *grad_norm, None, *grads1.sums(), *grads2.sums(), None, None, None
+        grads = (*grads1.sums(), *grads2.sums())
+        return grad_x if needs_grad_x else None, *grad_norm, None, *grads, None, None, None, None
+
+
+def _dropped(rows: Tensor, p: float, key: DropoutKey | None, block: slice) -> Tensor:
+    return rows if not p or key is None else key.rows(block)(rows, p)
 
 
 def _live_width(w1: Tensor, activation: str) -> int:

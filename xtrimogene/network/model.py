@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from xtg_kernels import RaggedBatch
 from xtrimogene.network.config import PRODUCT, XTrimoGeneConfig
 from xtrimogene.network.decoder import Decoder, GeneRows
+from xtrimogene.network.dropping import DropoutKey, any_drops
 from xtrimogene.network.embedding import ExpressionEmbedding
 from xtrimogene.network.encoder import RaggedTransformerEncoder
 from xtrimogene.network.folder import Checkpoint
@@ -104,9 +105,9 @@ class XTrimoGeneNetwork(nn.Module):
         network.load_state_dict(checkpoint.tensors(network, device), assign=True)
         return network.eval()
 
-    def forward(self, batch: RaggedBatch) -> Tensor:
-        """(total_nnz, dim): the encoder's row of every token of the batch."""
-        return self.encoder(self.embedding(batch), batch.cu_seqlens, batch.max_seqlen)
+    def forward(self, batch: RaggedBatch, dropout_key: DropoutKey | None = None) -> Tensor:
+        """(total_nnz, dim): the encoder's row of every token of the batch. dropout_key is the encoder's."""
+        return self.encoder(self.embedding(batch), batch.cu_seqlens, batch.max_seqlen, dropout_key=dropout_key)
 
     def embed_batch(self, batch: RaggedBatch, pooling: str | None = None) -> Tensor:
         """(batch, dim) float32: one embedding per cell, NaN for a cell without expressed genes.
@@ -133,16 +134,26 @@ class XTrimoGeneNetwork(nn.Module):
             self.embedding.gene_table[:-1], batch, encoded, depth_tokens=self.config.depth_tokens
         )
 
-    def masked_predictions(self, masked: MaskedBatch) -> Tensor:
+    def masked_predictions(self, masked: MaskedBatch, *, dropout_seed: int | None = None) -> Tensor:
         """(total_chosen,) float32: predicted log-normalised values of the chosen genes, in the order of chosen_ids."""
-        return self.predict(masked.batch, **_genes_of(masked))
+        return self.predict(masked.batch, self._dropout_key(masked, dropout_seed), **_genes_of(masked))
 
-    def loss(self, masked: MaskedBatch, reduction: str = "sum") -> Tensor:
-        """() float32: squared error of masked_predictions against chosen_values, summed or averaged ("sum", "mean")."""
+    def loss(self, masked: MaskedBatch, reduction: str = "sum", *, dropout_seed: int | None = None) -> Tensor:
+        """() float32: squared error of masked_predictions against chosen_values, summed or averaged ("sum", "mean").
+
+        dropout_seed  of the encoder's dropout in training: with the same one a cell has the same masks in any batch;
+                      None takes one from torch's generator
+        """
         if self.product_head is None:
-            rows = self.decode(masked.batch, **_genes_of(masked))
+            rows = self.decode(masked.batch, self._dropout_key(masked, dropout_seed), **_genes_of(masked))
             return self.decoder.squared_error(rows, masked.chosen_values, reduction)
-        return F.mse_loss(self.masked_predictions(masked), masked.chosen_values, reduction=reduction)
+        predictions = self.masked_predictions(masked, dropout_seed=dropout_seed)
+        return F.mse_loss(predictions, masked.chosen_values, reduction=reduction)
+
+    def _dropout_key(self, masked: MaskedBatch, seed: int | None) -> DropoutKey | None:
+        if not any_drops(list(self.encoder.modules())):
+            return None
+        return DropoutKey.of(masked.batch.cu_seqlens, masked.batch.total_nnz, masked.cells, seed)
 
     def product_loss(self, masked: MaskedBatch, nonzero_rate: float, zero_rate: float) -> Tensor:
         """() the loss of the product head by itself, without encoder and decoder, at every gene the head is not shown.
@@ -180,14 +191,14 @@ class XTrimoGeneNetwork(nn.Module):
         """Fresh random projections in every decoder layer, of a generator on the CPU (None: torch's global one)."""
         self.decoder.redraw_projections(generator)
 
-    def decode(self, batch: RaggedBatch, **genes: Tensor | None) -> Tensor:
+    def decode(self, batch: RaggedBatch, dropout_key: DropoutKey | None = None, /, **genes: Tensor | None) -> Tensor:
         """The decoder's rows of a batch, before its norms; genes are the masked and asked ones of Decoder.forward."""
-        return self._decode(self(batch), batch, **genes)
+        return self._decode(self(batch, dropout_key), batch, **genes)
 
-    def predict(self, batch: RaggedBatch, **genes: Tensor | None) -> Tensor:
+    def predict(self, batch: RaggedBatch, dropout_key: DropoutKey | None = None, /, **genes: Tensor | None) -> Tensor:
         """(n,) float32: predicted log-normalised values of the asked genes of each cell, or (batch * positions,) of all
         of them; genes are the masked and asked ones of Decoder.forward."""
-        encoded = self(batch)
+        encoded = self(batch, dropout_key)
         predictions = self.decoder.predictions(self._decode(encoded, batch, **genes))
         if self.product_head is None:
             return predictions

@@ -30,12 +30,15 @@ class _LossOf(nn.Module):
         *,
         features: bool = False,
         predictions: bool = False,
+        dropout_seed: int | None = None,
     ) -> Tensor:
         if predictions:
             return self.model.masked_predictions(masked)
         if features:
             return self.model.product_features(masked.batch, None if head_alone else self.model(masked.batch))
-        return self.model.loss(masked) if head_alone is None else self.model.product_loss(masked, *head_alone)
+        if head_alone is None:
+            return self.model.loss(masked, dropout_seed=dropout_seed)
+        return self.model.product_loss(masked, *head_alone)
 
 
 def parallel(model: XTrimoGeneNetwork, ranks: Ranks, how: str, *, head_alone: bool = False) -> nn.Module:

@@ -292,14 +292,16 @@ class Run:
         self.network.train()
         squares = torch.zeros((), dtype=torch.float64, device=ranks.device)
         chosen = cells = tokens = 0
+        # The encoder's masks follow a cell through any batch of any rank.
+        dropout_seed = _seed_of(config.seed, _DROPOUT, progress.step)
         for part in range(config.accumulate):
             masked = next(batches)
-            # Numbered through all ranks, as the batches of a step are: dropout does not depend on who computes one.
+            # What else is random, in the product head: numbered through all ranks, as the batches of a step are.
             number = ranks.rank * config.accumulate + part
             torch.manual_seed(_seed_of(config.seed, _DROPOUT, progress.step, number))
             with exchanging(self.network, part + 1 == config.accumulate):
                 with self._autocast():
-                    loss = self.network(masked.to(ranks.device), self._head_alone())
+                    loss = self.network(masked.to(ranks.device), self._head_alone(), dropout_seed=dropout_seed)
                 loss.backward()
             squares += loss.detach()
             chosen += masked.total_chosen

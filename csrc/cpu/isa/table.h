@@ -1,6 +1,7 @@
 // The table of kernels of one vector type: every template instantiated for the three element types.
 #pragma once
 
+#include "../dropout.h"
 #include "../expression_embedding.h"
 #include "../favor_attention.h"
 #include "../masked_decoder_gather.h"
@@ -115,6 +116,16 @@ static constexpr Kernels kernel_table(const char* name) {
   };
   t.head_backward = [](const HeadArgs& args, int64_t first, int64_t count, const HeadSums& sums, void* scratch) {
     with_type(args.dtype, [&](auto e) { head_backward<V, decltype(e)>(args, first, count, sums, scratch); });
+  };
+  t.dropout_rows = [](const DropoutArgs& args, int64_t first, int64_t count) {
+    with_type(args.in, [&](auto in) {
+      with_type(args.out, [&](auto out) {
+        using In = decltype(in);
+        using Out = decltype(out);
+        if constexpr (std::is_same_v<In, Out> || std::is_same_v<In, float> || std::is_same_v<Out, float>)
+          dropout_rows<V, In, Out>(args, first, count);
+      });
+    });
   };
   t.load_rows = [](DType dtype, const void* src, int64_t rows, int64_t columns, float* dst, int64_t padded) {
     with_type(dtype, [&](auto e) {

@@ -35,7 +35,7 @@ BATCH = Batch((5, 9), (3, 4), 52 + 1, (4, 8), (2, 3), (52, 52))
 def _made_up(resident: int) -> Rows:
     """Rows as the table of compiled kernels has them, for the configs that are shipped."""
     widths = {"ragged_attention": 64, "expression_embedding": 128, "favor_attention": 64, "masked_decoder_gather": 256,
-              "masked_head": 512}  # fmt: skip
+              "masked_head": 512, "dropout": 128}  # fmt: skip
     rows = []
     for op, spec in OPS.items():
         tree = json.loads((OPS_FOLDER / op / "configs.json").read_text())
@@ -98,6 +98,8 @@ def test_needs_by_hand() -> None:
         ("masked_decoder_gather", "backward"): 0,
         ("masked_head", "forward"): 2 * 20 * 104,
         ("masked_head", "backward"): 6 * 20 * 104,
+        ("dropout", "forward"): 0,
+        ("dropout", "backward"): 0,
     }
     for direction in floors.DIRECTIONS:
         assert found["ragged_attention", direction].exp2 == 2 * 106
@@ -158,6 +160,13 @@ def test_bytes_are_those_of_what_the_ops_take_and_give() -> None:
     grads = ops.masked_mse_backward(loss, x, None, target, *parameters, 1e-5, True)
     taken["masked_head", "forward"] = _size([x, target, *parameters, loss])
     taken["masked_head", "backward"] = _size([loss, x, target, *parameters, *grads])
+
+    row_ids, seed = _on_meta(torch.int64, tokens), _on_meta(torch.int64)
+    x, residual = _on_meta(half, tokens, 24), _on_meta(half, tokens, 24)
+    out = ops.dropout(x, residual, row_ids, seed, 0, 0.1, False)
+    grad_x = ops.dropout_backward(out, None, row_ids, seed, 0, 0.1, half)
+    taken["dropout", "forward"] = _size([x, residual, row_ids, seed, out])
+    taken["dropout", "backward"] = _size([out, row_ids, seed, grad_x])
 
     assert {where: need.bytes for where, need in floors.needs(SMALL, BATCH).items()} == taken
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from tests.conftest import CPU_BACKENDS
 from tests.xtrimogene.real_cells import scanpy_cells, zheng_cells
 from xtg_kernels import RaggedBatch, use_backend
+from xtg_kernels.ops.dropout.reference import kept, threshold_and_scale
 from xtrimogene.network.config import XTrimoGeneConfig
+from xtrimogene.network.dropping import DropoutKey
 from xtrimogene.network.embedding import ExpressionEmbedding
 from xtrimogene.network.encoder import RaggedTransformerEncoder
 from xtrimogene.network.linear import feed_forward, linear
@@ -205,19 +207,73 @@ def test_gradient_error_is_at_most_three_times_that_of_plain_pytorch(backend: st
         assert _error(grads[name], exact[name]) < 1e-5, name
 
 
-def test_dropout_falls_where_torch_has_it_outside_attention() -> None:
-    torch.manual_seed(0)
-    theirs = _torch_encoder(32, 4, 2, dropout=0.3)
-    ours = RaggedTransformerEncoder(32, 4, 2, dropout=0.3)
-    ours.load_state_dict(theirs.state_dict())
-    for layer in theirs.layers:
-        layer.self_attn.dropout = 0.0  # type: ignore[union-attr]
-    x, cu_seqlens = torch.randn(50, 32), _offsets([50])
+class Masked(nn.Module):
+    """Dropout with the masks of a key, for the layers of torch."""
+
+    def __init__(self, key: DropoutKey, p: float) -> None:
+        super().__init__()
+        self.key, self.p = key, p
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = kept(self.key.row_ids, self.key.seed, self.key.place, self.p, x.shape[-1])
+        return x * mask * threshold_and_scale(self.p)[1]
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["modules", "blocks"])
+@pytest.mark.parametrize("options", [{}, {"activation": "gelu"}, {"norm_first": True}], ids=str)
+def test_dropout_falls_where_torch_has_it_outside_attention(
+    options: dict[str, Any], slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The masks of each cell, its own numbers and positions in them, in three places a layer; and the gradients."""
+    monkeypatch.setattr("xtrimogene.network.linear._mkl_is_slow", lambda: slow)
+    ours, theirs = _twins(32, 4, 2, **options)
+    for layer in ours.layers:
+        layer.dropout.p = 0.3  # type: ignore[union-attr, operator]
+    x, cu_seqlens, cells = torch.randn(sum(LENGTHS), 32, requires_grad=True), _offsets(LENGTHS), torch.arange(90, 95)
+    out = ours(x, cu_seqlens, max(LENGTHS), dropout_key=DropoutKey.of(cu_seqlens, len(x), cells, seed=7))
+    expected = []
+    for cell, rows in zip(cells, x.split(LENGTHS), strict=True):
+        key = DropoutKey.of(_offsets([len(rows)]), len(rows), cell[None], seed=7)
+        for i, layer in enumerate(theirs.layers):
+            for place, name in enumerate(("dropout1", "dropout", "dropout2")):
+                setattr(layer, name, Masked(key.at(3 * i + place), 0.3))
+        expected.append(theirs(rows[None])[0] if len(rows) else rows)
+    want, seed = torch.cat(expected), torch.randn(len(x), 32)
+    assert _error(out, want) < 1e-5
+    grads, plain = _gradients(ours, x, out, seed), _gradients(theirs, x, want, seed)
+    for name, grad in grads.items():
+        assert _error(grad, plain[name]) < 1e-4, name
+    assert _error(ours.eval()(x, cu_seqlens, max(LENGTHS)), want) > 1e-2
+
+
+def test_without_a_key_torchs_seed_decides_about_dropout() -> None:
+    encoder, x, cu_seqlens = RaggedTransformerEncoder(32, 4, 2, dropout=0.5), torch.randn(20, 32), _offsets([12, 8])
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(encoder(x, cu_seqlens, 12))
+    assert torch.equal(outs[0], outs[1])
+    assert _error(outs[2], outs[0]) > 1e-2
+    assert _error(encoder(x, cu_seqlens, 12), outs[2]) > 1e-2, "and the next step has other masks"
     torch.manual_seed(1)
-    expected = theirs(x[None])[0]
-    torch.manual_seed(1)
-    assert _error(ours(x, cu_seqlens, 50), expected) < 1e-5
-    assert _error(ours.eval()(x, cu_seqlens, 50), expected) > 1e-2
+    layer = encoder.layers[0]
+    assert _error(layer(x, cu_seqlens, 12), layer(x, cu_seqlens, 12)) > 1e-2, "a layer by itself too"
+
+
+def test_a_dropout_that_is_off_takes_no_random_number() -> None:
+    x, cu_seqlens = torch.randn(20, 32), _offsets([20])
+    for encoder in (RaggedTransformerEncoder(32, 4, 2, dropout=0.0), RaggedTransformerEncoder(32, 4, 2).eval()):
+        before = torch.get_rng_state()
+        encoder(x, cu_seqlens, 20)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_dropout_with_a_hook_is_called() -> None:
+    encoder, x, cu_seqlens = RaggedTransformerEncoder(32, 4, 1, dropout=0.5), torch.randn(20, 32), _offsets([20])
+    seen = []
+    encoder.layers[0].dropout.register_forward_hook(lambda *args: seen.append("called"))  # type: ignore[union-attr]
+    encoder(x, cu_seqlens, 20)
+    assert seen == ["called"] * 3
 
 
 def test_rows_past_the_last_cell_change_nothing() -> None:
@@ -250,14 +306,17 @@ def test_compiles_to_one_graph_and_keeps_it_over_changing_shapes() -> None:
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    encoder = RaggedTransformerEncoder(32, 4, 2, dropout=0.0)
+    encoder = RaggedTransformerEncoder(32, 4, 2, dropout=0.3)
     compiled = torch.compile(encoder, fullgraph=True, backend=backend)
-    for lengths in ([5, 9], [7, 0, 12], [3, 1, 20, 6], [40], [11, 13]):
+    for step, lengths in enumerate(([5, 9], [7, 0, 12], [3, 1, 20, 6], [40], [11, 13])):
         x, cu_seqlens = torch.randn(sum(lengths), 32, requires_grad=True), _offsets(lengths)
         seed = torch.randn(sum(lengths), 32)
-        expected = _gradients(encoder, x, encoder(x, cu_seqlens, max(lengths)), seed)
+        torch.manual_seed(step)
+        want = encoder(x, cu_seqlens, max(lengths))
+        expected = _gradients(encoder, x, want, seed)
+        torch.manual_seed(step)
         out = compiled(x, cu_seqlens, max(lengths))
-        assert _error(out, encoder(x, cu_seqlens, max(lengths))) < 1e-6
+        assert _error(out, want) < 1e-6
         for name, grad in _gradients(encoder, x, out, seed).items():
             assert _error(grad, expected[name]) < 1e-5, name
     # The first shapes are compiled as constants, the second as symbols; one more graph is allowed for a size of 1.
@@ -473,12 +532,6 @@ def test_other_layers_equal_torch_by_blocks_and_layer_by_layer(variant: str, mon
     assert {name: p.shape for name, p in ours.state_dict().items()} == {
         name: p.shape for name, p in theirs.state_dict().items()
     }
-
-
-def test_dropout_after_gelu_goes_through_the_modules() -> None:
-    encoder = RaggedTransformerEncoder(32, 4, 1, dropout=0.5, activation="gelu").bfloat16()
-    x, cu_seqlens = torch.randn(20, 32, dtype=torch.bfloat16), _offsets([20])
-    assert _error(encoder(x, cu_seqlens, 20), encoder(x, cu_seqlens, 20)) > 1e-2
 
 
 def test_an_unknown_activation_is_refused() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import math
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from xtg_kernels.ops.dropout.reference import kept, threshold_and_scale
 from xtrimogene.network import linear
+from xtrimogene.network.dropping import DropoutKey
 
 DTYPES = [torch.float32, torch.bfloat16]
 AFTER: dict[str, Callable[[Tensor], Tensor]] = {
@@ -340,22 +341,35 @@ def test_flops_of_pre_norm_training_are_those_of_linear_layers(route: str) -> No
     assert counter.get_total_flops() == 3 * 2 * 2 * 150 * 48 * 130
 
 
-def test_nothing_is_kept_where_no_gradient_is_wanted() -> None:
-    """The hidden rows are the widest tensor of a layer: without gradients no room is made for them."""
+def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hidden rows are the widest tensor of a layer: without gradients a block of them is gone before the next."""
+    monkeypatch.setattr(linear, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(linear, "_MIN_UNITS", 1)
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    row_linear = linear.row_linear
+
+    def watched(weight: Tensor, *args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
+        layer = row_linear(weight, *args, **kwargs)
+
+        def call(x: Tensor) -> Tensor:
+            out = layer(x)
+            if len(weight) == 130:
+                made.append(weakref.ref(out))
+                alive.append(sum(block() is not None for block in made))
+            return out
+
+        return call
+
+    monkeypatch.setattr(linear, "row_linear", watched)
     x, *leaves = _pre_norm_leaves(300, torch.float32, torch.float32)
-    made: list[int] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.aten.new_empty.default:
-                made.append(math.prod(args[1]))
-            return func(*args, **(kwargs or {}))
-
     for wanted in (True, False):
         made.clear()
-        with Watch(), torch.set_grad_enabled(wanted):
-            _norm_feed_forward(x, *leaves)
-        assert (300 * 130 in made) == wanted
+        alive.clear()
+        with torch.set_grad_enabled(wanted):
+            out = _norm_feed_forward(x, *leaves)
+        assert len(alive) > 4
+        assert alive == list(range(1, len(alive) + 1)) if wanted else set(alive) <= {1, 2}, out.shape
 
 
 def test_gradients_that_nobody_needs_are_not_made() -> None:
@@ -382,6 +396,19 @@ def test_gradcheck_of_the_training_functions() -> None:
     assert torch.autograd.gradcheck(linear.linear, leaves[:3])
 
 
+# Of 150 rows at most.
+KEY = DropoutKey(torch.arange(150), torch.tensor(3), 5)
+
+
+def _plain_dropout(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, activation: str) -> Tensor:
+    mask = kept(KEY.row_ids[: len(x)], KEY.seed, KEY.place, 0.4, len(w1))
+    return F.linear(AFTER[activation](F.linear(x, w1, b1)) * mask * threshold_and_scale(0.4)[1], w2, b2)
+
+
+def _own_dropout(*leaves: Tensor, activation: str) -> Tensor:
+    return linear.feed_forward(*leaves, 0.4, KEY.rows(slice(len(leaves[0]))), activation=activation)
+
+
 # Ours, the plain layers, and which of x, w1, b1, w2, b2 and a residual they take.
 TRAINING: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[int]]] = {
     **{
@@ -392,11 +419,14 @@ TRAINING: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], list[int
         )
         for name in ("relu", "gelu", "gelu_tanh")
     },
-    "dropout": (
-        lambda *leaves: linear.feed_forward(*leaves, 0.4),
-        lambda x, w1, b1, w2, b2: F.linear(F.dropout(F.relu(F.linear(x, w1, b1)), 0.4), w2, b2),
-        [0, 1, 2, 3, 4],
-    ),
+    **{
+        f"dropout after {name}": (
+            functools.partial(_own_dropout, activation=name),
+            functools.partial(_plain_dropout, activation=name),
+            [0, 1, 2, 3, 4],
+        )
+        for name in ("relu", "gelu")
+    },
     "no bias": (
         lambda x, w1, w2: linear.feed_forward(x, w1, None, w2, None),
         lambda x, w1, w2: _plain_feed_forward(x, w1, None, w2, None),
@@ -459,26 +489,16 @@ def test_layers_without_bias_train() -> None:
     assert torch.allclose(linear.linear(x, w1, None), F.linear(x, w1), atol=1e-5)
 
 
-def test_dropout_after_gelu_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"dropout: expected 0 with activation 'gelu', got 0\.1"):
-        linear.feed_forward(*_leaves(3, 4, 8, torch.float32), 0.1, activation="gelu")
-
-
-def test_dropout_of_the_hidden_rows() -> None:
-    """With the same random numbers as the plain layers when one block holds all rows, forward and backward."""
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_dropout_of_the_hidden_rows(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The masks follow the rows through all blocks, forward and backward."""
+    monkeypatch.setattr(linear, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(linear, "_MIN_UNITS", 1)
     leaves = _leaves(150, 16, 40, torch.float32)
-    torch.manual_seed(3)
-    out = linear.feed_forward(*leaves, 0.4)
-    torch.manual_seed(3)
-    x, w1, b1, w2, b2 = leaves
-    # The last block of 22 rows goes by powers of two; random numbers are drawn in the order of the rows all the same.
-    plain = F.linear(F.dropout(F.relu(F.linear(x, w1, b1)), 0.4), w2, b2)
+    out = _own_dropout(*leaves, activation=activation)
+    plain = _plain_dropout(*leaves, activation=activation)
     assert torch.allclose(out, plain, atol=1e-5)
-    for a, b in zip(
-        torch.autograd.grad(out.square().sum(), leaves),
-        torch.autograd.grad(plain.square().sum(), leaves),
-        strict=True,
-    ):
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), leaves) for y in (out, plain)), strict=True):
         assert _error(a, b.double()) < 1e-5
 
 

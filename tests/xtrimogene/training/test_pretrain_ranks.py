@@ -17,9 +17,8 @@ from tests import warm
 from tests.xtrimogene.training.test_pretrain import MODEL, arguments, assert_same_weights, cells, losses, run, weights
 from xtrimogene import XTrimoGene
 
-# Without dropout's random numbers, what is left between one process and two is the order of sums.
 Torchrun = Callable[..., subprocess.Popen[str]]
-CHANGES = {"model": {**MODEL, "dropout": 0.0}, "batch_cells": 4}
+CHANGES = {"model": {**MODEL, "dropout": 0.1}, "batch_cells": 4}
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +46,14 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_two_ranks_learn_what_one_learns(path: Path, tmp_path: Path, torchrun: Torchrun) -> None:
-    """With a product head, whose norm takes the moments of a batch: those of two ranks are those of one."""
+    """With a product head, whose norm takes the moments of a batch: those of two ranks are those of one. So are the
+    masks of dropout: what is left between one process and two is the order of sums."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     own = {"model": {**CHANGES["model"], "product_head": 4}, "head_steps": 4}
     run(path, tmp_path / "one", accumulate=2, **{**CHANGES, **own})
     torch.set_num_threads(threads)
-    changes = ["batch_cells=4", "model.dropout=0", "model.product_head=4", "head_steps=4"]
+    changes = ["batch_cells=4", "model.dropout=0.1", "model.product_head=4", "head_steps=4"]
     process = torchrun(*arguments(path, tmp_path / "two", *changes))
     out, err = process.communicate()
     assert process.returncode == 0, err
