@@ -30,24 +30,27 @@ from xtrimogene.network.linear import (
     weights_of,
 )
 
-Attend = Callable[[Tensor, Tensor, int], Tensor]
+# q, k, v (rows, num_heads, head_dim) of all rows -> what the rows past cu_seqlens[-1] attend to (rows,
+# num_heads, head_dim): rows of padding ask the keys of their sequence and answer nobody. None for zeros.
+Slack = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Layer:
     """One Transformer layer: x = norm1(x + attend(x)); x = norm2(x + linear2(activation(linear1(x)))), or with
     norm_first x = x + attend(norm1(x)); x = x + linear2(activation(linear1(norm2(x)))).
+    norm_first and residual_of_norm: the same of the normed rows, x = norm1(x); x = x + attend(x); x = norm2(x); ...
 
     num_heads   attention heads
     in_proj     () -> weight (3 width, dim) and bias (3 width,) or None of q, k and v, one after the other
-    attend      x (total_nnz, dim), cu_seqlens, max_seqlen -> (total_nnz, dim), the output projection included
+    attend      x (total_nnz, dim), cu_seqlens, max_seqlen[, slack] -> (total_nnz, dim), the output projection included
     activation  "relu", "gelu" (erf) or "gelu_tanh"
     dropouts    on the attention's branch, after the activation, on the feed-forward branch; None for none
     """
 
     num_heads: int
     in_proj: Callable[[], tuple[Tensor, Tensor | None]]
-    attend: Attend
+    attend: Callable[..., Tensor]
     out_proj: nn.Linear
     norm1: nn.LayerNorm
     linear1: nn.Linear
@@ -56,14 +59,18 @@ class Layer:
     activation: str
     norm_first: bool
     dropouts: tuple[nn.Dropout | None, nn.Dropout | None, nn.Dropout | None]
+    residual_of_norm: bool = False
 
-    def __call__(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def __call__(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, slack: Slack | None = None) -> Tensor:
         """x (total_nnz, dim) -> (total_nnz, dim)."""
         after_attention, _, after_ffn = self.dropouts
+        where = (cu_seqlens, max_seqlen) if slack is None else (cu_seqlens, max_seqlen, slack)
         if self.norm_first:
-            x = x + _drop(after_attention, self.attend(self.norm1(x), cu_seqlens, max_seqlen))
-            return x + _drop(after_ffn, self._feed_forward(self.norm2(x)))
-        x = self.norm1(x + _drop(after_attention, self.attend(x, cu_seqlens, max_seqlen)))
+            rows = self.norm1(x)
+            x = (rows if self.residual_of_norm else x) + _drop(after_attention, self.attend(rows, *where))
+            rows = self.norm2(x)
+            return (rows if self.residual_of_norm else x) + _drop(after_ffn, self._feed_forward(rows))
+        x = self.norm1(x + _drop(after_attention, self.attend(x, *where)))
         return self.norm2(x + _drop(after_ffn, self._feed_forward(x)))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -85,7 +92,12 @@ def _drop(dropout: nn.Dropout | None, x: Tensor) -> Tensor:
 
 
 def attend(
-    x: Tensor, in_proj: tuple[Tensor, Tensor | None], num_heads: int, cu_seqlens: Tensor, max_seqlen: int
+    x: Tensor,
+    in_proj: tuple[Tensor, Tensor | None],
+    num_heads: int,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    slack: Slack | None = None,
 ) -> Tensor:
     """Multi-head self-attention inside each segment, before the output projection.
 
@@ -101,7 +113,19 @@ def attend(
         qkv = F.linear(x, weight, bias)
     # Three strided views of one tensor: the op reads them where they are.
     q, k, v = qkv.view(x.shape[0], 3, num_heads, weight.shape[0] // 3 // num_heads).unbind(1)
-    return ragged_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1)
+    return _attention(q, k, v, cu_seqlens, max_seqlen, slack).flatten(1)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, slack: Slack | None) -> Tensor:
+    out = ragged_attention(q, k, v, cu_seqlens, max_seqlen)
+    if slack is None:
+        return out
+    rows = slack(q, k, v)
+    used = len(out) - len(rows)
+    if out.requires_grad or rows.requires_grad:
+        return torch.cat([out[:used], rows])
+    out[used:] = rows
+    return out
 
 
 class RaggedSelfAttention(nn.Module):
@@ -272,9 +296,17 @@ def infers_by_blocks(x: Tensor, modules: Sequence[nn.Module], width: int) -> boo
 
 
 def infer_by_blocks(
-    layers: Sequence[Layer], norm: nn.LayerNorm | None, x: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    layers: Sequence[Layer],
+    norm: nn.LayerNorm | None,
+    x: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    slack: Slack | None = None,
+    after: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """The same layers with everything between two attentions done for a block of rows at a time.
+
+    after is told the number of each layer and the rows that leave it, in memory that the next layer uses again.
 
     Between attentions every row is on its own, so a block goes from one attention's output to the next one's q, k
     and v while it is in cache. Only q, k, v, the rows themselves and the attention's output exist for all tokens.
@@ -283,12 +315,13 @@ def infer_by_blocks(
     out = x.new_empty(x.shape)
     weight, bias = layers[0].in_proj()
     in_proj, qkv = row_linear(weight, bias), x.new_empty((len(x), len(weight)))
+    if layers[0].residual_of_norm:
+        x = layers[0].norm1(x)
     for block in blocks:
-        rows = x[block]
-        qkv[block] = in_proj(layers[0].norm1(rows) if layers[0].norm_first else rows)
-    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        qkv[block] = in_proj(_asks(layers[0], x[block]))
+    for i, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
         q, k, v = qkv.view(len(x), 3, layer.num_heads, qkv.shape[1] // 3 // layer.num_heads).unbind(1)
-        attended = ragged_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1)
+        attended = _attention(q, k, v, cu_seqlens, max_seqlen, slack).flatten(1)
         out_proj = row_linear(layer.out_proj.weight, layer.out_proj.bias)
         linear1 = row_linear(layer.linear1.weight, layer.linear1.bias, activation=layer.activation)
         linear2 = row_linear(layer.linear2.weight, layer.linear2.bias)
@@ -300,17 +333,27 @@ def infer_by_blocks(
         for block in blocks:
             rows = out_proj(attended[block]).add_(x[block])
             if layer.norm_first:
-                rows = linear2(linear1(layer.norm2(rows))).add_(rows)
+                normed = layer.norm2(rows)
+                rows = linear2(linear1(normed)).add_(normed if layer.residual_of_norm else rows)
             else:
                 rows = layer.norm1(rows)
                 rows = layer.norm2(linear2(linear1(rows)).add_(rows))
             if following is not None:
+                if following.residual_of_norm:
+                    rows = following.norm1(rows)
                 out[block] = rows
-                qkv[block] = in_proj(following.norm1(rows) if following.norm_first else rows)
+                qkv[block] = in_proj(_asks(following, rows))
             else:
                 out[block] = rows if norm is None else norm(rows)
         x = out
+        if after is not None:
+            after(i, x)
     return out
+
+
+def _asks(layer: Layer, rows: Tensor) -> Tensor:
+    """What q, k and v are made of, of rows that are normed already where the residual starts from the normed ones."""
+    return layer.norm1(rows) if layer.norm_first and not layer.residual_of_norm else rows
 
 
 # torch's own encoder layer has the last two; xtrimogene.dropin takes care that nothing else is in it.
