@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xtrimogene.network.encoder import Layer, Slack, attend, infer_by_blocks, infers_by_blocks
+from xtrimogene.network.encoder import Attention, Layer, attend, infer_by_blocks, infers_by_blocks
 
 __all__ = ["RaggedEncoder", "packed_embeddings", "ragged_encoder"]
 
@@ -186,20 +186,20 @@ class RaggedEncoder(nn.Module):
         x: Tensor,
         cu_seqlens: Tensor,
         max_seqlen: int,
-        slack: Slack | None = None,
+        attention: Attention | None = None,
         after: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """The layers and the final norm, without any check; rows past cu_seqlens[-1] attend to what slack says.
+        """The layers and the final norm, unchecked; attention, if given, in place of the one inside each segment.
 
         after is told the number of each layer and the rows that leave it, in memory that may be used again.
         """
         norm = self.final_norm()
         leaves = tuple(module for module in self.modules() if module._parameters or isinstance(module, nn.Dropout))
         if infers_by_blocks(x, leaves, max(layer.linear1.out_features for layer in layers)):
-            return infer_by_blocks(layers, norm, x, cu_seqlens, max_seqlen, slack, after)
+            return infer_by_blocks(layers, norm, x, cu_seqlens, max_seqlen, attention, after)
         for i, layer in enumerate(layers):
             checkpoint = self._checkpoint(i)
-            arguments = (x, cu_seqlens, max_seqlen, slack)
+            arguments = (x, cu_seqlens, max_seqlen, attention)
             x = layer(*arguments) if checkpoint is None else checkpoint(layer, *arguments)
             if after is not None:
                 after(i, x)
@@ -299,7 +299,7 @@ class _RaggedBertEncoder(RaggedEncoder):
         layer: Any
         for i, layer in enumerate(cast(Any, self.layer)):
             name = f"layer.{i}"
-            if not _is_bert(layer, ("BertLayer",)):
+            if not is_bert_class(type(layer), "BertLayer"):
                 continue
             attention = getattr(layer.attention, "self", None)
             if layer.is_decoder or getattr(attention, "is_causal", False):
@@ -319,7 +319,8 @@ class _RaggedBertEncoder(RaggedEncoder):
     def _config_reasons(self) -> Iterator[str]:
         """What transformers reads from the configuration at every call."""
         holders = [self._source[0], *(part for part in self.modules() if hasattr(part, "config"))]
-        for config in {id(part.config): part.config for part in holders}.values():
+        configs: dict[int, Any] = {id(part.config): part.config for part in holders}
+        for config in configs.values():
             if getattr(config, "is_decoder", False):
                 yield "its config asks for causal attention (is_decoder)"
             if (getattr(config, "position_embedding_type", None) or "absolute") != "absolute":
@@ -522,13 +523,21 @@ def _bert_activation(activation: object) -> str | None:
     return _torch_activation(activation)
 
 
-def _is_bert(module: object, names: tuple[str, ...]) -> bool:
-    return type(module).__module__ == _BERT and type(module).__name__ in names
+def is_bert_class(kind: type, *names: str) -> bool:
+    """Whether this is one of transformers' classes of these names."""
+    return kind.__module__ == _BERT and kind.__name__ in names
+
+
+def capture_hooks() -> dict[str, Any] | None:
+    """What transformers 5 is collecting from hooks in this call of a model: {"hidden_states": [...]}; None for nothing
+    and before 5."""
+    collector = getattr(sys.modules.get(_HARMLESS_HOOKS), "_active_collector", None)
+    return None if collector is None else collector.get()
 
 
 def _is_convertible(module: object) -> bool:
     kind = getattr(type(module), "accelerates", type(module))
-    return kind is nn.TransformerEncoder or (kind.__module__ == _BERT and kind.__name__ in ("BertModel", "BertEncoder"))
+    return kind is nn.TransformerEncoder or is_bert_class(kind, "BertModel", "BertEncoder")
 
 
 def _described(x: object) -> str:
@@ -572,7 +581,7 @@ def _layer_reasons(root: str, layers: nn.Module, expected: Mapping[str, _Kind], 
 def _is_kind(module: nn.Module, kind: _Kind) -> bool:
     if not isinstance(kind, tuple):
         return own_class(module) is kind
-    if _is_bert(module, kind):
+    if is_bert_class(own_class(module), *kind):
         return True
     return type(module).__name__ in kind and type(module).__name__ in _FLASH_CLASSES
 

@@ -30,9 +30,8 @@ from xtrimogene.network.linear import (
     weights_of,
 )
 
-# q, k, v (rows, num_heads, head_dim) of all rows -> what the rows past cu_seqlens[-1] attend to (rows,
-# num_heads, head_dim): rows of padding ask the keys of their sequence and answer nobody. None for zeros.
-Slack = Callable[[Tensor, Tensor, Tensor], Tensor]
+# q, k, v -> what each row attends to, all (rows, num_heads, head_dim): in place of the attention inside each segment.
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Layer:
 
     num_heads   attention heads
     in_proj     () -> weight (3 width, dim) and bias (3 width,) or None of q, k and v, one after the other
-    attend      x (total_nnz, dim), cu_seqlens, max_seqlen[, slack] -> (total_nnz, dim), the output projection included
+    attend      x (total_nnz, dim), cu_seqlens, max_seqlen[, attention] -> (total_nnz, dim), with the output projection
     activation  "relu", "gelu" (erf) or "gelu_tanh"
     dropouts    on the attention's branch, after the activation, on the feed-forward branch; None for none
     """
@@ -61,10 +60,12 @@ class Layer:
     dropouts: tuple[nn.Dropout | None, nn.Dropout | None, nn.Dropout | None]
     residual_of_norm: bool = False
 
-    def __call__(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, slack: Slack | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, attention: Attention | None = None
+    ) -> Tensor:
         """x (total_nnz, dim) -> (total_nnz, dim)."""
         after_attention, _, after_ffn = self.dropouts
-        where = (cu_seqlens, max_seqlen) if slack is None else (cu_seqlens, max_seqlen, slack)
+        where = (cu_seqlens, max_seqlen) if attention is None else (cu_seqlens, max_seqlen, attention)
         if self.norm_first:
             rows = self.norm1(x)
             x = (rows if self.residual_of_norm else x) + _drop(after_attention, self.attend(rows, *where))
@@ -97,7 +98,7 @@ def attend(
     num_heads: int,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    slack: Slack | None = None,
+    attention: Attention | None = None,
 ) -> Tensor:
     """Multi-head self-attention inside each segment, before the output projection.
 
@@ -113,19 +114,8 @@ def attend(
         qkv = F.linear(x, weight, bias)
     # Three strided views of one tensor: the op reads them where they are.
     q, k, v = qkv.view(x.shape[0], 3, num_heads, weight.shape[0] // 3 // num_heads).unbind(1)
-    return _attention(q, k, v, cu_seqlens, max_seqlen, slack).flatten(1)
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, slack: Slack | None) -> Tensor:
-    out = ragged_attention(q, k, v, cu_seqlens, max_seqlen)
-    if slack is None:
-        return out
-    rows = slack(q, k, v)
-    used = len(out) - len(rows)
-    if out.requires_grad or rows.requires_grad:
-        return torch.cat([out[:used], rows])
-    out[used:] = rows
-    return out
+    out = ragged_attention(q, k, v, cu_seqlens, max_seqlen) if attention is None else attention(q, k, v)
+    return out.flatten(1)
 
 
 class RaggedSelfAttention(nn.Module):
@@ -301,7 +291,7 @@ def infer_by_blocks(
     x: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
-    slack: Slack | None = None,
+    attention: Attention | None = None,
     after: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """The same layers with everything between two attentions done for a block of rows at a time.
@@ -321,7 +311,8 @@ def infer_by_blocks(
         qkv[block] = in_proj(_asks(layers[0], x[block]))
     for i, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
         q, k, v = qkv.view(len(x), 3, layer.num_heads, qkv.shape[1] // 3 // layer.num_heads).unbind(1)
-        attended = _attention(q, k, v, cu_seqlens, max_seqlen, slack).flatten(1)
+        attended = ragged_attention(q, k, v, cu_seqlens, max_seqlen) if attention is None else attention(q, k, v)
+        attended = attended.flatten(1)
         out_proj = row_linear(layer.out_proj.weight, layer.out_proj.bias)
         linear1 = row_linear(layer.linear1.weight, layer.linear1.bias, activation=layer.activation)
         linear2 = row_linear(layer.linear2.weight, layer.linear2.bias)
