@@ -41,7 +41,8 @@ def accelerate(model: nn.Module, *, padded_rows: bool = True, omit_attention_dro
         handle.remove()                 # or: with accelerate(model): ...
 
     Takes every torch.nn.TransformerEncoder (layers of torch or scGPT's FlashTransformerEncoderLayer, batch first or
-    not) and every BertEncoder of transformers that ``ragged_encoder`` can run, wherever in the model they are. Results
+    not), every torch.nn.TransformerEncoderLayer, also where a model calls one by itself, and every BertEncoder of
+    transformers that ``ragged_encoder`` can run, wherever in the model they are. Results
     and gradients are those of the model as it was, at places of padding too. Parameters, state dicts, hooks around an
     encoder, train(), eval(), to(), autocast, gradient checkpointing, torch.compile (with a graph break), copies and
     pickles go on as before. A checkpoint with scGPT's names for flash-attn (Wqkv) loads into torch's layers.
@@ -118,10 +119,14 @@ class Accelerated:
         self._undo.append(undo)
         if plain is nn.TransformerEncoder:
             self._undo.append(module.register_load_state_dict_pre_hook(_spell_keys).remove)
+            for layer in cast(Any, module.layers):
+                if type(layer) is nn.TransformerEncoderLayer:
+                    # For who calls the layers one by one. What cannot be run so the encoder has said already.
+                    self._take(layer, options._replace(name=""))
 
 
 class _Options(NamedTuple):
-    name: str
+    name: str  # in warnings; empty to give none
     padded_rows: bool
     omit_attention_dropout: bool
 
@@ -135,13 +140,13 @@ def _reasons(module: nn.Module) -> list[str] | None:
     kind = own_class(module)
     if kind is not type(module):
         return ["is accelerated already"]
-    if kind is nn.TransformerEncoder or is_bert_class(kind, "BertEncoder"):
+    if kind in _FORWARDS or is_bert_class(kind, "BertEncoder"):
         own = ["has a forward of its own"] if "forward" in vars(module) else []
         return own + view(module).not_supported_reasons()
     name = f"{kind.__module__}.{kind.__qualname__}"
     if isinstance(module, (nn.TransformerDecoder, nn.TransformerDecoderLayer)):
         return [f"a {name} attends causally or to another sequence"]
-    others = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+    others = (*_FORWARDS, nn.MultiheadAttention)
     # Those of transformers' other models, and scGPT's with linear attention.
     theirs = kind.__module__.startswith("transformers.models.") and kind.__name__.endswith(("Encoder", "Decoder"))
     if isinstance(module, others) or theirs or kind.__name__ == "FastTransformerEncoderWrapper":
@@ -152,8 +157,8 @@ def _reasons(module: nn.Module) -> list[str] | None:
 @functools.cache
 def _accelerated(plain: Any) -> Any:
     """The class of an accelerated encoder of a class."""
-    forward = _TransformerForward if plain is nn.TransformerEncoder else _BertForward
-    return type(f"Accelerated{plain.__name__}", (forward, plain), {"accelerates": plain, "__module__": __name__})
+    bases = (_FORWARDS.get(plain, _BertForward), plain)
+    return type(f"Accelerated{plain.__name__}", bases, {"accelerates": plain, "__module__": __name__})
 
 
 def _restored(plain: Any) -> Any:
@@ -178,11 +183,24 @@ class _TransformerForward(_Forward):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        run, compiled = _run_transformer, torch.compiler.is_compiling()
-        if compiled:
-            run = torch.compiler.disable(run)
+        compiled = torch.compiler.is_compiling()
+        run = torch.compiler.disable(_run_transformer) if compiled else _run_transformer
         out = run(self, src, mask, src_key_padding_mask, is_causal, compiled)
         return super().forward(src, mask, src_key_padding_mask, is_causal) if out is None else out
+
+
+class _LayerForward(_Forward):
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        compiled = torch.compiler.is_compiling()
+        run = torch.compiler.disable(_run_transformer) if compiled else _run_transformer
+        out = run(self, src, src_mask, src_key_padding_mask, is_causal, compiled)
+        return super().forward(src, src_mask, src_key_padding_mask, is_causal) if out is None else out
 
 
 class _BertForward(_Forward):
@@ -192,17 +210,24 @@ class _BertForward(_Forward):
         return super().forward(*args, **kwargs) if out is None else out
 
 
+_FORWARDS: dict[type, type[_Forward]] = {
+    nn.TransformerEncoder: _TransformerForward,
+    nn.TransformerEncoderLayer: _LayerForward,
+}
+
+
 def _run_transformer(
     encoder: Any, src: Tensor, mask: Tensor | None, key_mask: Tensor | None, is_causal: bool | None, compiled: bool
 ) -> Tensor | None:
-    """What a TransformerEncoder returns; None where its own forward has to be called."""
+    """What a TransformerEncoder or a layer returns; None where its own forward has to be called."""
     options: _Options = encoder._ragged
     ragged = view(encoder, options.omit_attention_dropout)
     reasons = ragged.not_supported_reasons()
     if reasons:
         _warn(options, reasons)
         return None
-    first = encoder.layers[0]
+    whole = own_class(encoder) is nn.TransformerEncoder
+    first = encoder.layers[0] if whole else encoder
     if src.is_nested or src.dim() not in (2, 3) or not _fits(src, ragged):
         return None  # its own message, or its own way with nested tensors
     batch_first = src.dim() == 2 or bool(first.self_attn.batch_first)
@@ -220,7 +245,7 @@ def _run_transformer(
         _warn(options, reasons)
         return None
     places = _Places(*keys, batch_first)
-    zeroed = fused and key_mask is not None and mask is None and encoder.use_nested_tensor and not compiled
+    zeroed = whole and fused and key_mask is not None and mask is None and encoder.use_nested_tensor and not compiled
     if zeroed and getattr(encoder, "mask_check", True):
         zeroed = places.left_aligned()
     layers = ragged.parts()
@@ -280,7 +305,9 @@ def _is_given(value: Any) -> bool:
 
 
 def _warn(options: _Options, reasons: Sequence[str]) -> None:
-    warnings.warn(f"{options.name} runs as it was, with padding: {'; '.join(reasons)}", RuntimeWarning, stacklevel=4)
+    if options.name:
+        told = f"{options.name} runs as it was, with padding: {'; '.join(reasons)}"
+        warnings.warn(told, RuntimeWarning, stacklevel=4)
 
 
 def _fits(x: Tensor, ragged: RaggedEncoder) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -125,9 +126,12 @@ def ragged_encoder(module: nn.Module, *, omit_attention_dropout: bool = False) -
 
 
 def view(module: nn.Module, omit_attention_dropout: bool = False) -> RaggedEncoder:
-    """What ragged_encoder makes of a module of one of its classes, whether or not that can be run."""
+    """What ragged_encoder makes of a module of one of its classes, whether or not that can be run; or of one layer."""
     if own_class(module) is nn.TransformerEncoder:
         return _RaggedTorchEncoder(module, omit_attention_dropout)
+    if own_class(module) is nn.TransformerEncoderLayer:
+        alone: Any = SimpleNamespace(layers=nn.ModuleList([module]), norm=None, training=module.training)
+        return _RaggedTorchEncoder(alone, omit_attention_dropout)
     return _RaggedBertEncoder(module, omit_attention_dropout)
 
 
@@ -262,7 +266,7 @@ class _RaggedTorchEncoder(RaggedEncoder):
             name = f"layers.{name}"
             if is_flash(layer):
                 reasons += _flash_reasons(name, layer)
-            elif type(layer) is not nn.TransformerEncoderLayer:
+            elif own_class(layer) is not nn.TransformerEncoderLayer:
                 continue
             elif isinstance(layer.self_attn, nn.MultiheadAttention):
                 attention = layer.self_attn
