@@ -109,13 +109,13 @@ MODELS: dict[str, Model] = {
 }
 # Model, layers, cells, dtype and direction of what is measured: in a few minutes on one thread.
 RUNS = [
-    ("scGPT", 2, 4, "float32", FORWARD),
-    ("scGPT", 2, 4, "float32", BOTH),
-    ("scGPT", 2, 4, "bfloat16", FORWARD),
+    ("scGPT", 1, 8, "float32", FORWARD),
+    ("scGPT", 1, 8, "float32", BOTH),
+    ("scGPT", 1, 8, "bfloat16", FORWARD),
     ("Geneformer V2 104M", 1, 4, "float32", FORWARD),
     ("Geneformer V2 104M", 1, 2, "float32", BOTH),
     ("Geneformer V2 104M", 1, 2, "bfloat16", FORWARD),
-    ("Nicheformer", 2, 4, "float32", FORWARD),
+    ("Nicheformer", 1, 8, "float32", FORWARD),
     ("UCE", 1, 2, "float32", FORWARD),
 ]
 
