@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import others
 from xtrimogene.interop.accelerate import accelerate
-from xtrimogene.interop.dropin import packed_embeddings, ragged_encoder
+from xtrimogene.interop.dropin import RaggedEncoder, packed_embeddings, ragged_encoder
 from xtrimogene.interop.packed import Packed
 
 LENGTHS = [5, 1, 11, 8]
@@ -149,15 +149,35 @@ def test_results_and_gradients_are_those_of_the_model_as_it_was(name: str) -> No
 
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("name", MODELS)
-def test_inference_is_that_of_the_model_as_it_was(name: str) -> None:
+def test_inference_is_that_of_the_model_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch's fused path where the model takes it: it puts zeros where padding was."""
     model, call = _model(name)
+    runs: list[int] = []
+    run = RaggedEncoder.run
+    monkeypatch.setattr(RaggedEncoder, "run", lambda *args: (runs.append(len(args[1])), run(*args))[1])
     for training in (True, False):
         model.train(training)
         with torch.no_grad():
             wanted = call(model)
             with accelerate(model):
                 _assert_same(call(model), wanted)
+    # Nicheformer calls its layers one by one too.
+    assert runs == 2 * ([2, 1, 1] if name == "Nicheformer" else [2])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_masks_of_a_bert_in_every_form(attention: str) -> None:
+    model = _moved(others.geneformer("BertModel", tokens=TOKENS, length=LENGTH, attn_implementation=attention, **SIZE))
+    excluded = torch.zeros(USED.shape).masked_fill(~USED, torch.finfo(torch.float32).min)
+    numbers = (torch.arange(LENGTH) % 3 - 1.0).expand(USED.shape) + excluded
+    masks = [None, USED, USED.long(), USED.float(), torch.ones(USED.shape)]
+    # Four dimensions go to the attention as they are: the eager one adds a bool, and numbers are added by both.
+    for mask in (USED, excluded, numbers):
+        masks += [mask[:, None, None], mask[:, None, None].expand(-1, 1, LENGTH, -1)]
+    for mask in masks:
+        wanted = model(_inputs()[0], attention_mask=mask)
+        with accelerate(model):
+            _assert_same(dict(model(_inputs()[0], attention_mask=mask)), dict(wanted))
 
 
 @pytest.mark.usefixtures("route")
