@@ -7,6 +7,7 @@ cells, each cut where the model cuts. A way whose rows are not right against flo
 from __future__ import annotations
 
 import copy
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,10 +20,9 @@ from torch import Tensor, nn
 
 from benchmarks.models import others
 from xtrimogene.bench.baselines import without_fastpath
-from xtrimogene.bench.cells import known_cells
 from xtrimogene.bench.measured import digits
 from xtrimogene.bench.rows import Row
-from xtrimogene.bench.tasks import BOTH, DTYPES, FORWARD
+from xtrimogene.bench.tasks import BOTH, CELL_LENGTHS, DTYPES, FORWARD, umi_counts
 from xtrimogene.interop.accelerate import accelerate
 from xtrimogene.interop.dropin import packed_embeddings, ragged_encoder
 from xtrimogene.interop.packed import Packed
@@ -130,11 +130,11 @@ def accelerated(quick: bool) -> Iterator[Row]:
 
 def _batch(cells: int, longest: int, dtype: torch.dtype) -> Packed:
     """Cells at evenly spaced ranks of the real lengths: a few with about the padding of many."""
-    known = known_cells()
-    ranks = (2 * np.arange(cells) + 1) * len(known.lengths) // (2 * cells)
-    batch = known.batch(np.argsort(known.lengths, kind="stable")[ranks].tolist())
-    lengths = batch.lengths.tolist()
-    pairs = zip(batch.values.to(dtype).split(lengths), batch.gene_ids.split(lengths), strict=True)
+    known = np.sort(json.loads(CELL_LENGTHS.read_text(encoding="utf-8"))["lengths"])
+    lengths = known[(2 * np.arange(cells) + 1) * len(known) // (2 * cells)].tolist()
+    counts, gene_ids = umi_counts(tuple(lengths))
+    values = torch.from_numpy(np.log1p(counts)).to(dtype)
+    pairs = zip(values.split(lengths), torch.from_numpy(gene_ids).split(lengths), strict=True)
     return Packed.collate(pairs, max_length=longest)
 
 

@@ -42,10 +42,11 @@ def accelerate(model: nn.Module, *, padded_rows: bool = True, omit_attention_dro
 
     Takes every torch.nn.TransformerEncoder (layers of torch or scGPT's FlashTransformerEncoderLayer, batch first or
     not), every torch.nn.TransformerEncoderLayer, also where a model calls one by itself, and every BertEncoder of
-    transformers that ``ragged_encoder`` can run, wherever in the model they are. Results
-    and gradients are those of the model as it was, at places of padding too. Parameters, state dicts, hooks around an
-    encoder, train(), eval(), to(), autocast, gradient checkpointing, torch.compile (with a graph break), copies and
-    pickles go on as before. A checkpoint with scGPT's names for flash-attn (Wqkv) loads into torch's layers.
+    transformers that ``ragged_encoder`` can run, wherever in the model they are. Results and gradients are those of the
+    model as it was, at places of padding too. Parameters, state dicts, hooks around an encoder, train(), eval(), to(),
+    autocast, gradient checkpointing, torch.compile (with a graph break), copies and pickles go on as before; inference
+    under autocast runs in its dtype, which torch's fused path does not heed. A checkpoint with scGPT's names for
+    flash-attn (Wqkv) loads into torch's layers.
 
     A call that cannot be run so (a mask between places, causal attention, attention weights asked for, modules
     replaced or hooked inside the encoder, dropout of attention probabilities in training) is run as it was, and a
