@@ -457,7 +457,8 @@ def _run(
 
     def after(layer: int, rows: Tensor) -> None:
         # Without gradients the next layer writes where this one did.
-        cast(list[Tensor], states).append(back(rows if rows.requires_grad else rows.clone(), None))
+        mine = rows.clone() if taken is None and not rows.requires_grad else rows
+        cast(list[Tensor], states).append(back(mine, None))
 
     out = ragged.run(
         layers, rows, places.cu_seqlens, places.max_seqlen, attention, None if states is None else after

@@ -60,9 +60,7 @@ class Layer:
     dropouts: tuple[nn.Dropout | None, nn.Dropout | None, nn.Dropout | None]
     residual_of_norm: bool = False
 
-    def __call__(
-        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, attention: Attention | None = None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, attention: Attention | None = None) -> Tensor:
         """x (total_nnz, dim) -> (total_nnz, dim)."""
         after_attention, _, after_ffn = self.dropouts
         where = (cu_seqlens, max_seqlen) if attention is None else (cu_seqlens, max_seqlen, attention)

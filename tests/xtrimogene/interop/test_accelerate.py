@@ -165,6 +165,16 @@ def test_inference_is_that_of_the_model_as_it_was(name: str, monkeypatch: pytest
     assert runs == 2 * ([2, 1, 1] if name == "Nicheformer" else [2])
 
 
+@pytest.mark.usefixtures("route")
+def test_hidden_states_of_a_batch_without_padding() -> None:
+    model, _ = _model("Geneformer, BertModel, sdpa")
+    with torch.no_grad():
+        wanted = model(_inputs()[0], output_hidden_states=True).hidden_states
+        with accelerate(model):
+            found = model(_inputs()[0], output_hidden_states=True).hidden_states
+    _assert_same(dict(enumerate(found)), dict(enumerate(wanted)))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_masks_of_a_bert_in_every_form(attention: str) -> None:
     model = _moved(others.geneformer("BertModel", tokens=TOKENS, length=LENGTH, attn_implementation=attention, **SIZE))
