@@ -78,11 +78,30 @@ def _geneformer(model: Any) -> dict[str, Any]:
     return {f"{name}{i}": x for name, xs in found.items() for i, x in enumerate(xs if isinstance(xs, tuple) else [xs])}
 
 
+class FlashMHA(nn.Module):
+    """scGPT's wrapper of the attention of flash-attn 1 or 2."""
+
+    def __init__(self, impl: nn.Module) -> None:
+        super().__init__()
+        self._impl, self.batch_first = impl, True
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
+        return self._impl(x, key_padding_mask=key_padding_mask)
+
+
+def _wrapped() -> Any:
+    model = others.ScGPT(genes=TOKENS, flash="post", **SIZE)
+    for layer in model.transformer_encoder.layers:
+        layer.self_attn = FlashMHA(layer.self_attn)
+    return model
+
+
 Call = Callable[[Any], dict[str, Tensor]]
 MODELS: dict[str, tuple[Callable[[], Any], Call]] = {
     "scGPT": (lambda: others.ScGPT(genes=TOKENS, **SIZE), _scgpt),
     "scGPT, flash, post-norm": (lambda: others.ScGPT(genes=TOKENS, flash="post", **SIZE), _scgpt),
     "scGPT, flash, pre-norm": (lambda: others.ScGPT(genes=TOKENS, flash="pre", **SIZE), _scgpt),
+    "scGPT, flash, wrapped": (_wrapped, _scgpt),
     "UCE": (lambda: others.UCE(token_dim=24, output_dim=8, length=LENGTH, **SIZE), _uce),
     "Nicheformer": (lambda: others.Nicheformer(tokens=TOKENS, length=LENGTH, **SIZE), _nicheformer),
     **{
@@ -327,7 +346,7 @@ def test_undone_the_model_is_as_it_was(name: str) -> None:
     assert _kept(model) == before
 
 
-@pytest.mark.parametrize("name", ["scGPT", "scGPT, flash, post-norm"])
+@pytest.mark.parametrize("name", ["scGPT", "scGPT, flash, post-norm", "scGPT, flash, wrapped"])
 @pytest.mark.parametrize("spelled", ["in_proj", "Wqkv", "_impl.Wqkv"])
 def test_checkpoints_load_whatever_flash_attn_named_their_weights(name: str, spelled: str) -> None:
     """Released ones have Wqkv, new ones of scGPT's wrapper _impl.Wqkv, and torch's layers in_proj."""
