@@ -27,7 +27,7 @@ from xtrimogene.interop.accelerate import accelerate
 from xtrimogene.interop.dropin import packed_embeddings, ragged_encoder
 from xtrimogene.interop.packed import Packed
 
-ROUNDS = 3
+ROUNDS = 5
 AS_IT_IS, UNFUSED, ACCELERATED, FILLED, PACKED = (
     "as it is", "as it is, fused path off", "accelerate", "accelerate, padded_rows=False", "packed",
 )  # fmt: skip
