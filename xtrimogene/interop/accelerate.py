@@ -479,10 +479,8 @@ def _attention(places: _Places, asks: bool) -> Attention:
         # One more channel: 1 in every query, in every key what its score gets.
         scale = q.shape[2] ** -0.5
         extra = F.pad(added / scale, (0, len(k) - total)).to(k.dtype)[:, None, None].expand(-1, k.shape[1], 1)
-        keys = torch.cat([k, extra], 2)
-        return ragged_attention(F.pad(q, (0, 1), value=1.0), keys, F.pad(v, (0, 1)), *where, softmax_scale=scale)[
-            ..., :-1
-        ]
+        q, k, v = F.pad(q, (0, 1), value=1.0), torch.cat([k, extra], 2), F.pad(v, (0, 1))
+        return ragged_attention(q, k, v, *where, softmax_scale=scale)[..., :-1]
 
     def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = inside(q, k, v)
@@ -490,9 +488,10 @@ def _attention(places: _Places, asks: bool) -> Attention:
             return out
         biases = [None] * len(lengths) if added is None else added.to(q.dtype).split(lengths)
         # Split, not sliced: the gradient of every slice would be a tensor as large as the whole.
-        keys, values = k[:total].split(lengths), v[:total].split(lengths)
+        queries_of = q.split([total, *padding])[1:]
+        keys, values = (x.split([*lengths, len(x) - total])[:-1] for x in (k, v))
         rows = []
-        for queries, key, value, bias in zip(q[total:].split(padding), keys, values, biases, strict=True):
+        for queries, key, value, bias in zip(queries_of, keys, values, biases, strict=True):
             if len(queries):
                 heads = [part.transpose(0, 1)[None] for part in (queries, key, value)]
                 mask = None if bias is None else bias.expand(1, 1, len(queries), -1)
