@@ -107,7 +107,7 @@ sanitize: setup $(SANITIZED)/kernels_check
 
 # All benchmarks, for half an hour on a machine that does nothing else, and the tables that show them.
 benchmarks: setup
-	for name in pack loader attention favor favor_memory embedding encoder gather head embed memory step dropout ranks savings; do \
+	for name in pack loader attention favor favor_memory embedding encoder gather head embed memory step dropout ranks savings accelerated; do \
 	  $(BIN)/python -m benchmarks.run $$name --out benchmarks/results/$$name.csv || exit 1; done
 	$(BIN)/python -m benchmarks.readme
 

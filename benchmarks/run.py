@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.models import dropout, end_to_end, pretraining
+from benchmarks.models import accelerated, dropout, end_to_end, pretraining
 from benchmarks.ops import favor_memory
 from benchmarks.ops.cases import TASKS
 from xtrimogene.bench import counting
@@ -45,6 +45,7 @@ OTHERS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "dropout": dropout.dropout,
     "step": pretraining.step,
     "ranks": pretraining.ranks,
+    "accelerated": accelerated.accelerated,
     "savings": counting.savings,
 }
 

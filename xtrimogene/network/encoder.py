@@ -31,7 +31,8 @@ from xtrimogene.network.linear import (
     weights_of,
 )
 
-Attend = Callable[[Tensor, Tensor, int], Tensor]
+# q, k, v -> what each row attends to, all (rows, num_heads, head_dim): in place of the attention inside each segment.
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 # Of a layer.
 DROPOUTS = 3
 
@@ -40,17 +41,18 @@ DROPOUTS = 3
 class Layer:
     """One Transformer layer: x = norm1(x + attend(x)); x = norm2(x + linear2(activation(linear1(x)))), or with
     norm_first x = x + attend(norm1(x)); x = x + linear2(activation(linear1(norm2(x)))).
+    norm_first and residual_of_norm: the same of the normed rows, x = norm1(x); x = x + attend(x); x = norm2(x); ...
 
     num_heads   attention heads
     in_proj     () -> weight (3 width, dim) and bias (3 width,) or None of q, k and v, one after the other
-    attend      x (total_nnz, dim), cu_seqlens, max_seqlen -> (total_nnz, dim), the output projection included
+    attend      x (total_nnz, dim), cu_seqlens, max_seqlen[, attention] -> (total_nnz, dim), with the output projection
     activation  "relu", "gelu" (erf) or "gelu_tanh"
     dropouts    on the attention's branch, after the activation, on the feed-forward branch; None for none
     """
 
     num_heads: int
     in_proj: Callable[[], tuple[Tensor, Tensor | None]]
-    attend: Attend
+    attend: Callable[..., Tensor]
     out_proj: nn.Linear
     norm1: nn.LayerNorm
     linear1: nn.Linear
@@ -59,20 +61,12 @@ class Layer:
     activation: str
     norm_first: bool
     dropouts: tuple[nn.Dropout | None, nn.Dropout | None, nn.Dropout | None]
+    residual_of_norm: bool = False
 
-    def __call__(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, key: DropoutKey | None = None) -> Tensor:
-        """x (total_nnz, dim) -> (total_nnz, dim). key is what masks are drawn from, None to take a seed from torch."""
-        after_attention, _, after_ffn = self.dropouts
-        if not any_drops(self.dropouts):
-            key = None
-        elif key is None:
-            key = DropoutKey.of(cu_seqlens, len(x))
-        of_attention, of_hidden, of_ffn = (None if key is None else key.at(i) for i in range(DROPOUTS))
-        if self.norm_first:
-            x = added(x, after_attention, self.attend(self.norm1(x), cu_seqlens, max_seqlen), of_attention)
-            return added(x, after_ffn, self._feed_forward(self.norm2(x), of_hidden), of_ffn)
-        x = self.norm1(added(x, after_attention, self.attend(x, cu_seqlens, max_seqlen), of_attention))
-        return self.norm2(added(x, after_ffn, self._feed_forward(x, of_hidden), of_ffn))
+# q, k, v -> what each row attends to, all (rows, num_heads, head_dim): in place of the attention inside each segment.
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Of a layer.
+DROPOUTS = 3
 
     def _feed_forward(self, x: Tensor, key: DropoutKey | None) -> Tensor:
         dropout = self.dropouts[1]
@@ -88,7 +82,12 @@ class Layer:
 
 
 def attend(
-    x: Tensor, in_proj: tuple[Tensor, Tensor | None], num_heads: int, cu_seqlens: Tensor, max_seqlen: int
+    x: Tensor,
+    in_proj: tuple[Tensor, Tensor | None],
+    num_heads: int,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    attention: Attention | None = None,
 ) -> Tensor:
     """Multi-head self-attention inside each segment, before the output projection.
 
@@ -104,7 +103,8 @@ def attend(
         qkv = F.linear(x, weight, bias)
     # Three strided views of one tensor: the op reads them where they are.
     q, k, v = qkv.view(x.shape[0], 3, num_heads, weight.shape[0] // 3 // num_heads).unbind(1)
-    return ragged_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1)
+    out = ragged_attention(q, k, v, cu_seqlens, max_seqlen) if attention is None else attention(q, k, v)
+    return out.flatten(1)
 
 
 class RaggedSelfAttention(nn.Module):
@@ -169,7 +169,7 @@ class RaggedTransformerEncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, key: DropoutKey | None = None) -> Tensor:
         """x (total_nnz, dim) -> (total_nnz, dim). key is what masks are drawn from, None to take a seed from torch."""
-        return self.parts()(x, cu_seqlens, max_seqlen, key)
+        return self.parts()(x, cu_seqlens, max_seqlen, key=key)
 
     def parts(self) -> Layer:
         """This layer's modules."""
@@ -283,9 +283,17 @@ def infers_by_blocks(x: Tensor, modules: Sequence[nn.Module], width: int) -> boo
 
 
 def infer_by_blocks(
-    layers: Sequence[Layer], norm: nn.LayerNorm | None, x: Tensor, cu_seqlens: Tensor, max_seqlen: int
+    layers: Sequence[Layer],
+    norm: nn.LayerNorm | None,
+    x: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    attention: Attention | None = None,
+    after: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """The same layers with everything between two attentions done for a block of rows at a time.
+
+    after is told the number of each layer and the rows that leave it, in memory that the next layer uses again.
 
     Between attentions every row is on its own, so a block goes from one attention's output to the next one's q, k
     and v while it is in cache. Only q, k, v, the rows themselves and the attention's output exist for all tokens.
@@ -294,12 +302,14 @@ def infer_by_blocks(
     out = x.new_empty(x.shape)
     weight, bias = layers[0].in_proj()
     in_proj, qkv = row_linear(weight, bias), x.new_empty((len(x), len(weight)))
+    if layers[0].residual_of_norm:
+        x = layers[0].norm1(x)
     for block in blocks:
-        rows = x[block]
-        qkv[block] = in_proj(layers[0].norm1(rows) if layers[0].norm_first else rows)
-    for layer, following in zip(layers, [*layers[1:], None], strict=True):
+        qkv[block] = in_proj(_asks(layers[0], x[block]))
+    for i, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
         q, k, v = qkv.view(len(x), 3, layer.num_heads, qkv.shape[1] // 3 // layer.num_heads).unbind(1)
-        attended = ragged_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1)
+        attended = ragged_attention(q, k, v, cu_seqlens, max_seqlen) if attention is None else attention(q, k, v)
+        attended = attended.flatten(1)
         out_proj = row_linear(layer.out_proj.weight, layer.out_proj.bias)
         linear1 = row_linear(layer.linear1.weight, layer.linear1.bias, activation=layer.activation)
         linear2 = row_linear(layer.linear2.weight, layer.linear2.bias)
@@ -311,17 +321,27 @@ def infer_by_blocks(
         for block in blocks:
             rows = out_proj(attended[block]).add_(x[block])
             if layer.norm_first:
-                rows = linear2(linear1(layer.norm2(rows))).add_(rows)
+                normed = layer.norm2(rows)
+                rows = linear2(linear1(normed)).add_(normed if layer.residual_of_norm else rows)
             else:
                 rows = layer.norm1(rows)
                 rows = layer.norm2(linear2(linear1(rows)).add_(rows))
             if following is not None:
+                if following.residual_of_norm:
+                    rows = following.norm1(rows)
                 out[block] = rows
-                qkv[block] = in_proj(following.norm1(rows) if following.norm_first else rows)
+                qkv[block] = in_proj(_asks(following, rows))
             else:
                 out[block] = rows if norm is None else norm(rows)
         x = out
+        if after is not None:
+            after(i, x)
     return out
+
+
+def _asks(layer: Layer, rows: Tensor) -> Tensor:
+    """What q, k and v are made of, of rows that are normed already where the residual starts from the normed ones."""
+    return layer.norm1(rows) if layer.norm_first and not layer.residual_of_norm else rows
 
 
 # torch's own encoder layer has the last two; xtrimogene.dropin takes care that nothing else is in it.

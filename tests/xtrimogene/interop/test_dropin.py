@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.bert.modeling_bert import BertEncoder
 
+from benchmarks.models.others import FlashTransformerEncoderLayer
 from xtrimogene.interop.dropin import RaggedEncoder, packed_embeddings, ragged_encoder
 
 LENGTHS = [5, 1, 40, 23]
@@ -29,15 +31,6 @@ def _plain_torch_layers_on_one_thread() -> Iterator[None]:
     yield
     torch.backends.mha.set_fastpath_enabled(True)
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=["by blocks", "through the modules"])
-def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small batches go by blocks of 16 rows as large ones do, in float32 too, or through the modules."""
-    if request.param == "by blocks":
-        for name, value in (("_LARGE_BYTES", 0), ("_UNIT_ROWS", 16), ("_MIN_UNITS", 1), ("_BLOCK_BYTES", 1)):
-            monkeypatch.setattr(f"xtrimogene.network.linear.{name}", value)
-        monkeypatch.setattr("xtrimogene.network.linear._mkl_is_slow", lambda: True)
 
 
 def torch_encoder(
@@ -73,6 +66,25 @@ def _moved(module: Any) -> Any:
     return module
 
 
+def flash_encoder(norm_scheme: str) -> nn.TransformerEncoder:
+    torch.manual_seed(0)
+    layer: Any = FlashTransformerEncoderLayer(DIM, HEADS, 48, 0.0, norm_scheme)
+    return _moved(nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(DIM), enable_nested_tensor=False))
+
+
+def _share_dropout(layer: Any) -> None:
+    layer.dropout1 = layer.dropout2 = layer.dropout
+
+
+def _changed(make: Callable[[], Any], change: Callable[[Any], object]) -> Callable[[], Any]:
+    def changed() -> Any:
+        module = make()
+        change(module)
+        return module
+
+    return changed
+
+
 ORIGINALS: dict[str, Callable[[], nn.Module]] = {
     "torch": torch_encoder,
     "torch, pre-norm, gelu": lambda: torch_encoder(norm_first=True, activation="gelu"),
@@ -80,8 +92,13 @@ ORIGINALS: dict[str, Callable[[], nn.Module]] = {
     "torch, tanh-gelu, one layer": lambda: torch_encoder(activation=nn.GELU(approximate="tanh"), num_layers=1),
     "torch, pre-norm, no bias": lambda: torch_encoder(norm_first=True, bias=False, activation=nn.ReLU()),
     "torch, sequence first": lambda: torch_encoder(batch_first=False),
+    "torch, tanh-gelu as a partial": lambda: torch_encoder(activation=functools.partial(F.gelu, approximate="tanh")),
+    "torch, one dropout for all": _changed(torch_encoder, lambda m: [_share_dropout(layer) for layer in m.layers]),
+    "scGPT's layers, post-norm": lambda: flash_encoder("post"),
+    "scGPT's layers, pre-norm": lambda: flash_encoder("pre"),
     "bert": bert,
     "bert, relu": lambda: bert(hidden_act="relu"),
+    "bert, gelu_accurate": lambda: bert(hidden_act="gelu_accurate"),
     "bert, gelu_new": lambda: bert(hidden_act="gelu_new", attn_implementation="eager"),
     "bert encoder": lambda: bert().encoder,
 }
@@ -310,23 +327,14 @@ class OwnBert(transformers.BertModel):
     pass
 
 
-def _changed(make: Callable[[], Any], change: Callable[[Any], object]) -> Callable[[], Any]:
-    def changed() -> Any:
-        module = make()
-        change(module)
-        return module
-
-    return changed
-
-
 def _hook(*arguments: object) -> None:
     return None
 
 
 def _set(path: str, value: Any) -> Callable[[Any], object]:
     def change(module: Any) -> None:
-        parent, _, name = path.rpartition(".")
-        setattr(module.get_submodule(parent), name, value)
+        *parents, name = path.split(".")
+        setattr(functools.reduce(getattr, parents, module), name, value)
 
     return change
 
@@ -423,6 +431,30 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         _changed(bert, _set("encoder.layer.0.attention.self.scaling", 1.0)),
         r"layer\.0\.attention\.self scales the scores by 1\.0",
     ),
+    "configured to attend causally": (
+        _changed(bert, _set("config.is_decoder", True)),
+        r"its config asks for causal attention \(is_decoder\)$",
+    ),
+    "configured positions": (
+        _changed(bert, _set("config.position_embedding_type", "relative_key")),
+        r"its config asks for relative positions \('relative_key'\)",
+    ),
+    "attention function of another": (
+        _changed(bert, _set("config._attn_implementation_internal", "mine")),
+        r"its config asks for the attention function 'mine', which is not one of transformers' own",
+    ),
+    "causal flash attention": (
+        _changed(lambda: flash_encoder("post"), _set("layers.1.self_attn.causal", True)),
+        r"layers\.1\.self_attn attends causally \(causal\)$",
+    ),
+    "scaled flash attention": (
+        _changed(lambda: flash_encoder("post"), _set("layers.0.self_attn.inner_attn.softmax_scale", 1.0)),
+        r"layers\.0\.self_attn scales the scores by 1\.0",
+    ),
+    "norm scheme": (
+        _changed(lambda: flash_encoder("post"), _set("layers.0.norm_scheme", "sandwich")),
+        r"layers\.0\.norm_scheme is 'sandwich', expected 'pre' or 'post'",
+    ),
     "bert hook": (
         _changed(bert, lambda m: m.encoder.layer[0].output.register_forward_hook(_hook)),
         r"layer\.0\.output has hooks",
@@ -478,10 +510,61 @@ def test_changes_after_the_conversion_are_seen() -> None:
     assert _error(out, _one_by_one(module, x, LENGTHS)) < 2e-6
 
 
-def test_rows_of_another_width_are_refused() -> None:
+def test_rows_of_another_width_dtype_or_device_are_refused() -> None:
+    ragged = ragged_encoder(torch_encoder())
     for shape in ((4, DIM + 1), (1, 4, DIM)):
         with pytest.raises(ValueError, match=r"x: expected shape \(total_nnz, 32\)"):
-            ragged_encoder(torch_encoder())(torch.zeros(shape), _offsets([4]), 4)
+            ragged(torch.zeros(shape), _offsets([4]), 4)
+    with pytest.raises(TypeError, match=r"x: expected dtype torch\.float32, that of the weights, got torch\.float64"):
+        ragged(torch.zeros(4, DIM).double(), _offsets([4]), 4)
+    with pytest.raises(ValueError, match="x: expected device cpu, that of the weights, got meta"):
+        ragged(torch.zeros(4, DIM, device="meta"), _offsets([4]), 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ragged(torch.zeros(4, DIM).bfloat16(), _offsets([4]), 4).shape == (4, DIM)
+
+
+def test_the_longest_segment_is_read_from_the_offsets() -> None:
+    ragged, x = ragged_encoder(torch_encoder()), torch.randn(sum(LENGTHS), DIM)
+    assert torch.equal(ragged(x, _offsets(LENGTHS)), ragged(x, _offsets(LENGTHS), max(LENGTHS)))
+    assert ragged(x[:0], _offsets([])).shape == (0, DIM)
+
+
+@pytest.mark.parametrize("name", ["layers", "norm"])
+def test_a_part_that_the_original_replaced_is_noticed(name: str) -> None:
+    original = torch_encoder()
+    ragged = ragged_encoder(original)
+    setattr(original, name, copy.deepcopy(getattr(original, name)))
+    with pytest.raises(ValueError, match=f"were changed: {name} was replaced in the original"):
+        ragged(torch.zeros(4, DIM), _offsets([4]), 4)
+
+
+def test_modes_and_moves_reach_the_embeddings_of_a_bert() -> None:
+    model = bert()
+    ragged = ragged_encoder(model)
+    model.embeddings.dropout.p = 0.5
+    ids = torch.randint(0, VOCABULARY, (sum(LENGTHS),))
+    first, second = (packed_embeddings(model, ids, _offsets(LENGTHS)) for _ in range(2))
+    assert not torch.equal(first, second)
+    ragged.eval()
+    first, second = (packed_embeddings(model, ids, _offsets(LENGTHS)) for _ in range(2))
+    assert torch.equal(first, second)
+    ragged.double()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert packed_embeddings(model, ids, _offsets(LENGTHS)).dtype == torch.float64
+    assert ragged.train().training
+    assert model.embeddings.training
+
+
+def test_a_function_registered_under_a_known_name_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bert()
+    ragged = ragged_encoder(model)
+    model.config.is_decoder = True
+    with pytest.raises(ValueError, match="were changed: its config asks for causal attention"):
+        ragged(torch.zeros(4, DIM), _offsets([4]), 4)
+    model.config.is_decoder = False
+    monkeypatch.setitem(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", _hook)
+    with pytest.raises(ValueError, match="were changed: its config asks for the attention function 'sdpa'"):
+        ragged(torch.zeros(4, DIM), _offsets([4]), 4)
 
 
 @pytest.mark.usefixtures("route")
