@@ -18,12 +18,34 @@ _HYBRIDS = ("SP", "SP2", "SP3")
 # What else an atom's row says: aromatic, in a ring, R, S.
 _FLAGS = 4
 # One more of each for any other value.
-_CHOICES: tuple[tuple[Any, ...], ...] = (_ELEMENTS, range(1, 5), range(4), (-1, 0, 1), _HYBRIDS)
+_CHOICES: tuple[tuple[Any, ...], ...] = (_ELEMENTS, (1, 2, 3, 4), (0, 1, 2, 3), (-1, 0, 1), _HYBRIDS)
 ATOM_WIDTH = sum(len(each) + 1 for each in _CHOICES) + _FLAGS
 # Metals that are ions of salts: they can be taken off. A drug with another metal is a complex, and all parts are it.
 _SALT_METALS = frozenset({"Li", "Na", "K", "Rb", "Cs", "Mg", "Ca", "Sr", "Ba", "Zn", "Al"})
 _NO_METALS = frozenset(
-    {"H", "He", "B", "C", "N", "O", "F", "Ne", "Si", "P", "S", "Cl", "Ar", "Ge", "As", "Se", "Br", "Kr", "Te", "I", "Xe"}
+    {
+        "H",
+        "He",
+        "B",
+        "C",
+        "N",
+        "O",
+        "F",
+        "Ne",
+        "Si",
+        "P",
+        "S",
+        "Cl",
+        "Ar",
+        "Ge",
+        "As",
+        "Se",
+        "Br",
+        "Kr",
+        "Te",
+        "I",
+        "Xe",
+    }
 )
 
 
@@ -37,8 +59,8 @@ class Molecule:
 
 
 def read_molecule(smiles: str) -> Molecule:
-    """A molecule. Of several parts the one of most heavy atoms is kept (the first of several such), as of a salt; all of
-    them where one holds a metal that makes no simple salts, such as platinum.
+    """A molecule. Of several parts the one of most heavy atoms is kept (the first of several such), as of a salt; all
+    of them where one holds a metal that makes no simple salts, such as platinum.
 
     Raises ValueError for what RDKit does not read.
     """
@@ -129,6 +151,6 @@ def _atom(atom: Any) -> list[float]:
 def maccs_keys(smiles: Sequence[str]) -> Keys:
     """(molecules, 167) the MACCS keys, 0 or 1."""
     from rdkit import Chem
-    from rdkit.Chem import MACCSkeys
+    from rdkit.Chem.rdMolDescriptors import GetMACCSKeysFingerprint
 
-    return np.array([list(MACCSkeys.GenMACCSKeys(Chem.MolFromSmiles(each))) for each in smiles], np.float32)
+    return np.array([list(GetMACCSKeysFingerprint(Chem.MolFromSmiles(each))) for each in smiles], np.float32)

@@ -28,8 +28,8 @@ from xtrimogene.network.devices import choose_device
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.tasks import folder
 from xtrimogene.tasks.molecules import Graphs
-from xtrimogene.tasks.splits import listed, need
-from xtrimogene.tasks.synergy_lines import OURS, embedded, log_expression, vectors
+from xtrimogene.tasks.splits import need
+from xtrimogene.tasks.synergy_lines import OURS, RAW, embedded, log_expression, vectors
 from xtrimogene.tasks.synergy_model import TASK, TEST, TRAINING, VALIDATION, SynergyModel
 from xtrimogene.tasks.synergy_tables import Drugs, Expression, Pairs, Table
 from xtrimogene.tasks.synergy_training import Examples, Schedule, fit_network
@@ -165,11 +165,11 @@ def fit(
     reading = {"values": values, "aliases": aliases, "target_depth": target_depth}
     identity = {
         "checkpoint": model_fingerprint(network)[:16],
-        "pairs": _digest(measured.triples.codes, measured.values, measured.classes),
-        "drugs": _digest(drugs.content),
-        "cell lines": _digest(expression.lines, expression.genes, expression.values),
+        "pairs": digest_of(measured.triples.codes, measured.values, measured.classes),
+        "drugs": digest_of(drugs.content),
+        "cell lines": digest_of(expression.lines, expression.genes, expression.values),
         "target": dataclasses.asdict(learned),
-        "parts": _digest(train, validation),
+        "parts": digest_of(train, validation),
         **reading,
         "epochs": epochs,
         "patience": patience,
@@ -180,12 +180,12 @@ def fit(
     with work.open(identity):
         kept = work.load(_LINES)
         if kept is None:
-            embeddings, genes = embedded(expression, network, reading, torch_device)
-            work.save(_LINES, {OURS: torch.from_numpy(embeddings)}, genes)
+            found, genes = embedded(expression, network, reading, seed, torch_device)
+            work.save(_LINES, {name: torch.from_numpy(each) for name, each in found.items()}, genes)
         else:
-            embeddings, genes = kept[0][OURS].numpy(), kept[1]
+            found, genes = {name: each.numpy() for name, each in kept[0].items()}, kept[1]
         codes = measured.triples.codes
-        lines = vectors(OURS, {OURS: embeddings}, np.unique(codes[train, 2]), seed)
+        lines = vectors(OURS, found, np.unique(codes[train, 2]), seed)
         examples = Examples(codes, measured.scores, measured.classes, Graphs.of(drugs.smiles), lines)
         module, fitted = fit_network(
             examples,
@@ -223,8 +223,8 @@ def fit(
             "history": fitted.history,
         }
         tensors = {
-            "embeddings": torch.from_numpy(embeddings),
-            "expression": torch.from_numpy(log_expression(expression, values)).half(),
+            **{f"lines.{name}": torch.from_numpy(each) for name, each in found.items()},
+            f"lines.{RAW}": torch.from_numpy(log_expression(expression, values)).half(),
             "codes": torch.from_numpy(codes).int(),
             "parts": torch.from_numpy(parts).to(torch.int8),
             "scores": torch.from_numpy(measured.values),
@@ -260,9 +260,7 @@ def _parts(
     if split == NO_TEST:
         train, validation = validation_of(PAIR, codes, np.ones(len(codes), bool), seed)
         return train, validation, "nothing is held out; whole pairs are kept for validation"
-    found: Folds = folds_of(
-        split, measured, drugs, lines, fold_column=fold_column, count=count, seed=seed
-    )
+    found: Folds = folds_of(split, measured, drugs, lines, fold_column=fold_column, count=count, seed=seed)
     train, validation = validation_of(found.kind, codes, found.train[0], seed)
     return train, validation, f"{found.told}; the first is held out, and other {found.kind}s for validation"
 
@@ -329,7 +327,7 @@ def read_pairs(model: SynergyModel, pairs: str | os.PathLike[str], columns: Sequ
     return Pairs.read(pairs, columns)
 
 
-def _digest(*parts: Any) -> str:
+def digest_of(*parts: Any) -> str:
     """Of arrays, and of what has a repr."""
     digest = hashlib.sha256()
     for part in parts:

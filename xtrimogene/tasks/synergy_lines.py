@@ -27,11 +27,13 @@ _TARGET_SUM = 1e4
 
 
 def embedded(
-    expression: Expression, network: XTrimoGeneNetwork, reading: dict[str, Any], device: torch.device
-) -> tuple[Array, dict[str, int]]:
-    """(lines, D) float32 embeddings, and how many "genes" there are, and how many of them are "known".
+    expression: Expression, network: XTrimoGeneNetwork, reading: dict[str, Any], seed: int, device: torch.device
+) -> tuple[dict[str, Array], dict[str, int]]:
+    """OURS and UNTRAINED: (lines, D) float32 embeddings by a network, and by one of the same shape that has learned
+    nothing; and how many "genes" there are, and how many of them are "known".
 
     reading  values, aliases and target_depth, as for embed
+    seed     of the untrained network
 
     Raises ValueError for numbers that are not what reading says, and for lines without a gene of the model.
     """
@@ -41,29 +43,29 @@ def embedded(
         var=pd.DataFrame(index=expression.genes),
     )
     most = max(DEFAULT_MAX_TOKENS, len(expression.genes) + 2)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "AnnData: .* cells have no gene")
-            report = embed(
-                cells, network, dtype="float32", max_tokens=most, device=device, progress=False, **reading
-            )
-    except ValueError as error:
-        raise type(error)(str(error).replace("AnnData: ", f"{expression.name}: ", 1)) from error
-    assert report.embedding is not None
-    empty = np.flatnonzero(np.isnan(report.embedding).any(1))
-    if len(empty):
-        raise ValueError(
-            f"{expression.name}: expected a gene of the model in every line, got none in "
-            f"{listed([expression.lines[number] for number in empty])}; leave these lines out"
-        )
-    return report.embedding, {"genes": len(expression.genes), "known": report.genes_found}
-
-
-def untrained(network: XTrimoGeneNetwork, seed: int) -> XTrimoGeneNetwork:
-    """A network of the same shape that has learned nothing."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return XTrimoGeneNetwork(network.config, network.vocabulary).eval()
+        fresh = XTrimoGeneNetwork(network.config, network.vocabulary).eval()
+    found, known = {}, 0
+    for version, each in ((OURS, network), (UNTRAINED, fresh)):
+        try:
+            with warnings.catch_warnings():
+                # Told in the error below; and what there is to say of the genes is said once.
+                warnings.filterwarnings("ignore", "AnnData: .* have no gene of the vocabulary")
+                if version == UNTRAINED:
+                    warnings.simplefilter("ignore")
+                report = embed(cells, each, dtype="float32", max_tokens=most, device=device, progress=False, **reading)
+        except ValueError as error:
+            raise ValueError(str(error).replace("AnnData: ", f"{expression.name}: ", 1)) from error
+        assert report.embedding is not None
+        found[version], known = report.embedding, report.genes_found
+        empty = np.flatnonzero(np.isnan(report.embedding).any(1))
+        if len(empty):
+            raise ValueError(
+                f"{expression.name}: expected a gene of the model in every line, got none in "
+                f"{listed([expression.lines[number] for number in empty])}; leave these lines out"
+            )
+    return found, {"genes": len(expression.genes), "known": known}
 
 
 def log_expression(expression: Expression, values: str) -> Array:

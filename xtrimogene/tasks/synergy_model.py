@@ -14,7 +14,7 @@ from torch import Tensor
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.tasks import folder
 from xtrimogene.tasks.molecules import Graphs
-from xtrimogene.tasks.synergy_lines import OURS, RAW, embedded, log_expression
+from xtrimogene.tasks.synergy_lines import OURS, RAW, UNTRAINED, embedded, log_expression
 from xtrimogene.tasks.synergy_network import PairNetwork
 from xtrimogene.tasks.synergy_tables import Drugs, Expression, Pairs
 from xtrimogene.tasks.synergy_training import predicted
@@ -31,8 +31,8 @@ class SynergyModel:
 
     drugs       names of drugs, and their molecules
     lines       names of cell lines
-    embeddings  (lines, D) float32
-    expression  (lines, genes) float32, log1p(number / sum * 10,000)
+    known       what vectors of the lines are made of: OURS and UNTRAINED, (lines, D) float32 embeddings, and RAW,
+                (lines, genes) float32 log1p(number / sum * 10,000)
     target      what the scores are
     codes       (n, 3) triples that were measured: two molecules and a line
     parts       (n,) 0 trained on, 1 validation, 2 test
@@ -45,14 +45,15 @@ class SynergyModel:
         self.settings, self.network = settings, network
         self.drugs = Drugs.kept(settings["drugs"], settings["molecules"])
         self.lines: list[str] = list(settings["lines"])
-        self.embeddings: Array = tensors["embeddings"].numpy()
-        self.expression: Array = tensors["expression"].float().numpy()
+        self.known: dict[str, Array] = {
+            version: tensors[f"lines.{version}"].float().numpy() for version in (OURS, UNTRAINED, RAW)
+        }
         self.target = Target(**settings["target"])
         self.codes: Array = tensors["codes"].long().numpy()
         self.parts: Array = tensors["parts"].long().numpy()
         self.scores: Array = tensors["scores"].double().numpy()
         self.classes: Array = tensors["classes"].long().numpy()
-        self._network = PairNetwork(self.embeddings.shape[1])
+        self._network = PairNetwork(self.known[OURS].shape[1])
         self._network.load_state_dict(
             {name.removeprefix(f"{OURS}."): each for name, each in tensors.items() if name.startswith(f"{OURS}.")}
         )
@@ -87,8 +88,10 @@ class SynergyModel:
             reading = self.settings["reading"]
             if new:
                 added = given.of(new)
-                found.embeddings = np.concatenate([self.embeddings, embedded(added, self.network, reading, device)[0]])
-                found.expression = np.concatenate([self.expression, self._in_my_genes(added, reading)])
+                seed = self.settings["schedule"]["seed"]
+                of_new = embedded(added, self.network, reading, seed, device)[0]
+                of_new[RAW] = self._in_my_genes(added, reading)
+                found.known = {name: np.concatenate([each, of_new[name]]) for name, each in self.known.items()}
                 found.lines = [*self.lines, *new]
         return found
 
@@ -113,7 +116,7 @@ class SynergyModel:
 
     def predict(self, codes: Array) -> tuple[Array, Array]:
         """(n,) scores and probabilities of synergy against antagonism, of triples (n, 3)."""
-        return predicted(self._network, self.graphs, torch.from_numpy(self.embeddings), codes)
+        return predicted(self._network, self.graphs, torch.from_numpy(self.known[OURS]), codes)
 
     def unseen(self, codes: Array) -> list[str]:
         """(n,) what of a triple the model was not fitted to: "both drugs", "one drug" and "line", joined by " and ";
@@ -132,7 +135,3 @@ class SynergyModel:
                 parts = ["triple"]
             found.append(" and ".join(parts))
         return found
-
-    def known(self) -> dict[str, Array]:
-        """What vectors of lines are made of, but for those of an untrained encoder."""
-        return {OURS: self.embeddings, RAW: self.expression}

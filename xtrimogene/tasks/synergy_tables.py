@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import math
@@ -150,10 +151,8 @@ class Pairs:
             text = row[place]
             if empty and text.lower() in ("", "na", "nan"):
                 continue
-            try:
+            with contextlib.suppress(ValueError):
                 found[position] = float(text)
-            except ValueError:
-                pass
             if not math.isfinite(found[position]):
                 bad.append((number, repr(text)))
         self.table.refuse(bad, f"a number in column {column!r} of every row", "take these rows out")
