@@ -83,7 +83,7 @@ def evaluate(
     check_packages()
     if output is not None:
         need("matplotlib", "the report", TASK)
-        check_output(Path(output), overwrite or resume)
+        check_output(Path(output), overwrite)
     work = None
     if output is not None:
         work = WorkFolder(Path(os.path.realpath(output)), resume, overwrite)

@@ -24,6 +24,8 @@ Array = npt.NDArray[Any]
 OURS, RAW, SHUFFLED, UNTRAINED = "ours", "raw", "shuffled", "untrained"
 VERSIONS = (OURS, RAW, SHUFFLED, UNTRAINED)
 _TARGET_SUM = 1e4
+# log2 of a million is 20; of a few hundred genes, one has more TPM in any line.
+_LARGEST_LOGARITHM = 24.0
 
 
 def embedded(
@@ -37,6 +39,7 @@ def embedded(
 
     Raises ValueError for numbers that are not what reading says, and for lines without a gene of the model.
     """
+    _check_values(expression, reading["values"])
     cells = AnnData(
         expression.values.astype(np.float32),
         obs=pd.DataFrame(index=expression.lines),
@@ -48,15 +51,16 @@ def embedded(
         fresh = XTrimoGeneNetwork(network.config, network.vocabulary).eval()
     found, known = {}, 0
     for version, each in ((OURS, network), (UNTRAINED, fresh)):
-        try:
-            with warnings.catch_warnings():
-                # Told in the error below; and what there is to say of the genes is said once.
-                warnings.filterwarnings("ignore", "AnnData: .* have no gene of the vocabulary")
-                if version == UNTRAINED:
-                    warnings.simplefilter("ignore")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
                 report = embed(cells, each, dtype="float32", max_tokens=most, device=device, progress=False, **reading)
-        except ValueError as error:
-            raise ValueError(str(error).replace("AnnData: ", f"{expression.name}: ", 1)) from error
+            except ValueError as error:
+                advice = "; other names of genes are found with aliases (--aliases FILE)"
+                raise ValueError(
+                    str(error).replace("AnnData: ", f"{expression.name}: ", 1)
+                    + (advice if "vocabulary genes" in str(error) and reading["aliases"] is None else "")
+                ) from error
         assert report.embedding is not None
         found[version], known = report.embedding, report.genes_found
         empty = np.flatnonzero(np.isnan(report.embedding).any(1))
@@ -65,7 +69,28 @@ def embedded(
                 f"{expression.name}: expected a gene of the model in every line, got none in "
                 f"{listed([expression.lines[number] for number in empty])}; leave these lines out"
             )
+        if version == OURS:  # the other has the same to say
+            for each_told in told:
+                text = str(each_told.message).replace("AnnData: ", f"{expression.name}: ", 1)
+                warnings.warn(text, each_told.category, stacklevel=3)
     return found, {"genes": len(expression.genes), "known": known}
+
+
+def _check_values(expression: Expression, values: str) -> None:
+    """Refuses logarithms that are to be TPM, and counts that are not whole: embed could not know, or would advise what
+    this task does not have."""
+    largest = float(expression.values.max(initial=0.0))
+    if values == "tpm" and 0 < largest < _LARGEST_LOGARITHM:
+        raise ValueError(
+            f"{expression.name}: expected TPM, got numbers of at most {largest:.3g}, as logarithms are; undo the "
+            "logarithm, of log2(TPM + 1) as 2^x - 1, or pass values='log1p' (--values log1p) for log1p of counts per "
+            "10,000"
+        )
+    if values == "counts" and np.any(expression.values != np.round(expression.values)):
+        raise ValueError(
+            f"{expression.name}: expected whole counts, got numbers that are not; pass values='tpm' (--values tpm), "
+            "which takes whatever is proportional to counts"
+        )
 
 
 def log_expression(expression: Expression, values: str) -> Array:

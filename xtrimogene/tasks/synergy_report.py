@@ -181,8 +181,8 @@ def sections(evaluation: SynergyEvaluation) -> list[Section]:
         ]
         tested = ", ".join(f"{count:,} ({classed:,})" for count, classed in compared.tested)
         how = (
-            f"{compared.told}. Mean over the folds ± their standard deviation; tested in each: {tested} triples (with a "
-            "class)."
+            f"{compared.told}. Mean over the folds ± their standard deviation; tested in each: {tested} triples (with "
+            "a class)."
         )
         found.append(
             Section(
@@ -214,17 +214,18 @@ def sections(evaluation: SynergyEvaluation) -> list[Section]:
 
 _ROWS = (
     f"`{NETWORK[OURS]}`: fitted anew in each fold, as the model was. `{NETWORK[RAW]}`: the same, with as many "
-    "principal components of the training lines' log expression in place of the embedding; `shuffled lines`: each line with the "
-    "embedding of another one, so that it is a name and no more; `untrained encoder`: embeddings by an encoder of the "
-    f"same shape that has learned nothing. All are as wide. `{LINEAR}` and `{BOOSTING}`: logistic regression, ridge, and "
-    f"gradient boosting on which drugs and which line it is. `{FOREST}`: random forests on MACCS keys of both drugs and "
-    "the principal components of expression. These are fitted to the network's training and validation part."
+    "principal components of the training lines' log expression in place of the embedding; `shuffled lines`: each line "
+    "with the embedding of another one, so that it is a name and no more; `untrained encoder`: embeddings by an "
+    f"encoder of the same shape that has learned nothing. All are as wide. `{LINEAR}` and `{BOOSTING}`: logistic "
+    f"regression, ridge, and gradient boosting on which drugs and which line it is. `{FOREST}`: random forests on "
+    "MACCS keys of both drugs and the principal components of expression. These three are fitted to the network's "
+    "training and validation part."
 )
 _COLUMNS = (
-    "AUROC, average precision, balanced accuracy and Cohen's kappa are of synergy against antagonism, over triples that "
-    "are one of them; the latter two call synergy what has a probability above one half. Pearson and RMSE are of the "
-    "score, over all triples. A line, drug or pair that is held out is in no triple that anything was fitted to, and in "
-    "none that decides when a fit stops; of drugs, one of both."
+    "AUROC, average precision, balanced accuracy and Cohen's kappa are of synergy against antagonism, over triples "
+    "that are one of them; the latter two call synergy what has a probability above one half. Pearson and RMSE are of "
+    "the score, over all triples. A line, drug or pair that is held out is in no triple that anything was fitted to, "
+    "and in none that decides when a fit stops; of drugs, one of both."
 )
 
 

@@ -71,9 +71,7 @@ def fit_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(schedule.seed)
         network = PairNetwork(examples.lines.shape[1])
-    own = examples.lines[torch.from_numpy(np.unique(examples.codes[train, 2]))]
-    network.line_mean.copy_(own.mean(0))
-    network.line_scale.copy_((own - own.mean(0)).square().mean().sqrt().clamp(min=1e-6))
+    network.whiten(examples.lines[torch.from_numpy(np.unique(examples.codes[train, 2]))])
     scores: Tensor | None = None
     if examples.scores is not None:
         mean, deviation = examples.scores[train].mean(), max(float(examples.scores[train].std()), 1e-6)
