@@ -33,7 +33,7 @@ from xtrimogene.tasks.synergy_lines import OURS, RAW, embedded, log_expression, 
 from xtrimogene.tasks.synergy_model import TASK, TEST, TRAINING, VALIDATION, SynergyModel
 from xtrimogene.tasks.synergy_tables import Drugs, Expression, Pairs, Table
 from xtrimogene.tasks.synergy_training import Examples, Schedule, fit_network
-from xtrimogene.tasks.synergy_triples import ANTAGONISM, PAIR, SYNERGY, Folds, Measured, Target, folds_of, validation_of
+from xtrimogene.tasks.synergy_triples import ANTAGONISM, PAIR, SYNERGY, Measured, Target, folds_of, validation_of
 from xtrimogene.tasks.work import WorkFolder
 from xtrimogene.writing import written_beside
 
@@ -260,7 +260,7 @@ def _parts(
     if split == NO_TEST:
         train, validation = validation_of(PAIR, codes, np.ones(len(codes), bool), seed)
         return train, validation, "nothing is held out; whole pairs are kept for validation"
-    found: Folds = folds_of(split, measured, drugs, lines, fold_column=fold_column, count=count, seed=seed)
+    found = folds_of(split, measured, drugs, lines, fold_column=fold_column, count=count, seed=seed)
     train, validation = validation_of(found.kind, codes, found.train[0], seed)
     return train, validation, f"{found.told}; the first is held out, and other {found.kind}s for validation"
 
@@ -290,7 +290,7 @@ def predict(
     row.
     """
     check_packages()
-    destination = checked_output(None, Path(output), overwrite)
+    destination = checked_output(pairs, Path(output), overwrite, ".csv")
     model = model if isinstance(model, SynergyModel) else SynergyModel.load(model)
     table = read_pairs(model, pairs, columns)
     model = model.extended(table, smiles, cell_lines, choose_device(device))

@@ -20,6 +20,7 @@ Mask = npt.NDArray[np.bool_]
 DRUG, LINE, PAIR, TRIPLE = "drug", "line", "pair", "triple"
 KINDS = (PAIR, LINE, DRUG)
 SYNERGY, ANTAGONISM, BETWEEN = 1, 0, -1
+_CLASS_NAMES = {SYNERGY: "synergy", ANTAGONISM: "antagonism"}
 SCORE, LABEL = "loewe", "label"
 FOLD = "fold"
 _VALIDATION_SHARE = 0.1
@@ -290,8 +291,30 @@ def folds_of(
 
     Of the folds of several measurements of one triple the least counts.
 
-    Raises ValueError for folds that do not hold out what they are to hold out, FileNotFoundError for no such table.
+    Raises ValueError for folds that do not hold out what they are to hold out, or that leave one class alone to fit to;
+    FileNotFoundError for no such table.
     """
+    found = _folds_of(split, measured, drugs, lines, fold_column, count, seed)
+    for number, train in enumerate(found.train):
+        missing = _CLASS_NAMES.keys() - set(measured.classes[train].tolist())
+        if missing:
+            raise ValueError(
+                f"split {split}: expected triples of synergy and of antagonism to fit to, got none of "
+                f"{_CLASS_NAMES[min(missing)]} where fold {number + 1} is held out; ask for more folds (--folds), or "
+                "for another split"
+            )
+    return found
+
+
+def _folds_of(
+    split: str,
+    measured: Measured,
+    drugs: Drugs,
+    lines: Sequence[str],
+    fold_column: str | None,
+    count: int,
+    seed: int,
+) -> Folds:
     pairs, triples = measured.pairs, measured.triples
     if split not in KINDS:
         if fold_column is not None:
