@@ -27,7 +27,6 @@ from xtrimogene.tasks.synergy_training import Examples, Schedule, fit_network, p
 from xtrimogene.tasks.synergy_triples import (
     BETWEEN,
     KINDS,
-    PAIR,
     Folds,
     Mask,
     Measured,
@@ -74,13 +73,17 @@ def evaluate(
         splits: "pair", "line", "drug", or the path of a table with a column fold; "none" alone: the model itself only.
         smiles, cell_lines: tables of drugs and lines that the model does not have.
         columns, target, synergy_above, antagonism_below, fold_column, folds: as for fit, None for what the fit had.
-            fold_column is of the split that the fit had, and of pairs.
+            fold_column is of one split, which is then the only one.
         resume: go on with an interrupted evaluation of the same data and options; it needs an output.
         overwrite: replace an earlier report.
 
     Raises ValueError, OSError: what is wrong with tables or options, in a line, before the work.
     """
     check_packages()
+    if fold_column is not None and len(splits) != 1:
+        raise ValueError(
+            f"fold_column: expected one split that its folds are for, got {', '.join(splits)}; name one (--splits)"
+        )
     if output is not None:
         need("matplotlib", "the report", TASK)
         check_output(Path(output), overwrite)
@@ -120,9 +123,9 @@ def evaluate(
     own, counts, truth = _of_the_model(model, measured, new)
     with contextlib.nullcontext() if work is None else work.open(identity):
         compared = _compared(model, measured, found, torch_device, work, progress)
-    evaluation = SynergyEvaluation(str(learned), compared, own, counts, len(model.fitted), measured.told, truth)
-    if output is not None:
-        synergy_report.write(evaluation, Path(output))
+        evaluation = SynergyEvaluation(str(learned), compared, own, counts, len(model.fitted), measured.told, truth)
+        if output is not None:  # before what the folds have given is gone
+            synergy_report.write(evaluation, Path(output))
     return evaluation
 
 
@@ -135,7 +138,7 @@ def _folds(
     count: int | None,
 ) -> Folds:
     if fold_column is not None:
-        column = fold_column if split == PAIR else None
+        column = fold_column
     else:
         column = asked["fold_column"] if split == asked["split"] else None
         column = column if column in measured.pairs.table.header else None

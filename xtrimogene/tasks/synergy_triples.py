@@ -328,7 +328,7 @@ def _folds_of(
     if fold_column is None:
         return Folds.made(split, triples.codes, count, seed)
     column = triples.least(pairs.numbers(fold_column, empty=True))
-    return Folds.given(column, triples.codes, f"{pairs.table.name}: column {fold_column!r}", split)
+    return Folds.given(column, triples.codes, f"column {fold_column!r} of the pairs", split)
 
 
 def _folds_of_table(path: str, triples: Triples, drugs: Drugs, lines: Sequence[str]) -> Folds:

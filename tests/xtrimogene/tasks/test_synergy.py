@@ -478,6 +478,10 @@ def test_classes_alone_are_learned_where_there_are_no_scores(
     rows = list(csv.DictReader((tmp_path / "scored.csv").open()))
     assert {row[SCORE_COLUMN] for row in rows} == {""}
     assert all(0 < float(row[PROBABILITY_COLUMN]) < 1 for row in rows)
+    with pytest.raises(ValueError, match="one split that its folds are for, got pair, line, drug"):
+        evaluate(tmp_path / "model", tables["pairs"], fold_column="fold", progress=False)
+    with pytest.raises(ValueError, match="one column 'fold', got none"):
+        evaluate(tmp_path / "model", tables["pairs"], fold_column="fold", splits=["line"], progress=False)
     with pytest.raises(ValueError, match="triples that the model was not fitted to, got none"):
         evaluate(tmp_path / "model", tables["pairs"], splits=["none"], progress=False)
 
