@@ -137,17 +137,15 @@ def _folds(
     fold_column: str | None,
     count: int | None,
 ) -> Folds:
-    if fold_column is not None:
-        column = fold_column
-    else:
-        column = asked["fold_column"] if split == asked["split"] else None
-        column = column if column in measured.pairs.table.header else None
+    # The fit's own column is for the split of the fit, where this table has it.
+    own = asked["fold_column"] if split == asked["split"] else None
+    column = own if own in measured.pairs.table.header else None
     return folds_of(
         split,
         measured,
         model.drugs,
         model.lines,
-        fold_column=column,
+        fold_column=column if fold_column is None else fold_column,
         count=asked["folds"] if count is None else count,
         seed=model.settings["schedule"]["seed"],
     )
