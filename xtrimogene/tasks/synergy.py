@@ -28,9 +28,8 @@ from xtrimogene.network.devices import choose_device
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.tasks import folder
 from xtrimogene.tasks.molecules import Graphs
-from xtrimogene.tasks.splits import need
 from xtrimogene.tasks.synergy_lines import OURS, RAW, embedded, log_expression, vectors
-from xtrimogene.tasks.synergy_model import TASK, TEST, TRAINING, VALIDATION, SynergyModel
+from xtrimogene.tasks.synergy_model import TASK, TEST, TRAINING, VALIDATION, SynergyModel, check_packages
 from xtrimogene.tasks.synergy_tables import Drugs, Expression, Pairs, Table
 from xtrimogene.tasks.synergy_training import Examples, Schedule, fit_network
 from xtrimogene.tasks.synergy_triples import ANTAGONISM, PAIR, SYNERGY, Measured, Target, folds_of, validation_of
@@ -238,12 +237,6 @@ def fit(
 
 
 _PARTS = {"training": TRAINING, "validation": VALIDATION, "test": TEST}
-
-
-def check_packages() -> None:
-    """Raises ImportError, which says what to install, for what the task needs."""
-    for package in ("rdkit", "torch-geometric", "scikit-learn"):
-        need(package, TASK, TASK)
 
 
 def _parts(

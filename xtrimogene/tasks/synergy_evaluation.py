@@ -18,10 +18,10 @@ from xtrimogene.tasks import synergy_report
 from xtrimogene.tasks.molecules import maccs_keys
 from xtrimogene.tasks.report import check_output
 from xtrimogene.tasks.splits import need
-from xtrimogene.tasks.synergy import check_packages, digest_of, read_pairs
+from xtrimogene.tasks.synergy import digest_of, read_pairs
 from xtrimogene.tasks.synergy_baselines import Guess, guesses, judge
 from xtrimogene.tasks.synergy_lines import OURS, RAW, VERSIONS, vectors
-from xtrimogene.tasks.synergy_model import TASK, TEST, SynergyModel
+from xtrimogene.tasks.synergy_model import TASK, TEST, SynergyModel, check_packages
 from xtrimogene.tasks.synergy_report import NETWORK, Compared, SynergyEvaluation
 from xtrimogene.tasks.synergy_training import Examples, Schedule, fit_network, predicted
 from xtrimogene.tasks.synergy_triples import (

@@ -14,6 +14,7 @@ from torch import Tensor
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.tasks import folder
 from xtrimogene.tasks.molecules import Graphs
+from xtrimogene.tasks.splits import need
 from xtrimogene.tasks.synergy_lines import OURS, RAW, UNTRAINED, embedded, log_expression
 from xtrimogene.tasks.synergy_network import PairNetwork
 from xtrimogene.tasks.synergy_tables import Drugs, Expression, Pairs
@@ -24,6 +25,12 @@ Array = npt.NDArray[Any]
 TASK = "synergy"
 # Parts of the triples that a fit has seen.
 TRAINING, VALIDATION, TEST = 0, 1, 2
+
+
+def check_packages() -> None:
+    """Raises ImportError, which says what to install, for what the task needs."""
+    for package in ("rdkit", "torch-geometric", "scikit-learn"):
+        need(package, TASK, TASK)
 
 
 class SynergyModel:
@@ -61,7 +68,8 @@ class SynergyModel:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SynergyModel:
-        """Raises FileNotFoundError or ValueError for a folder that is none of such a model."""
+        """Raises FileNotFoundError or ValueError for a folder that is none of such a model, ImportError as fit does."""
+        check_packages()
         loaded = folder.load(path, TASK)
         return cls(loaded.settings, loaded.tensors, loaded.network)
 
