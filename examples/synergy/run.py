@@ -129,7 +129,7 @@ def _short(told: dict[str, Any]) -> str:
                 (UNTRAINED, "an untrained encoder"),
             )
         )
-        sentences.append(f"There the line's embedding adds {gaps}, leaving {HELD_OUT[split]} out.")
+        sentences.append(f"What the line's embedding adds, leaving {HELD_OUT[split]} out: {gaps}.")
     lost = [each for each in sentences if "not the network" in each]
     return " ".join([*lost, *(each for each in sentences if each not in lost)])
 

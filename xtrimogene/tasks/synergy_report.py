@@ -15,7 +15,7 @@ from xtrimogene.document import Picture, Section, Table
 from xtrimogene.tasks import report
 from xtrimogene.tasks.synergy_baselines import AUROC, BASELINES, BOOSTING, FOREST, LINEAR, METRICS, PEARSON, RMSE
 from xtrimogene.tasks.synergy_lines import OURS, RAW, SHUFFLED, UNTRAINED, VERSIONS
-from xtrimogene.tasks.synergy_triples import KINDS
+from xtrimogene.tasks.synergy_triples import KINDS, TRIPLE
 
 Array = npt.NDArray[Any]
 
@@ -60,8 +60,9 @@ class Compared:
         return [value for value in self.figures[guess][metric] if np.isfinite(value)]
 
     def differences(self, guess: str, metric: str) -> Array:
-        """(folds,) of the network from a guess."""
-        return np.array(self.figures[NETWORK[OURS]][metric]) - np.array(self.figures[guess][metric])
+        """Of the network from a guess, in the folds that have the figure for both."""
+        found = np.array(self.figures[NETWORK[OURS]][metric]) - np.array(self.figures[guess][metric])
+        return found[np.isfinite(found)]
 
 
 @dataclass(frozen=True)
@@ -121,29 +122,25 @@ def verdict(evaluation: SynergyEvaluation) -> str:
     ours = NETWORK[OURS]
     for split, compared in evaluation.compared.items():
         best = max(BASELINES, key=lambda name: _or_nothing(compared.mean(name, AUROC)))
-        words = [f"`{name}` {compared.mean(name, AUROC):.3f}" for name in BASELINES]
+        words = [f"`{name}` {_figure(compared.mean(name, AUROC))}" for name in BASELINES]
         gap = compared.mean(ours, AUROC) - compared.mean(best, AUROC)
-        if abs(gap) < _AS_GOOD:
+        if not np.isfinite(gap):
+            place = f"neither the network nor `{best}` can be judged, for want of a class"
+        elif abs(gap) < _AS_GOOD:
             place = f"the network is as good as `{best}`, the best way without one"
         elif gap < 0:
             place = f"`{best}` is better than the network"
         else:
             place = f"the network is better than `{best}`, the best way without one"
-        others = "; ".join(
-            f"{compared.differences(NETWORK[version], AUROC).mean():+.3f} over {_WORDS[version]} (better in "
-            f"{int((compared.differences(NETWORK[version], AUROC) > 0).sum())} of {len(compared.tested)} folds)"
-            for version in VERSIONS[1:]
-        )
+        others = "; ".join(_added(compared, version) for version in VERSIONS[1:])
         lines.append(
-            f"- Leaving {_named(split)} out, {place}: AUROC of the network {compared.mean(ours, AUROC):.3f}, "
+            f"- Leaving {_named(split)} out, {place}: AUROC of the network {_figure(compared.mean(ours, AUROC))}, "
             f"{', '.join(words)}. The line's embedding adds {others}."
         )
     for kind, figures in evaluation.model.items():
-        words = [f"`{name}` {figures[name][AUROC]:.3f}" for name in (ours, *BASELINES)]
-        lines.append(
-            f"- The model itself, on {evaluation.counts[kind]:,} triples whose {kind} it was not fitted to: AUROC of "
-            f"{', '.join(words)}."
-        )
+        words = [f"`{name}` {_figure(figures[name][AUROC])}" for name in (ours, *BASELINES)]
+        what = "it was not fitted to, of pairs that it was" if kind == TRIPLE else f"whose {kind} it was not fitted to"
+        lines.append(f"- The model itself, on {evaluation.counts[kind]:,} triples {what}: AUROC of {', '.join(words)}.")
     return "\n".join(lines)
 
 
@@ -152,6 +149,19 @@ _WORDS = {
     SHUFFLED: "the embedding of another line",
     UNTRAINED: "that of an untrained encoder",
 }
+
+
+def _added(compared: Compared, version: str) -> str:
+    """What the embedding adds over another version of the lines, in words."""
+    gaps = compared.differences(NETWORK[version], AUROC)
+    if not len(gaps):
+        return f"nothing that can be judged over {_WORDS[version]}"
+    better = f"better in {int((gaps > 0).sum())} of {len(gaps)} folds"
+    return f"{gaps.mean():+.3f} over {_WORDS[version]} ({better})"
+
+
+def _figure(value: float) -> str:
+    return report.shown(value) or "none"
 
 
 def _or_nothing(value: float) -> float:
@@ -244,7 +254,6 @@ def _gaps(compared: Compared) -> Table:
         cells = []
         for metric in metrics:
             gaps = compared.differences(name, metric)
-            gaps = gaps[np.isfinite(gaps)]
             spread = f" ± {gaps.std(ddof=1):.3f}" if len(gaps) > 1 else ""
             cells.append(f"{gaps.mean():+.3f}{spread} ({int((gaps > 0).sum())} of {len(gaps)})" if len(gaps) else "")
         body.append([name, *cells])
