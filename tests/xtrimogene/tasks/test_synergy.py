@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.metrics import roc_auc_score
 
 from xtrimogene.cli import main
 from xtrimogene.network import folder as checkpoints
@@ -590,6 +592,28 @@ def test_every_way_is_judged_in_every_fold_and_the_winner_is_named_first(
     test = model.parts == TEST
     own = judge(Guess(*model.predict(model.codes[test])), model.scores[test], model.classes[test])
     assert found.model["pair"][NETWORK[OURS]] == pytest.approx(own)
+
+
+def test_ways_without_a_network_are_fitted_to_what_is_not_held_out(
+    evaluation: tuple[SynergyEvaluation, Path], fitted: Path, tables: dict[str, str]
+) -> None:
+    found, _ = evaluation
+    model = SynergyModel.load(fitted)
+    rows = np.zeros((len(model.codes), len(DRUGS) + len(CELL_LINES)))
+    for row, (first, second, line) in zip(rows, model.codes.tolist(), strict=True):
+        row[[first, second, len(DRUGS) + line]] = 1
+
+    def boosted(train: Any, test: Any) -> float:
+        train, test = train & (model.classes >= 0), test & (model.classes >= 0)
+        trees = HistGradientBoostingClassifier(max_iter=20, early_stopping=False, random_state=0)
+        trees.fit(rows[train], model.classes[train])
+        return float(roc_auc_score(model.classes[test], trees.predict_proba(rows[test])[:, 1]))
+
+    test = model.parts == TEST
+    assert found.model["pair"][BOOSTING][AUROC] == pytest.approx(boosted(~test, test))
+    folds = Folds.made(LINE, model.codes, 2, 0)
+    expected = [boosted(~test, test) for test in folds.test]
+    assert found.compared["line"].figures[BOOSTING][AUROC] == pytest.approx(expected)
 
 
 def test_an_evaluation_that_was_broken_off_goes_on_without_what_is_finished(
