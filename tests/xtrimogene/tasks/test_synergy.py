@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from xtrimogene.cli import main
@@ -24,7 +24,7 @@ from xtrimogene.network.vocabulary import Vocabulary
 from xtrimogene.tasks import fitting, folder, synergy_baselines, synergy_training
 from xtrimogene.tasks.molecules import Graphs, read_molecule
 from xtrimogene.tasks.synergy import PROBABILITY_COLUMN, SCORE_COLUMN, UNSEEN_COLUMN, fit, predict
-from xtrimogene.tasks.synergy_baselines import AUROC, BASELINES, BOOSTING, METRICS, PEARSON, RMSE, Guess, judge
+from xtrimogene.tasks.synergy_baselines import AUROC, BASELINES, BOOSTING, LINEAR, METRICS, PEARSON, RMSE, Guess, judge
 from xtrimogene.tasks.synergy_evaluation import evaluate
 from xtrimogene.tasks.synergy_lines import OURS, RAW, SHUFFLED, VERSIONS, vectors
 from xtrimogene.tasks.synergy_model import TASK, TEST, SynergyModel
@@ -579,6 +579,8 @@ def test_every_way_is_judged_in_every_fold_and_the_winner_is_named_first(
         wins = auroc[NETWORK[OURS]] > auroc[best]
         assert (f"the network is better than `{best}`" in line) == wins
         assert all(f"`{way}` {auroc[way]:.3f}" in line for way in BASELINES)
+        added = auroc[NETWORK[OURS]] - compared.mean(NETWORK[SHUFFLED], AUROC)
+        assert f"{added:+.3f} over the embedding of another line" in line
     assert {entry.name for entry in path.iterdir()} == {
         "report.html", "report.md", "report.json", "auroc.png", "auroc.svg", "scores.png", "scores.svg"
     }  # fmt: skip
@@ -603,17 +605,16 @@ def test_ways_without_a_network_are_fitted_to_what_is_not_held_out(
     for row, (first, second, line) in zip(rows, model.codes.tolist(), strict=True):
         row[[first, second, len(DRUGS) + line]] = 1
 
-    def boosted(train: Any, test: Any) -> float:
+    def figure(train: Any, test: Any) -> float:
         train, test = train & (model.classes >= 0), test & (model.classes >= 0)
-        trees = HistGradientBoostingClassifier(max_iter=20, early_stopping=False, random_state=0)
-        trees.fit(rows[train], model.classes[train])
-        return float(roc_auc_score(model.classes[test], trees.predict_proba(rows[test])[:, 1]))
+        linear = LogisticRegression(max_iter=1000).fit(rows[train], model.classes[train])
+        return float(roc_auc_score(model.classes[test], linear.predict_proba(rows[test])[:, 1]))
 
     test = model.parts == TEST
-    assert found.model["pair"][BOOSTING][AUROC] == pytest.approx(boosted(~test, test))
+    assert found.model["pair"][LINEAR][AUROC] == pytest.approx(figure(~test, test))
     folds = Folds.made(LINE, model.codes, 2, 0)
-    expected = [boosted(~test, test) for test in folds.test]
-    assert found.compared["line"].figures[BOOSTING][AUROC] == pytest.approx(expected)
+    expected = [figure(~test, test) for test in folds.test]
+    assert found.compared["line"].figures[LINEAR][AUROC] == pytest.approx(expected)
 
 
 def test_an_evaluation_that_was_broken_off_goes_on_without_what_is_finished(
@@ -674,6 +675,8 @@ def test_the_command_fits_predicts_and_judges(
     assert main(judged) == 0
     assert "on 56 triples whose line it was not fitted to" in capsys.readouterr().out
     assert main(["synergy", "predict", *asked, "--output", scored]) == 2
-    assert main([*fit_it, "--target", "zip"]) == 2
+    assert main([model + "2" if word == model else word for word in [*fit_it, "--target", "zip"]]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2
+    assert "exists; name another file" in errors[0]
+    assert "expected one column 'zip', got none" in errors[1]
