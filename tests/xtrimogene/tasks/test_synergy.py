@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.linear_model import Ridge
 
 from xtrimogene.cli import main
 from xtrimogene.network import folder as checkpoints
@@ -605,16 +604,14 @@ def test_ways_without_a_network_are_fitted_to_what_is_not_held_out(
     for row, (first, second, line) in zip(rows, model.codes.tolist(), strict=True):
         row[[first, second, len(DRUGS) + line]] = 1
 
-    def figure(train: Any, test: Any) -> float:
-        train, test = train & (model.classes >= 0), test & (model.classes >= 0)
-        linear = LogisticRegression(max_iter=1000).fit(rows[train], model.classes[train])
-        return float(roc_auc_score(model.classes[test], linear.predict_proba(rows[test])[:, 1]))
+    def error(train: Any, test: Any) -> float:
+        found = Ridge().fit(rows[train], model.scores[train]).predict(rows[test])
+        return float(np.sqrt(np.mean((found - model.scores[test]) ** 2)))
 
     test = model.parts == TEST
-    assert found.model["pair"][LINEAR][AUROC] == pytest.approx(figure(~test, test))
-    folds = Folds.made(LINE, model.codes, 2, 0)
-    expected = [figure(~test, test) for test in folds.test]
-    assert found.compared["line"].figures[LINEAR][AUROC] == pytest.approx(expected)
+    assert found.model["pair"][LINEAR][RMSE] == pytest.approx(error(~test, test))
+    expected = [error(~test, test) for test in Folds.made(LINE, model.codes, 2, 0).test]
+    assert found.compared["line"].figures[LINEAR][RMSE] == pytest.approx(expected)
 
 
 def test_an_evaluation_that_was_broken_off_goes_on_without_what_is_finished(
