@@ -285,7 +285,7 @@ def _draw_auroc(figure: Any, evaluation: SynergyEvaluation) -> None:
         axes.set(title=f"leaving {_named(split)} out", xlabel=AUROC)
         axes.grid(axis="x", color="0.9")
         axes.set_yticks(range(len(names)), names)
-    figure.axes[0].invert_yaxis()
+    figure.axes[0].set_ylim(len(names) - 0.4, -0.6)
 
 
 def _draw_scores(figure: Any, evaluation: SynergyEvaluation) -> None:
