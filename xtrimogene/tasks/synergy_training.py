@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,11 +106,23 @@ def fit_network(
         return float(_mean_of([losses(part) for part in held.split(_AT_ONCE)]))
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=_WEIGHT_DECAY)
-    fitted = fit(
-        network, optimizer, batches, loss, validate, epochs=schedule.epochs, patience=schedule.patience,
-        seed=schedule.seed, work=work, progress=progress, desc=desc, name=name,
-    )  # fmt: skip
+    with _in_one_order():
+        fitted = fit(
+            network, optimizer, batches, loss, validate, epochs=schedule.epochs, patience=schedule.patience,
+            seed=schedule.seed, work=work, progress=progress, desc=desc, name=name,
+        )  # fmt: skip
     return network.cpu(), fitted
+
+
+@contextlib.contextmanager
+def _in_one_order() -> Iterator[None]:
+    """Sums over the atoms of a graph in one order: threads would add them up as they come."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _mean_of(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -133,7 +147,8 @@ def predicted(network: PairNetwork, graphs: Graphs, lines: Tensor, codes: Array)
     ordered = np.column_stack([np.sort(codes[:, :2], axis=1), codes[:, 2]])
     distinct, place = np.unique(ordered, axis=0, return_inverse=True)
     network.eval()
-    parts = [_forward(network, graphs, lines, part) for part in torch.from_numpy(distinct).split(_AT_ONCE)]
+    with _in_one_order():
+        parts = [_forward(network, graphs, lines, part) for part in torch.from_numpy(distinct).split(_AT_ONCE)]
     found = torch.cat([torch.zeros(0, 2), *parts]).double()
     scores = network.score_mean + network.score_deviation * found[:, 0]
     return scores.numpy()[place], torch.sigmoid(found[:, 1]).numpy()[place]

@@ -433,6 +433,26 @@ def test_nothing_that_was_measured_in_the_test_part_goes_into_a_fit(
             assert torch.equal(tensor, other[name]), name
 
 
+def test_sums_over_atoms_are_in_one_order_whatever_the_threads(
+    network: XTrimoGeneNetwork, tables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With so few atoms threads do not come to add at once.
+    seen = []
+    forward = PairNetwork.forward
+
+    def spied(*given: Any) -> Any:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return forward(*given)
+
+    monkeypatch.setattr(PairNetwork, "forward", spied)
+    fit(network, output=tmp_path / "model", **tables, **{**FIT, "epochs": 1})
+    during_fit = len(seen)
+    predict(tmp_path / "model", tables["pairs"], tmp_path / "scored.csv")
+    assert 0 < during_fit < len(seen)
+    assert all(seen)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 class Interrupted(Exception):
     pass
 
