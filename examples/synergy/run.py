@@ -1,7 +1,7 @@
 """Fits and judges a model of drug pairs: python examples/synergy/run.py DATA [--splits ...] [--seed N]
 
-DATA is a folder with oneil_loewe.csv.gz and oneil_smiles.csv (O'Neil et al. 2016, MIT: 583 pairs of drugs on 39 cell
-lines, Loewe synergy), cell_lines_954_tpm.csv (TPM of 954 genes in 31 lines, by Ensembl ids) and zheng_pbmc_facs.h5ad,
+DATA is a folder with oneil_loewe.csv.gz and oneil_smiles.csv (O'Neil et al. 2016, MIT: Loewe synergy of 522 pairs of
+36 drugs on 35 cell lines), cell_lines_954_tpm.csv (TPM of 954 genes in 31 lines, by Ensembl ids) and zheng_pbmc_facs.h5ad,
 of which only the symbols of Ensembl ids are taken. pbmc-tiny's embeddings of the lines are used. In each fold of each
 split the network is fitted anew, beside ways that need none, and ways of knowing a line that need no checkpoint.
 
