@@ -3,7 +3,8 @@
 DATA is a folder with oneil_loewe.csv.gz and oneil_smiles.csv (O'Neil et al. 2016, MIT: Loewe synergy of 522 pairs of
 36 drugs on 35 cell lines), cell_lines_954_tpm.csv (TPM of 954 genes in 31 lines, by Ensembl ids) and
 zheng_pbmc_facs.h5ad, of which only the symbols of Ensembl ids are taken. pbmc-tiny's embeddings of the lines are used.
-In each fold of each split the network is fitted anew, beside ways that need none, and ways of knowing a line that need no checkpoint.
+In each fold of each split the network is fitted anew, beside ways that need none, and ways of knowing a
+line that need no checkpoint.
 
 Figures go to results.json, results.md is made from it, text and pictures of the report lie in oneil/; the model and
 what is finished of a killed run in OUTPUT/work. Run again, it goes on, or makes results.md anew.
