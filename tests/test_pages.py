@@ -44,6 +44,12 @@ NOT_RUN = {
         "xtrimogene perturb evaluate --model model --data screen.h5ad --output judged",
         'xtrimogene perturb predict --model model --perturbations "KLF1+MAP2K6" MAPK1 --output predicted.h5ad',
     ],
+    "docs/synergy.md": [
+        "xtrimogene synergy fit --checkpoint pbmc-tiny --pairs pairs.csv --smiles smiles.csv --cell-lines tpm.csv "
+        "--output model",
+        "xtrimogene synergy evaluate --model model --pairs pairs.csv --output judged",
+        "xtrimogene synergy predict --model model --pairs new.csv --output scored.csv",
+    ],
     "docs/learning.md": [
         "xtrimogene evaluate --checkpoint DIR --data held_out.h5ad --label celltype \\",
         "--train-data train.h5ad --output judged",

@@ -25,7 +25,7 @@ from xtrimogene.network.vocabulary import Vocabulary
 GENES = [f"G{i}" for i in range(30)]
 COMMANDS = ("embed", "genes", "impute", "inspect", "convert", "pretrain", "evaluate", "init", "bench")
 # Commands of several parts.
-PARTS = dict.fromkeys(("annotate", "perturb"), ("fit", "predict", "evaluate"))
+PARTS = dict.fromkeys(("annotate", "perturb", "synergy"), ("fit", "predict", "evaluate"))
 
 
 @pytest.fixture

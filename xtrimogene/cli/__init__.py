@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from xtrimogene.cli import annotate, bench, convert, embed, evaluate, genes, init, inspect, perturb, pretrain
+from xtrimogene.cli import annotate, bench, convert, embed, evaluate, genes, init, inspect, perturb, pretrain, synergy
 from xtrimogene.cli.failures import one_line_each, status_of
 from xtrimogene.cli.messages import check_json
 from xtrimogene.cli.options import add_telling_options
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         help="show the version, with the commit where it is known, and exit",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for command in (embed, genes, inspect, convert, pretrain, evaluate, annotate, perturb, init, bench):
+    for command in (embed, genes, inspect, convert, pretrain, evaluate, annotate, perturb, synergy, init, bench):
         command.add_to(commands)
     for each in commands.choices.values():
         if each.get_default("run") is None:  # its parts have them

@@ -275,13 +275,15 @@ def _near_matches(vocabulary: Vocabulary, name: str) -> str:
     return f" (near: {', '.join(near)})" if near else ""
 
 
-def checked_output(adata_or_path: AnnData | str | os.PathLike[str] | None, output: Path, overwrite: bool) -> Path:
+def checked_output(
+    adata_or_path: AnnData | str | os.PathLike[str] | None, output: Path, overwrite: bool, suffix: str = ".h5ad"
+) -> Path:
     """Refuses, before any work, an output that could not be written at the end; a link is what it points at.
 
     adata_or_path is the input, None for none, which is never written over.
     """
-    if output.suffix != ".h5ad":
-        raise ValueError(f"output: expected a name that ends in .h5ad, got {output}")
+    if output.suffix != suffix:
+        raise ValueError(f"output: expected a name that ends in {suffix}, got {output}")
     if output.is_symlink():
         output = Path(os.path.realpath(output))
     if not output.parent.is_dir():

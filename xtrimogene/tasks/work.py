@@ -52,6 +52,11 @@ class WorkFolder:
             raise FileNotFoundError(f"output: expected an existing folder, got {parent}; make it first")
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError(f"output: the folder {parent} cannot be written to; choose another one")
+        self.check_unfinished()
+        return self
+
+    def check_unfinished(self) -> None:
+        """Refuses what lies where an unfinished fit is kept, but for such a fit that is resumed."""
         folder = self.folder
         if os.path.lexists(folder):
             foreign = (
@@ -62,12 +67,11 @@ class WorkFolder:
                     f"output: {folder}, where an unfinished fit is kept, holds {', '.join(sorted(foreign)[:3])}, which "
                     "is of no fit; move it away, or name another output"
                 )
-            if not resume:
+            if not self.resume:
                 raise FileExistsError(
                     f"output: {folder} is left from an interrupted fit; go on with resume=True (--resume), or remove "
                     "that folder to start again"
                 )
-        return self
 
     @property
     def folder(self) -> Path:
