@@ -163,9 +163,9 @@ def card_of(
         ),
         "Limits": "Human blood and a little gut, all of it 10x; other tissues, species and platforms were not tried. "
         "The held-out cells are of the donors and laboratories that it was trained on: at deeper cells of another "
-        "laboratory, its predictions of hidden genes are worse than each gene's mean there, until it is trained on with "
-        "them (examples/pbmc_tiny/other_laboratory.py). It is small: for trying things out, for tests, and to go on "
-        "training from.",
+        "laboratory, its predictions of hidden genes are worse than each gene's mean there, until it is trained on "
+        "with them (examples/pbmc_tiny/other_laboratory.py). It is small: for trying things out, for tests, and to go "
+        "on training from.",
     }
 
 

@@ -63,10 +63,31 @@ class Layer:
     dropouts: tuple[nn.Dropout | None, nn.Dropout | None, nn.Dropout | None]
     residual_of_norm: bool = False
 
-# q, k, v -> what each row attends to, all (rows, num_heads, head_dim): in place of the attention inside each segment.
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-# Of a layer.
-DROPOUTS = 3
+    def __call__(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        attention: Attention | None = None,
+        key: DropoutKey | None = None,
+    ) -> Tensor:
+        """x (total_nnz, dim) -> (total_nnz, dim). key is what masks are drawn from, None to take a seed from torch."""
+        after_attention, _, after_ffn = self.dropouts
+        where = (cu_seqlens, max_seqlen) if attention is None else (cu_seqlens, max_seqlen, attention)
+        if not any_drops(self.dropouts):
+            key = None
+        elif key is None:
+            key = DropoutKey.of(cu_seqlens, len(x))
+        of_attention, of_hidden, of_ffn = (None if key is None else key.at(i) for i in range(DROPOUTS))
+        if self.norm_first:
+            rows = self.norm1(x)
+            residual = rows if self.residual_of_norm else x
+            x = added(residual, after_attention, self.attend(rows, *where), of_attention)
+            rows = self.norm2(x)
+            residual = rows if self.residual_of_norm else x
+            return added(residual, after_ffn, self._feed_forward(rows, of_hidden), of_ffn)
+        x = self.norm1(added(x, after_attention, self.attend(x, *where), of_attention))
+        return self.norm2(added(x, after_ffn, self._feed_forward(x, of_hidden), of_ffn))
 
     def _feed_forward(self, x: Tensor, key: DropoutKey | None) -> Tensor:
         dropout = self.dropouts[1]
