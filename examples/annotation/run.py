@@ -182,15 +182,15 @@ def verdict(known: dict[str, Any]) -> str:
         runs = [(key.split(", ")[1], each) for key, each in known.items() if key.startswith(f"{part}, ")]
         if not runs:
             continue
-        ours: dict[str, list[float]] = {}
+        ours_by: dict[str, list[float]] = {}
         others: dict[str, list[float]] = {}
         for tune, each in runs:
-            ours.setdefault(tune, []).append(each["methods"][OURS]["macro_f1"])
+            ours_by.setdefault(tune, []).append(each["methods"][OURS]["macro_f1"])
             for way in WAYS[2:]:
                 others.setdefault(way, []).append(each["methods"][way]["macro_f1"])
-        best = max(ours, key=lambda tune: np.mean(ours[tune]))
+        best = max(ours_by, key=lambda tune: np.mean(ours_by[tune]))
         other = max(others, key=lambda way: np.mean(others[way]))
-        mine, theirs = float(np.mean(ours[best])), float(np.mean(others[other]))
+        mine, theirs = float(np.mean(ours_by[best])), float(np.mean(others[other]))
         if theirs > mine:
             told.append(
                 f"On {name} a linear model wins: {other} has macro-F1 {theirs:.3f}, the best model here, tuned "
@@ -200,6 +200,19 @@ def verdict(known: dict[str, Any]) -> str:
             )
         else:
             told.append(f"On {name} the model tuned `{best}` has macro-F1 {mine:.3f}, {other} {theirs:.3f}.")
+    curves = _curves(known)
+    if curves:
+        counts = sorted({count for of in curves.values() for count in of})
+        best_of = {
+            count: max((curves[way][count], way) for way in curves if count in curves[way])[1] for count in counts
+        }
+        ahead = [str(count) for count in counts if best_of[count].startswith("pre-trained")]
+        behind = [str(count) for count in counts if not best_of[count].startswith("pre-trained")]
+        if ahead:
+            told.append(
+                f"With {', '.join(ahead)} blood cells of each type the pre-trained model has the highest macro-F1"
+                + (f", with {', '.join(behind)} a regression." if behind else ".")
+            )
     return " ".join(told)
 
 
