@@ -149,6 +149,19 @@ def run_head(guard: Guard, rows: list[int] | None, dim: int) -> list[Tensor]:
     ]
 
 
+def run_dropout(guard: Guard, rows: int, dim: int) -> list[Tensor]:
+    """Forward and backward, alone, after ReLU and with a residual, with guarded inputs and outputs."""
+    from xtg_kernels.ops.dropout import triton_kernel
+
+    x, residual, grad_out = (guard(_random(i, rows, dim)) for i in range(3))
+    mask = (guard(torch.arange(rows) << 32), guard(torch.tensor([7])).view(()), 3, 0.3)
+    made = [
+        triton_kernel.forward(x, other, *mask, relu) for other, relu in ((None, False), (None, True), (residual, False))
+    ]
+    grads = [triton_kernel.backward(grad_out, out, *mask, torch.float32) for out in (None, guard(made[1]))]
+    return [*made, *grads]
+
+
 CASES: list[Callable[[Guard], list[Tensor]]] = [
     functools.partial(run_attention, lengths=[31, 0, 65, 4], slack=3, head_dim=24),
     functools.partial(run_attention, lengths=[7], slack=0, head_dim=64),
@@ -160,6 +173,8 @@ CASES: list[Callable[[Guard], list[Tensor]]] = [
     functools.partial(run_gather, cells=random_cells(37, [9, 0, 20], None, [12, 0, 37]), slack=3, dim=40),
     functools.partial(run_head, rows=[36, 0, 36, 7, 35], dim=40),
     functools.partial(run_head, rows=None, dim=12),
+    functools.partial(run_dropout, rows=37, dim=12),
+    functools.partial(run_dropout, rows=5, dim=300),
 ]
 
 
