@@ -78,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("names", nargs="*", default=list(VARIANTS), help="of the changes; all")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each run (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder of the split cells")
     options = parser.parse_args()
     results = HERE / "results.jsonl"
@@ -92,10 +93,10 @@ def main() -> None:
         ridge = figures(bar.predict(hidden), hidden, bar.means)
         for seed, name in itertools.product(SEEDS, options.names):
             known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-            if any((each["name"], each["seed"]) == (name, seed) for each in known):
+            if any((each["name"], each["seed"], each["steps"]) == (name, seed, options.steps) for each in known):
                 continue
             began = time.process_time()
-            model = trained(VARIANTS[name], seed, cells)
+            model = trained(VARIANTS[name], seed, cells, options.steps)
             seconds = time.process_time() - began
             model.eval()
             with torch.no_grad():
@@ -104,6 +105,7 @@ def main() -> None:
             found = {
                 "name": name,
                 "seed": seed,
+                "steps": options.steps,
                 "cpu seconds": seconds,
                 "hidden genes": figures(judged.predictions, judged, bar.means),
                 "labels": labels_of(model, cells, asked, train[0], held_out[0]),
@@ -114,10 +116,12 @@ def main() -> None:
                 file.write(json.dumps(found) + "\n")
             print(name, seed, f"{seconds:.0f} s", found["hidden genes"]["all"], found["labels"], flush=True)
     lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
-    (HERE / "results.md").write_text(as_table(lines), encoding="utf-8")
+    budgets = sorted({line["steps"] for line in lines})
+    tables = [as_table([line for line in lines if line["steps"] == steps]) for steps in budgets]
+    (HERE / "results.md").write_text("\n".join(tables), encoding="utf-8")
 
 
-def trained(changes: Changes, seed: int, cells: TrainingCells) -> XTrimoGeneNetwork:
+def trained(changes: Changes, seed: int, cells: TrainingCells, steps: int) -> XTrimoGeneNetwork:
     """A network whose product head has learned alone, as in the first steps of a run."""
     config = PretrainConfig.from_dict({"seed": seed}, recipe="small")
     sizes = {key: changes[key] for key in ("product_dropout", "gene_std", "product_head", "dim") if key in changes}
@@ -151,17 +155,17 @@ def trained(changes: Changes, seed: int, cells: TrainingCells) -> XTrimoGeneNetw
     scale = changes.get("learning_rate", config.head_learning_rate) / config.head_learning_rate
     batches = _batches(cells)
     with mock.patch.object(network_module, "FURTHER_HIDDEN", changes.get("hiding", network_module.FURTHER_HIDDEN)):
-        for step in range(STEPS):
+        for step in range(steps):
             if step % 200 == 0:
                 settle(model, settling)
             model.train()
             masked = next(batches)
-            torch.manual_seed(seed * STEPS + step)
+            torch.manual_seed(seed * steps + step)
             loss = loss_of(model, masked, masking.nonzero_rate, masking.zero_rate)
             (loss / masked.total_chosen).backward()
             torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-            # STEPS + 1: there is no step of the whole network after these.
-            rate = PretrainConfig.from_dict({"max_steps": STEPS + 1}, recipe="small").rate(step, STEPS)
+            # One more: there is no step of the whole network after these.
+            rate = PretrainConfig.from_dict({"max_steps": steps + 1}, recipe="small").rate(step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = scale * rate
             optimizer.step()
@@ -255,7 +259,8 @@ def as_table(lines: list[dict[str, Any]]) -> str:
     seeds = sorted({line["seed"] for line in lines})
     commits = ", ".join(sorted({line["measured"]["commit"] for line in lines}))
     note = (
-        f"{STEPS:,} steps of the head alone, one change at a time, {len(seeds)} seeds: mean and half of the range. "
+        f"{first['steps']:,} steps of the head alone, one change at a time, {len(seeds)} seeds: mean and half of the "
+        "range. "
         f"Error is the mean squared one at hidden genes. Commit {commits}; {first['measured']['cpu']}, "
         f"{first['measured']['threads']} thread."
     )

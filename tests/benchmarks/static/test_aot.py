@@ -35,6 +35,8 @@ FAST = [
     Case("masked_decoder_gather", "", "sm_90", "bfloat16", 256, size=512),
     Case("masked_decoder_gather", "", "gfx942", "float16", 64, size=40),
     Case("masked_decoder_gather", "forward", "sm_80", "float32", 256, size=192),
+    Case("dropout", "", "sm_90", "bfloat16", 128),
+    Case("dropout", "", "gfx942", "float32", 128, size=40),
     Case("masked_head", "", "sm_80", "bfloat16", 512),
     Case("masked_head", "", "gfx942", "float32", 512, size=192),
     Case("masked_head", "backward", "sm_90", "bfloat16", 4096),
