@@ -28,6 +28,7 @@ settings.register_profile("explore", derandomize=False, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 SHARED_DATA = Path(os.environ.get("XTG_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+THREADS = torch.get_num_threads()
 CPU_BACKENDS = ["reference"] + (["cpp"] if dispatch.extension() is not None else [])
 
 
@@ -39,6 +40,15 @@ def poisoned_empty() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Each test begins with as many threads as the programs that it starts, whatever one before it has set: some sums
+    have other bits on another number."""
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture
