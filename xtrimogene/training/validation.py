@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class Losses:
     model      the model's
     mean       of guessing each gene's mean
     zero_mean  of a guess that is told which genes are zero, and guesses the mean over the other cells elsewhere
-    hidden     the model's at the hidden genes, of which it is shown nothing
+    hidden     the model's at the hidden genes, of which it is shown nothing; NaN where none is hidden
     ridge      that of the strongest bar there, see RidgeBar
     chosen     number of chosen genes
     """
@@ -83,7 +84,7 @@ def validate(
                 return number
     *sums, num_hidden, chosen = ranks.sums(squares.tolist())
     model, mean_loss, zero_mean_loss = (each / max(chosen, 1) for each in sums[:3])
-    hidden_loss, ridge_loss = (each / max(num_hidden, 1) for each in sums[3:])
+    hidden_loss, ridge_loss = (each / num_hidden if num_hidden else math.nan for each in sums[3:])
     return Losses(model, mean_loss, zero_mean_loss, hidden_loss, ridge_loss, int(chosen))
 
 

@@ -245,6 +245,13 @@ def test_validation_is_that_of_the_model_and_of_guesses(uninterrupted: Path) -> 
     )
 
 
+def test_where_no_gene_is_hidden_there_is_no_error_at_hidden_genes(path: Path, tmp_path: Path) -> None:
+    masking = MaskingConfig(zero_rate=0.3, mask_share=0.0, random_share=0.5)
+    report = run(path, tmp_path / "run", masking=masking, max_steps=2)
+    assert np.isnan([report.hidden_loss, report.ridge_hidden_loss]).all()
+    assert np.isfinite([report.loss, report.validation_loss, report.baseline_mean]).all()
+
+
 def test_real_cells_are_learned(tmp_path: Path) -> None:
     import scanpy
 
