@@ -81,21 +81,26 @@ def test_hidden_genes_count_as_their_mean_in_coordinates(fitted: tuple) -> None:
     np.testing.assert_allclose(bars.ridge.components.coordinates(asked.seen, asked), wanted, atol=1e-9)
 
 
-def test_the_ridge_is_the_minimum_of_its_sum(fitted: tuple) -> None:
+@pytest.mark.parametrize("name", ["depth", "depth + PCA"])
+def test_a_ridge_is_the_minimum_of_its_sum(fitted: tuple, name: str) -> None:
     maskings, asked, bars = fitted
-    features = [depth_numbers(each.seen) for each in maskings]
-    stacked = np.concatenate(features)
+
+    def features(cells: HiddenGenes) -> np.ndarray:
+        depth = depth_numbers(cells.seen)
+        return depth if name == "depth" else np.hstack([depth, bars.ridge.components.coordinates(cells.seen, cells)])
+
+    stacked = np.concatenate([features(each) for each in maskings])
     values = np.concatenate([each.whole.toarray() for each in maskings]).astype(np.float64)
     z = (stacked - stacked.mean(0)) / stacked.std(0)
     rates = np.where(values > 0, MASKING.nonzero_rate, MASKING.zero_rate)
-    asked_z = (depth_numbers(asked.seen) - stacked.mean(0)) / stacked.std(0)
+    asked_z = (features(asked) - stacked.mean(0)) / stacked.std(0)
     wanted = np.empty((ASKED, GENES))
     for gene in range(GENES):
         weighted = z * rates[:, gene : gene + 1]
-        matrix = weighted.T @ z + module.PENALTY * np.eye(3)
+        matrix = weighted.T @ z + module.PENALTY * np.eye(z.shape[1])
         slope = np.linalg.solve(matrix, weighted.T @ (values[:, gene] - bars.ridge.means[gene]))
         wanted[:, gene] = bars.ridge.means[gene] + asked_z @ slope
-    np.testing.assert_allclose(bars.predict(asked)["depth"], wanted[asked.cells, asked.genes], rtol=1e-8)
+    np.testing.assert_allclose(bars.predict(asked)[name], wanted[asked.cells, asked.genes], rtol=1e-8)
 
 
 def test_each_bar_is_what_it_is_said_to_be(fitted: tuple) -> None:
