@@ -288,8 +288,12 @@ def _dropout(rows: Rows) -> str:
         for r in rows
         if r["provider"] == "dropout 0.1"
     ]  # fmt: skip
-    title = "## Dropout\n\nForward and backward with and without, in turns, CPU time; first as PyTorch drops, then"
-    return f"{title} as we do:\n\n" + markdown_table(header, body)
+    title = (
+        "## Dropout\n\nForward and backward with and without, in turns, CPU time. A row is of the commit that it names"
+    )
+    *before, _ = dict.fromkeys(r["commit"] for r in rows)
+    theirs = "".join(f"; {commit} still had PyTorch's dropout" for commit in before)
+    return f"{title}{theirs}:\n\n" + markdown_table(header, body)
 
 
 def _ranks(rows: Rows) -> str:
@@ -362,14 +366,14 @@ def _times(ratio: float) -> str:
 
 def _where(rows: Rows) -> str:
     first = rows[0]
-    dirty = ", with changes that are not committed" if first["dirty"] == "True" else ""
     quick = " Quick shapes: not for comparison." if first["quick"] == "True" else ""
     # A part that a later change concerned may have been measured again.
-    commits = list(dict.fromkeys(row["commit"] for row in rows))
-    at = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
+    commits = list(dict.fromkeys((row["commit"], row["dirty"] == "True") for row in rows))
+    at = ", ".join(commit + " with changes that are not committed" * dirty for commit, dirty in commits)
     return (
-        f"Measured on {first['date']} at {at}{dirty}: {first['machine']}, {first['isa']} kernels, "
-        f"{first['threads']} threads, torch {first['torch']}.{quick}"
+        f"Measured on {first['date']} at commit{'s' * (len(commits) > 1)} {at}: {first['machine']}, "
+        f"{first['isa']} kernels, {first['threads']} thread{'s' * (first['threads'] != '1')}, "
+        f"torch {first['torch']}.{quick}"
     )
 
 

@@ -255,6 +255,11 @@ def register_op(
         register_flop_formula(getattr(torch.ops.xtg, name), get_raw=True)(flops)
 
 
+def no_flops(*args: Any, **kwargs: Any) -> int:
+    """The FLOP formula of an op without products: 0, as FlopCounterMode counts."""
+    return 0
+
+
 def overload_names(name: str) -> list[str]:
     """Qualified names of an op's overloads, as torch.library takes them."""
     return [f"xtg::{name}" if overload == "default" else f"xtg::{name}.{overload}" for overload in OVERLOADS]

@@ -17,7 +17,7 @@ constexpr int64_t kUnitElements = 32768;
 // Where 16 bits decide, p is a multiple of 2^-16; what is kept is scaled for that p.
 constexpr int64_t kSteps = 65536;
 
-bool is_wider(DType in, DType out) { return in == out || in == DType::f32 || out == DType::f32; }
+bool go_together(DType in, DType out) { return in == out || in == DType::f32 || out == DType::f32; }
 
 Tensor dropped(const Tensor& x_in, const std::optional<Tensor>& residual, const std::optional<Tensor>& kept,
                const Tensor& row_ids_in, const Tensor& seed, int64_t place, double p, bool relu, ScalarType out_type) {
@@ -28,12 +28,12 @@ Tensor dropped(const Tensor& x_in, const std::optional<Tensor>& residual, const 
   check_sizes(row_ids_in, "row_ids", ScalarType::Long, {rows});
   check_sizes(seed, "seed", ScalarType::Long, {});
   const Tensor x = torch::stable::contiguous(x_in), row_ids = torch::stable::contiguous(row_ids_in);
-  // Not with_large_pages: what a layer keeps for its backward was slower by it (100m in float32, one layer: 9 % for 4 %).
+  // Not with_large_pages: a layer of the 100m model in float32, which keeps them for its backward, was slower by it.
   Tensor out = torch::stable::new_empty(x, {rows, dim}, out_type);
   DropoutArgs args{};
   args.in = element_type(x, "x");
   args.out = element_type(out, "residual");
-  STD_TORCH_CHECK(is_wider(args.in, args.out), "residual: expected the dtype of x or float32");
+  STD_TORCH_CHECK(go_together(args.in, args.out), "residual: expected the dtype of x or float32");
   Tensor other;
   if (residual || kept) {
     check_sizes(residual ? *residual : *kept, residual ? "residual" : "out", out_type, {rows, dim});

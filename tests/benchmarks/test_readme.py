@@ -80,6 +80,24 @@ def test_the_headline_has_what_one_would_run_beside_what_is_dense(results: Path)
     assert "3m and 10m, float32, lengths of real cells; 10m was not run padded." in how
 
 
+def test_rows_of_several_commits_are_told_apart(tmp_path: Path) -> None:
+    def rows(commit: str, dirty: bool, cost: float) -> list[dict]:
+        row = {"case": "step", "dtype": "float32", "median_ms": 200.0, "quick": False, **WHERE}
+        row |= {"commit": commit, "dirty": dirty}
+        more = {"cost_percent": cost, "cost_q25_percent": 1.0, "cost_q75_percent": 9.0}
+        return [{**row, "provider": "dropout 0"}, {**row, "provider": "dropout 0.1", **more}]
+
+    write_csv(tmp_path / "dropout.csv", [*rows("abc", True, 5.0), *rows("def", False, 2.0)])
+    made = readme.tables(tmp_path)
+    assert "A row is of the commit that it names; abc still had PyTorch's dropout:" in made
+    assert "| step | float32 | 200 ms | 2.0 % | 1.0 to 9.0 % | def |" in made
+    assert "at commits abc with changes that are not committed, def: M" in made
+    write_csv(tmp_path / "dropout.csv", rows("def", False, 2.0))
+    made = readme.tables(tmp_path)
+    assert "A row is of the commit that it names:" in made
+    assert "at commit def: M" in made
+
+
 def test_a_case_that_was_measured_twice_is_explained_with_both_runs(results: Path) -> None:
     def rows(provider: str, cells: int, gemm: float, gflops: float, speedup: float) -> list[dict]:
         return [

@@ -69,18 +69,37 @@ def test_philox_gives_the_published_words(counter: list[int], key: list[int], wo
     assert [int(word) for word in got] == words
 
 
-def test_a_channel_takes_its_own_16_bits() -> None:
+def bits_of(channel: int, row_id: int, place: int) -> int:
     """Channel 128 b + 64 half + 16 word + lane: one half of a word of the counter (16 b + lane, place, id)."""
+    b, rest = divmod(channel, 128)
+    half, rest = divmod(rest, 64)
+    word, lane = divmod(rest, 16)
+    counter = (16 * b + lane, place, row_id & 0xFFFFFFFF, row_id >> 32 & 0xFFFFFFFF)
+    key = (int(SEED) & 0xFFFFFFFF, int(SEED) >> 32)
+    words = philox(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))  # type: ignore[arg-type]
+    return int(words[word]) >> 16 * half & 0xFFFF
+
+
+def test_a_channel_takes_its_own_16_bits() -> None:
     row_id, place, dim = int(ids(1)), 7, 300
-    seed = int(SEED)
     mask = kept(torch.tensor([row_id]), SEED, place, 0.3, dim)[0]
     for channel in range(dim):
-        b, rest = divmod(channel, 128)
-        half, rest = divmod(rest, 64)
-        word, lane = divmod(rest, 16)
-        counter = (16 * b + lane, place, row_id & 0xFFFFFFFF, row_id >> 32 & 0xFFFFFFFF)
-        words = philox(tuple(map(torch.tensor, counter)), (torch.tensor(seed & 0xFFFFFFFF), torch.tensor(seed >> 32)))  # type: ignore[arg-type]
-        assert bool(mask[channel]) == ((int(words[word]) >> 16 * half & 0xFFFF) >= round(0.3 * 65536)), channel
+        assert bool(mask[channel]) == (bits_of(channel, row_id, place) >= round(0.3 * 65536)), channel
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_channel_is_kept_while_p_is_at_most_its_bits(name: str) -> None:
+    with implementation(name):
+        assert_kept_up_to_its_bits("cpu")
+
+
+def assert_kept_up_to_its_bits(device: str) -> None:
+    row_ids, seed, x = ids(1).to(device), SEED.to(device), torch.ones((1, 150), device=device)
+    # Of both halves of a word, and of the second block.
+    for channel in (0, 100, 149):
+        bits = bits_of(channel, int(row_ids), 7)
+        assert dropout(x, bits / 65536, row_ids, seed, 7)[0, channel] > 0, channel
+        assert dropout(x, (bits + 1) / 65536, row_ids, seed, 7)[0, channel] == 0, channel
 
 
 @pytest.mark.parametrize("dim", DIMS)

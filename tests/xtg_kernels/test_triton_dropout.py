@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.interpreter import bf16_interpreter
-from tests.xtg_kernels.test_dropout import DTYPES, SEED, ids, random
+from tests.xtg_kernels.test_dropout import DTYPES, SEED, assert_kept_up_to_its_bits, ids, random
 from xtg_kernels import dropout, use_backend
 from xtg_kernels.ops.dropout import dropout_backward
 from xtg_kernels.ops.dropout.reference import kept
@@ -50,6 +50,11 @@ def test_bits_of_the_reference(dtypes: tuple[torch.dtype, torch.dtype], dim: int
     for got, want in zip(_forms("triton", DEVICE, *tensors), _forms("reference", "cpu", *tensors), strict=True):
         assert got.dtype == want.dtype
         assert torch.equal(got, want)
+
+
+def test_a_channel_is_kept_while_p_is_at_most_its_bits() -> None:
+    with use_backend("triton"):
+        assert_kept_up_to_its_bits(DEVICE)
 
 
 def test_what_is_dropped_is_not_seen() -> None:

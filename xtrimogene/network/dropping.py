@@ -48,7 +48,7 @@ class DropoutKey(NamedTuple):
         return dropout(x, p, self.row_ids, self.seed, self.place, residual=residual, relu=relu)
 
     def backward_of_relu(self, grad_out: Tensor, out: Tensor, p: float) -> Tensor:
-        """Gradient to x, given that of what a call with relu=True gave, and that."""
+        """Gradient to x of a call with relu=True, from the gradient of what it gave and from that itself, out."""
         return dropout_backward(grad_out, p, self.row_ids, self.seed, self.place, out=out)
 
 
@@ -66,13 +66,16 @@ def any_drops(modules: Sequence[nn.Module | None]) -> bool:
 
 
 def dropped(module: nn.Dropout | None, x: Tensor, key: DropoutKey | None, *, relu: bool = False) -> Tensor:
-    """What the module gives for x, or for relu(x) with relu, which x is then overwritten with; key None where no module
-    drops."""
+    """What the module gives for x, or with relu for relu(x), for which x may be overwritten.
+
+    key None where no module drops.
+    """
     share = share_of(module)
     if share and key is not None:
         return key(x, share, relu=relu)
-    # In place: no backward needs the value before it, and this is the widest tensor of the layer.
-    x = torch.nn.functional.relu(x, inplace=True) if relu else x
+    if relu:
+        # In place: no backward needs the value before it, and this is the widest tensor of the layer.
+        x = torch.nn.functional.relu(x, inplace=True)
     return x if module is None else module(x)
 
 

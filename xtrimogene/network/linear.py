@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from xtg_kernels.dispatch import is_transformed, pull_back
-from xtg_kernels.ops.dropout.reference import threshold_and_scale
 from xtrimogene.network.dropping import DropoutKey
 
 # Where one is None, it is a bias that a layer does not have.
@@ -166,9 +165,10 @@ def feed_forward(
     """F.linear(F.dropout(activation(F.linear(x, w1, b1)), dropout), w2, b2), with gradients to all five, by blocks.
 
     x (rows, dim), w1 (ffn_dim, dim), b1 (ffn_dim,) or None, w2 (dim, ffn_dim), b2 (dim,) or None, of one dtype on the
-    CPU; activation "relu", "gelu" or "gelu_tanh"; key is what the masks of dropout are drawn from. One (rows, ffn_dim)
-    tensor is kept for the backward: with relu the dropped-out hidden rows, which are positive where the gradient
-    passes; with the others the rows before the activation, which is computed again and dropped out again.
+    CPU; activation "relu", "gelu" or "gelu_tanh"; key is what the masks of dropout are drawn from, None where
+    dropout is 0. (rows, ffn_dim) are kept for the backward: with relu the dropped-out hidden rows, which are positive
+    where the gradient passes; with the others the rows before the activation, which is computed again and dropped out
+    again.
     """
     return _FeedForward.apply(x, None, None, 0.0, w1, b1, w2, b2, dropout, key, activation, torch.is_grad_enabled())
 
@@ -244,19 +244,13 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, norm_bias, w1, b1, w2, b2, *hidden = ctx.saved_tensors
-        every = slice(None)
         if torch.is_grad_enabled():
 
             def plain(x: Tensor, *weights: Tensor) -> Tensor:
                 norm_weight, norm_bias, w1, b1, w2, b2 = weights
                 rows = x if norm_weight is None else F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, ctx.eps)
-                rows = F.linear(rows.to(w1.dtype), w1, b1)
-                # What ReLU and dropout let through is where they left something.
-                if ctx.activation == "relu":
-                    rows = rows * (torch.cat(hidden) > 0).to(rows.dtype) * threshold_and_scale(ctx.dropout)[1]
-                else:
-                    rows = _dropped(activate(rows, ctx.activation), ctx.dropout, ctx.key, every)
-                out = F.linear(rows, w2, b2)
+                rows = activate(F.linear(rows.to(w1.dtype), w1, b1), ctx.activation)
+                out = F.linear(_dropped(rows, ctx.dropout, ctx.key, slice(None)), w2, b2)
                 return (out if norm_weight is None else x + out).to(grad_out.dtype)
 
             args, needed = (x, norm_weight, norm_bias, w1, b1, w2, b2), ctx.needs_input_grad
@@ -292,7 +286,10 @@ class _FeedForward(torch.autograd.Function):
 
 
 def _dropped(rows: Tensor, p: float, key: DropoutKey | None, block: slice) -> Tensor:
-    return rows if not p or key is None else key.rows(block)(rows, p)
+    if not p:
+        return rows
+    assert key is not None
+    return key.rows(block)(rows, p)
 
 
 def _live_width(w1: Tensor, activation: str) -> int:

@@ -135,7 +135,10 @@ class XTrimoGeneNetwork(nn.Module):
         )
 
     def masked_predictions(self, masked: MaskedBatch, *, dropout_seed: int | None = None) -> Tensor:
-        """(total_chosen,) float32: predicted log-normalised values of the chosen genes, in the order of chosen_ids."""
+        """(total_chosen,) float32: predicted log-normalised values of the chosen genes, in the order of chosen_ids.
+
+        dropout_seed is that of loss.
+        """
         return self.predict(masked.batch, self._dropout_key(masked, dropout_seed), **_genes_of(masked))
 
     def loss(self, masked: MaskedBatch, reduction: str = "sum", *, dropout_seed: int | None = None) -> Tensor:

@@ -367,9 +367,9 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyP
         made.clear()
         alive.clear()
         with torch.set_grad_enabled(wanted):
-            out = _norm_feed_forward(x, *leaves)
+            _norm_feed_forward(x, *leaves)
         assert len(alive) > 4
-        assert alive == list(range(1, len(alive) + 1)) if wanted else set(alive) <= {1, 2}, out.shape
+        assert alive == list(range(1, len(alive) + 1)) if wanted else set(alive) <= {1, 2}
 
 
 def test_gradients_that_nobody_needs_are_not_made() -> None:

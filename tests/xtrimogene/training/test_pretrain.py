@@ -278,14 +278,25 @@ def test_log_lines_average_over_their_steps(path: Path, tmp_path: Path, uninterr
     assert_same_weights(tmp_path / "run", uninterrupted)
 
 
-def test_accumulated_batches_are_one_batch(path: Path, tmp_path: Path) -> None:
-    """The masks of dropout are those of a cell, whatever its batch."""
+def test_accumulated_batches_are_one_batch(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The masks of dropout are those of a cell in a step, whatever its batch."""
+    seeds: list[int] = []
+    loss = XTrimoGeneNetwork.loss
+
+    def watched(self: XTrimoGeneNetwork, *args: Any, dropout_seed: int) -> torch.Tensor:
+        seeds.append(dropout_seed)
+        return loss(self, *args, dropout_seed=dropout_seed)
+
+    monkeypatch.setattr(XTrimoGeneNetwork, "loss", watched)
     # Fewer steps than an epoch, whose last step is smaller and has a cell in each of its batches.
     changes = {"model": {**MODEL, "dropout": 0.3}, "max_steps": 6}
     run(path, tmp_path / "one", **changes)
     run(path, tmp_path / "four", accumulate=4, batch_cells=2, **changes)
     for name in ("loss", "gradient_norm"):
         assert losses(tmp_path / "four", name=name) == pytest.approx(losses(tmp_path / "one", name=name), rel=1e-4)
+    of_steps = seeds[:6]
+    assert len(set(of_steps)) == 6, "each step has masks of its own"
+    assert seeds[6:] == [seed for seed in of_steps for _ in range(4)]
 
 
 def test_a_product_head_takes_the_moments_of_training_cells_and_resumes_bit_for_bit(

@@ -51,14 +51,9 @@ def _backward(op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
     return backward
 
 
-def _flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    """No product of matrices: 0, as FlopCounterMode counts."""
-    return 0
-
-
 _HOME = "xtg_kernels.ops.dropout.triton_kernel"
 dispatch.register_op(
-    "dropout", SCHEMA, reference=reference.forward, triton=f"{_HOME}:forward", fake=_fake, flops=_flops
+    "dropout", SCHEMA, reference=reference.forward, triton=f"{_HOME}:forward", fake=_fake, flops=dispatch.no_flops
 )
 dispatch.register_op(
     "dropout_backward",
@@ -66,7 +61,7 @@ dispatch.register_op(
     reference=reference.backward,
     triton=f"{_HOME}:backward",
     fake=_fake_backward,
-    flops=_flops,
+    flops=dispatch.no_flops,
 )
 dispatch.register_autograd("dropout", _setup_context, _backward)
 # As torch's: in the dtype that comes.

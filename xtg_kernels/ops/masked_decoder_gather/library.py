@@ -83,14 +83,14 @@ def _backward(op: Any) -> Callable[..., tuple[Tensor | None, ...]]:
     return backward
 
 
-def _flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    """Additions only, no product: 0, as FlopCounterMode counts."""
-    return 0
-
-
 _HOME = "xtg_kernels.ops.masked_decoder_gather.triton_kernel"
 dispatch.register_op(
-    "masked_decoder_gather", SCHEMA, reference=reference.forward, triton=f"{_HOME}:forward", fake=_fake, flops=_flops
+    "masked_decoder_gather",
+    SCHEMA,
+    reference=reference.forward,
+    triton=f"{_HOME}:forward",
+    fake=_fake,
+    flops=dispatch.no_flops,
 )
 dispatch.register_op(
     "masked_decoder_gather_backward",
@@ -98,7 +98,7 @@ dispatch.register_op(
     reference=reference.backward,
     triton=f"{_HOME}:backward",
     fake=_fake_backward,
-    flops=_flops,
+    flops=dispatch.no_flops,
 )
 dispatch.register_autograd("masked_decoder_gather", _setup_context, _backward)
 dispatch.register_autocast("masked_decoder_gather", None)
