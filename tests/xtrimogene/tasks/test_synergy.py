@@ -490,10 +490,11 @@ def test_a_fit_that_was_broken_off_goes_on_with_the_same_bits(
 
 
 def test_classes_alone_are_learned_where_there_are_no_scores(
-    network: XTrimoGeneNetwork, tables: dict[str, str], tmp_path: Path
+    network: XTrimoGeneNetwork, tables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**FIT, "epochs": 2, "target": "label", "split": "none"}
-    report = fit(network, output=tmp_path / "model", **tables, **options)
+    some = with_pairs(tables, tmp_path, ROWS[:-12])
+    report = fit(network, output=tmp_path / "model", **some, **options)
     assert report.triples["test"] == 0
     assert "classes alone" in report.target
     predict(tmp_path / "model", tables["pairs"], tmp_path / "scored.csv")
@@ -505,7 +506,16 @@ def test_classes_alone_are_learned_where_there_are_no_scores(
     with pytest.raises(ValueError, match="one column 'fold', got none"):
         evaluate(tmp_path / "model", tables["pairs"], fold_column="fold", splits=["line"], progress=False)
     with pytest.raises(ValueError, match="triples that the model was not fitted to, got none"):
-        evaluate(tmp_path / "model", tables["pairs"], splits=["none"], progress=False)
+        evaluate(tmp_path / "model", some["pairs"], splits=["none"], progress=False)
+    # The network's other output, which nothing taught, is no prediction of scores.
+    monkeypatch.setattr(synergy_baselines, "_TREES", 10)
+    monkeypatch.setattr(synergy_baselines, "_ROUNDS", 20)
+    judged = tmp_path / "judged"
+    found = evaluate(tmp_path / "model", tables["pairs"], output=judged, splits=["none"], progress=False)
+    assert found.counts == {"pair": 12}
+    assert all(np.isnan(figures[RMSE]) for figures in found.model["pair"].values())
+    assert {entry.name for entry in judged.iterdir()} == {"report.html", "report.md", "report.json"}
+    assert "predicted scores" not in (judged / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
