@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import itertools
 import json
 import shutil
@@ -232,11 +233,16 @@ def test_tables_are_read_however_they_lie(tables: dict[str, str], tmp_path: Path
         "smiles": write_rows(tmp_path / "s.csv", ["SMILES", "name"], [(b, a) for a, b in SMILES.items()], ";"),
         "cell_lines": write_rows(tmp_path / "l.csv", ["", *GENES], turned),
     }  # fmt: skip
-    again, _, found = measured_of(other)
+    packed = tmp_path / "p.tsv.gz"
+    packed.write_bytes(gzip.compress(Path(other["pairs"]).read_bytes()))
+    again, _, found = measured_of({**other, "pairs": str(packed)})
     np.testing.assert_array_equal(again.triples.codes, measured.triples.codes)
     np.testing.assert_array_equal(again.values, measured.values)
     assert (found.lines, found.genes) == (expression.lines, expression.genes)
     np.testing.assert_array_equal(found.values, expression.values)
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"pairs .*p\.tsv\.gz: expected a table of text: Compressed file ended"):
+        measured_of({**other, "pairs": str(packed)})
 
 
 @pytest.mark.parametrize(
