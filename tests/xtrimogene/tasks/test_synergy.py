@@ -608,6 +608,7 @@ def test_versions_of_lines_are_as_wide_and_differ_in_what_they_say(fitted: Path)
     own = np.arange(5)
     found = {version: vectors(version, model.known, own, 0).numpy() for version in VERSIONS}
     assert len({each.shape for each in found.values()}) == 1
+    assert len({each.tobytes() for each in found.values()}) == len(VERSIONS)
     # Each line has the embedding of another one.
     ours, other = found[OURS], found[SHUFFLED]
     np.testing.assert_array_equal(np.sort(ours, axis=0), np.sort(other, axis=0))
