@@ -84,11 +84,10 @@ def evaluate(
         raise ValueError(
             f"fold_column: expected one split that its folds are for, got {', '.join(splits)}; name one (--splits)"
         )
+    work = None
     if output is not None:
         need("matplotlib", "the report", TASK)
         check_output(Path(output), overwrite)
-    work = None
-    if output is not None:
         work = WorkFolder(Path(os.path.realpath(output)), resume, overwrite)
         work.check_unfinished()
     model = model if isinstance(model, SynergyModel) else SynergyModel.load(model)

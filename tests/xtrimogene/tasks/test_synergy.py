@@ -347,6 +347,8 @@ def test_a_column_of_folds_is_checked_for_what_it_is_said_to_hold_out(tables: di
         folds("drug", lambda *_: 1, count=2)
     with pytest.raises(ValueError, match="at least 9 drugs for as many folds, got 8"):
         folds("drug", lambda *_: 1, count=9)
+    with pytest.raises(ValueError, match="folds: expected at least 2, got 0"):
+        folds("drug", lambda *_: 1, count=0)
 
 
 def test_a_table_of_folds_says_what_it_holds_out(tables: dict[str, str], tmp_path: Path) -> None:
