@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("data", type=Path, help="folder with the four files")
     parser.add_argument("--output", type=Path, default=HERE)
-    parser.add_argument("--splits", nargs="+", default=list(HELD_OUT))
+    parser.add_argument("--splits", nargs="+", choices=list(HELD_OUT), default=list(HELD_OUT))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     results = options.output / "results.json"

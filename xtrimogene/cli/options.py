@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -103,6 +104,15 @@ def add_telling_options(command: argparse.ArgumentParser) -> None:
     """Options of every command: how much it says, and to whom."""
     command.add_argument("--quiet", action="store_true", help="no report and no progress bar, only warnings and errors")
     command.add_argument("--json", metavar="REPORT", help="also write the numbers of the report to this file, as JSON")
+
+
+def add_parts(command: argparse.ArgumentParser, *adders: Callable[[Commands], None]) -> None:
+    """The parts of a command, such as fit and predict: each adder adds one, with the options of every command."""
+    parts = command.add_subparsers(required=True, metavar="PART", dest="part")
+    for add in adders:
+        add(parts)
+    for part in parts.choices.values():
+        add_telling_options(part)
 
 
 def fields_of(report: Any) -> dict[str, Any]:

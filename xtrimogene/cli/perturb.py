@@ -9,8 +9,8 @@ from xtrimogene.cli.messages import tell
 from xtrimogene.cli.options import (
     Commands,
     add_counts,
+    add_parts,
     add_reading_options,
-    add_telling_options,
     fields_of,
     kept_in_part,
     reading_options,
@@ -29,12 +29,7 @@ def add_to(commands: Commands) -> None:
         description="Fit a model to a perturbation screen, predict what perturbing genes changes, judge the model by "
         "perturbations that it was not fitted to, beside guesses that need no network.",
     )
-    parts = command.add_subparsers(required=True, metavar="PART", dest="part")
-    _add_fit(parts)
-    _add_predict(parts)
-    _add_evaluate(parts)
-    for each in parts.choices.values():
-        add_telling_options(each)
+    add_parts(command, _add_fit, _add_predict, _add_evaluate)
 
 
 def _add_fit(parts: Commands) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from xtrimogene.cells.kinds import VALUES
 from xtrimogene.cli.messages import tell
-from xtrimogene.cli.options import Commands, add_counts, add_telling_options, fields_of, kept_in_part, set_threads
+from xtrimogene.cli.options import Commands, add_counts, add_parts, fields_of, kept_in_part, set_threads
 from xtrimogene.inference.options import DEFAULT_TARGET_DEPTH
 
 _LEARNED = ("columns", "target", "synergy_above", "antagonism_below", "fold_column", "folds")
@@ -21,12 +21,7 @@ def add_to(commands: Commands) -> None:
         description="Fit a model to measured drug pairs, predict the score of others and whether it is one of synergy, "
         "judge it by pairs, lines and drugs that were held out, beside models that need no network.",
     )
-    parts = command.add_subparsers(required=True, metavar="PART", dest="part")
-    _add_fit(parts)
-    _add_predict(parts)
-    _add_evaluate(parts)
-    for each in parts.choices.values():
-        add_telling_options(each)
+    add_parts(command, _add_fit, _add_predict, _add_evaluate)
 
 
 def _add_fit(parts: Commands) -> None:

@@ -22,31 +22,9 @@ _CHOICES: tuple[tuple[Any, ...], ...] = (_ELEMENTS, (1, 2, 3, 4), (0, 1, 2, 3), 
 ATOM_WIDTH = sum(len(each) + 1 for each in _CHOICES) + _FLAGS
 # Metals that are ions of salts: they can be taken off. A drug with another metal is a complex, and all parts are it.
 _SALT_METALS = frozenset({"Li", "Na", "K", "Rb", "Cs", "Mg", "Ca", "Sr", "Ba", "Zn", "Al"})
-_NO_METALS = frozenset(
-    {
-        "H",
-        "He",
-        "B",
-        "C",
-        "N",
-        "O",
-        "F",
-        "Ne",
-        "Si",
-        "P",
-        "S",
-        "Cl",
-        "Ar",
-        "Ge",
-        "As",
-        "Se",
-        "Br",
-        "Kr",
-        "Te",
-        "I",
-        "Xe",
-    }
-)
+_NO_METALS = frozenset({
+    "H", "He", "B", "C", "N", "O", "F", "Ne", "Si", "P", "S", "Cl", "Ar", "Ge", "As", "Se", "Br", "Kr", "Te", "I", "Xe",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)

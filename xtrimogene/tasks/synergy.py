@@ -147,9 +147,9 @@ def fit(
         ImportError: RDKit, torch-geometric or scikit-learn is missing.
     """
     check_packages()
-    for name, value, least in (("epochs", epochs, 1), ("patience", patience, 1), ("folds", folds, 2)):
-        if value < least:
-            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    for name, value in (("epochs", epochs), ("patience", patience)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     work = WorkFolder.checked(output, resume=resume, overwrite=overwrite)
     torch_device = choose_device(device)
     table = Pairs.read(pairs, columns)

@@ -84,11 +84,10 @@ def evaluate(
         raise ValueError(
             f"fold_column: expected one split that its folds are for, got {', '.join(splits)}; name one (--splits)"
         )
+    work = None
     if output is not None:
         need("matplotlib", "the report", TASK)
         check_output(Path(output), overwrite)
-    work = None
-    if output is not None:
         work = WorkFolder(Path(os.path.realpath(output)), resume, overwrite)
         work.check_unfinished()
     model = model if isinstance(model, SynergyModel) else SynergyModel.load(model)
@@ -153,12 +152,12 @@ def _folds(
 
 def _of_the_model(
     model: SynergyModel, measured: Measured, new: Mask
-) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, int], tuple[Array, Array]]:
+) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, int], tuple[Array, Array] | None]:
     """Figures of the model itself, and of ways that are fitted to the same triples, by what is unseen; the numbers of
-    triples; true and predicted scores."""
+    triples; true and predicted scores, None where none are learned."""
     scores = measured.scores if model.target.scored else None
     if not new.any():
-        return {}, {}, (np.zeros(0), np.zeros(0))
+        return {}, {}, None
     fitted = model.parts != TEST
     both = np.concatenate([model.codes[fitted], measured.triples.codes[new]])
     train = np.arange(len(both)) < fitted.sum()
@@ -192,7 +191,7 @@ def _of_the_model(
             )
             for name, guess in all_ways.items()
         }
-    return figures, counts, (measured.values[new], own[0])
+    return figures, counts, None if scores is None else (scores[new], own[0])
 
 
 def _compared(

@@ -45,6 +45,7 @@ def embedded(
         obs=pd.DataFrame(index=expression.lines),
         var=pd.DataFrame(index=expression.genes),
     )
+    # A line with all its genes and tokens of its depth fits in a batch.
     most = max(DEFAULT_MAX_TOKENS, len(expression.genes) + 2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

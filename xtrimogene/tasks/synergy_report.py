@@ -75,7 +75,7 @@ class SynergyEvaluation:
               the same: what is unseen of them -> guess -> metric -> number; and how many triples these are
     fitted    triples that the model was fitted to
     told      what was done with rows
-    truth     scores and predictions of those triples, for the picture
+    truth     scores and predictions of those triples, for the picture; None where only classes are learned
     """
 
     target: str
@@ -84,7 +84,7 @@ class SynergyEvaluation:
     counts: dict[str, int]
     fitted: int
     told: list[str]
-    truth: tuple[Array, Array] = field(repr=False)
+    truth: tuple[Array, Array] | None = field(repr=False)
 
     def numbers(self) -> dict[str, Any]:
         """For report.json."""
@@ -215,7 +215,7 @@ def sections(evaluation: SynergyEvaluation) -> list[Section]:
             "that are fitted to the same triples as it."
         )
         own: list[str | Table | Picture] = [Table(["unseen (triples)", "guess", *METRICS], body, how)]
-        if len(evaluation.truth[0]) and np.isfinite(evaluation.truth[1]).all():
+        if evaluation.truth is not None:
             own.append(Picture("scores", "Measured and predicted scores of these triples"))
         found.append(Section("The model itself", own))
     found.append(Section("What the rows and columns are", [_ROWS, _COLUMNS]))
@@ -265,8 +265,8 @@ def _pictures(evaluation: SynergyEvaluation) -> Mapping[str, Callable[[Any], Non
     found: dict[str, Callable[[Any], None]] = {}
     if evaluation.compared:
         found["auroc"] = lambda figure: _draw_auroc(figure, evaluation)
-    if len(evaluation.truth[0]) and np.isfinite(evaluation.truth[1]).all():
-        found["scores"] = lambda figure: _draw_scores(figure, evaluation)
+    if (truth := evaluation.truth) is not None:
+        found["scores"] = lambda figure: _draw_scores(figure, *truth)
     return found
 
 
@@ -288,10 +288,9 @@ def _draw_auroc(figure: Any, evaluation: SynergyEvaluation) -> None:
     figure.axes[0].set_ylim(len(names) - 0.4, -0.6)
 
 
-def _draw_scores(figure: Any, evaluation: SynergyEvaluation) -> None:
+def _draw_scores(figure: Any, truth: Array, found: Array) -> None:
     figure.set_size_inches(4.8, 4.4)
     axes = figure.subplots()
-    truth, found = evaluation.truth
     axes.plot(truth, found, ".", ms=3, alpha=0.3, rasterized=True)
     limits = np.percentile(truth, [0.5, 99.5])
     axes.plot(limits, limits, color="0.7", lw=1, zorder=0)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import gzip
 import math
 import os
-import zlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from xtrimogene.cells.tables import separated
 from xtrimogene.tasks.molecules import Molecule, read_molecule
 from xtrimogene.tasks.splits import listed
 
@@ -49,21 +46,7 @@ class Table:
         Raises FileNotFoundError, or ValueError that names the file and, of a row of another length, the row.
         """
         name = f"{option} {path}"
-        try:
-            content = Path(path).read_bytes()
-            text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{name}: no such file") from None
-        except (IsADirectoryError, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{name}: expected a table of text: {error}") from error
-        lines = text.splitlines()
-        first = next((line for line in lines if line.strip()), "")
-        separator = max("\t,;", key=first.count)
-        try:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator)]
-        except csv.Error as error:
-            raise ValueError(f"{name}: expected a table of text: {error}") from error
-        numbered = [(number, row) for number, row in enumerate(rows, start=1) if any(row)]
+        numbered = separated(path, option, "\t,;")
         if len(numbered) < 2:
             raise ValueError(f"{name}: expected a header and rows, got {len(numbered)} rows; give a table of text")
         header = numbered[0][1]

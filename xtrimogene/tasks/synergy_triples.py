@@ -182,13 +182,15 @@ class Folds:
         """Folds of about as many drugs, lines or pairs each, drawn at random. A triple whose drugs are in two folds is
         tested twice, and never trained on while either drug is held out.
 
-        Raises ValueError for fewer drugs, lines or pairs than folds.
+        Raises ValueError for fewer than two folds, and for fewer drugs, lines or pairs than folds.
         """
+        if count < 2:
+            raise ValueError(f"folds: expected at least 2, got {count}")
         groups = _groups(kind, codes)
         names = np.unique(groups)
-        if len(names) < max(2, count):
+        if len(names) < count:
             raise ValueError(
-                f"folds: expected at least {max(2, count)} {kind}s for as many folds, got {len(names)}; ask for fewer "
+                f"folds: expected at least {count} {kind}s for as many folds, got {len(names)}; ask for fewer "
                 "(--folds), or for another split"
             )
         place = np.random.default_rng((seed, 10)).permutation(len(names)) % count

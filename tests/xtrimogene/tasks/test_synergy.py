@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import itertools
 import json
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.ensemble import RandomForestRegressor
 from sklearn.linear_model import Ridge
 
 from xtrimogene.cli import main
@@ -21,9 +23,20 @@ from xtrimogene.network import folder as checkpoints
 from xtrimogene.network.model import XTrimoGeneNetwork
 from xtrimogene.network.vocabulary import Vocabulary
 from xtrimogene.tasks import fitting, folder, synergy_baselines, synergy_training
-from xtrimogene.tasks.molecules import Graphs, read_molecule
+from xtrimogene.tasks.molecules import Graphs, maccs_keys, read_molecule
 from xtrimogene.tasks.synergy import PROBABILITY_COLUMN, SCORE_COLUMN, UNSEEN_COLUMN, fit, predict
-from xtrimogene.tasks.synergy_baselines import AUROC, BASELINES, BOOSTING, LINEAR, METRICS, PEARSON, RMSE, Guess, judge
+from xtrimogene.tasks.synergy_baselines import (
+    AUROC,
+    BASELINES,
+    BOOSTING,
+    FOREST,
+    LINEAR,
+    METRICS,
+    PEARSON,
+    RMSE,
+    Guess,
+    judge,
+)
 from xtrimogene.tasks.synergy_evaluation import evaluate
 from xtrimogene.tasks.synergy_lines import OURS, RAW, SHUFFLED, VERSIONS, vectors
 from xtrimogene.tasks.synergy_model import TASK, TEST, SynergyModel
@@ -220,11 +233,16 @@ def test_tables_are_read_however_they_lie(tables: dict[str, str], tmp_path: Path
         "smiles": write_rows(tmp_path / "s.csv", ["SMILES", "name"], [(b, a) for a, b in SMILES.items()], ";"),
         "cell_lines": write_rows(tmp_path / "l.csv", ["", *GENES], turned),
     }  # fmt: skip
-    again, _, found = measured_of(other)
+    packed = tmp_path / "p.tsv.gz"
+    packed.write_bytes(gzip.compress(Path(other["pairs"]).read_bytes()))
+    again, _, found = measured_of({**other, "pairs": str(packed)})
     np.testing.assert_array_equal(again.triples.codes, measured.triples.codes)
     np.testing.assert_array_equal(again.values, measured.values)
     assert (found.lines, found.genes) == (expression.lines, expression.genes)
     np.testing.assert_array_equal(found.values, expression.values)
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"pairs .*p\.tsv\.gz: expected a table of text: Compressed file ended"):
+        measured_of({**other, "pairs": str(packed)})
 
 
 @pytest.mark.parametrize(
@@ -329,6 +347,8 @@ def test_a_column_of_folds_is_checked_for_what_it_is_said_to_hold_out(tables: di
         folds("drug", lambda *_: 1, count=2)
     with pytest.raises(ValueError, match="at least 9 drugs for as many folds, got 8"):
         folds("drug", lambda *_: 1, count=9)
+    with pytest.raises(ValueError, match="folds: expected at least 2, got 0"):
+        folds("drug", lambda *_: 1, count=0)
 
 
 def test_a_table_of_folds_says_what_it_holds_out(tables: dict[str, str], tmp_path: Path) -> None:
@@ -400,9 +420,19 @@ def test_drugs_and_lines_that_the_model_does_not_have_come_from_tables(
     assert not (tmp_path / "scored.csv").exists()
     known = Expression.read(tables["cell_lines"], CELL_LINES)
     values = zip(known.genes, known.values[1].tolist(), strict=True)
-    lines = write_rows(tmp_path / "l.csv", ["gene", "new"], [[gene, value] for gene, value in values])
+    lines = write_rows(tmp_path / "l.csv", ["gene", "new"], [[gene, value] for gene, value in values][::-1])
     counts = predict(fitted, asked, tmp_path / "scored.csv", smiles=smiles, cell_lines=lines)
     assert counts == {"line": 1, "one drug": 1}
+    model = SynergyModel.load(fitted)
+    extended = model.extended(Pairs.read(asked, None), smiles, lines, torch.device("cpu"))
+    # Genes may come in another order than those of the model.
+    np.testing.assert_allclose(extended.known[RAW][-1], model.known[RAW][1], atol=2e-3)
+    of = {name: extended.drugs.code_of[name] for name in ("urea", "propane")} | {"another": len(DRUGS) + 1}
+    assert extended.unseen(np.array([[of["another"], of["propane"], 6], [of["urea"], of["propane"], 6]])) == [
+        "both drugs and line", "one drug and line",
+    ]  # fmt: skip
+    extended.parts = np.where(np.arange(len(model.parts)) == 7, TEST, 0)
+    assert extended.unseen(model.codes[6:8]) == ["", "triple"]
     # The new line has the expression of L1.
     same = write_rows(tmp_path / "same.csv", HEADER[:3], [["urea", "aspirin", "L1"]])
     predict(fitted, same, tmp_path / "same_scored.csv")
@@ -430,6 +460,26 @@ def test_nothing_that_was_measured_in_the_test_part_goes_into_a_fit(
     assert not torch.equal(one["scores"], other["scores"])
     for name, tensor in one.items():
         if name not in ("scores", "classes"):
+            assert torch.equal(tensor, other[name]), name
+
+
+def test_the_expression_of_lines_that_are_held_out_goes_into_no_fit(
+    network: XTrimoGeneNetwork, tables: dict[str, str], tmp_path: Path
+) -> None:
+    options = {**FIT, "epochs": 2, "split": "line", "folds": 3}
+    fit(network, output=tmp_path / "model", **tables, **options)
+    model = SynergyModel.load(tmp_path / "model")
+    held_out = np.unique(model.codes[model.parts == TEST, 2])
+    known = Expression.read(tables["cell_lines"], CELL_LINES)
+    values = known.values.copy()
+    values[held_out] = values[held_out][:, ::-1]
+    rows = [[gene, *column] for gene, column in zip(known.genes, values.T.tolist(), strict=True)]
+    changed = {**tables, "cell_lines": write_rows(tmp_path / "l.csv", ["gene", *CELL_LINES], rows)}
+    fit(network, output=tmp_path / "other", **changed, **options)
+    one, other = (folder.load(tmp_path / name, TASK).tensors for name in ("model", "other"))
+    assert not torch.equal(one[f"lines.{OURS}"], other[f"lines.{OURS}"])
+    for name, tensor in one.items():
+        if not name.startswith("lines."):
             assert torch.equal(tensor, other[name]), name
 
 
@@ -490,10 +540,11 @@ def test_a_fit_that_was_broken_off_goes_on_with_the_same_bits(
 
 
 def test_classes_alone_are_learned_where_there_are_no_scores(
-    network: XTrimoGeneNetwork, tables: dict[str, str], tmp_path: Path
+    network: XTrimoGeneNetwork, tables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**FIT, "epochs": 2, "target": "label", "split": "none"}
-    report = fit(network, output=tmp_path / "model", **tables, **options)
+    some = with_pairs(tables, tmp_path, ROWS[:-12])
+    report = fit(network, output=tmp_path / "model", **some, **options)
     assert report.triples["test"] == 0
     assert "classes alone" in report.target
     predict(tmp_path / "model", tables["pairs"], tmp_path / "scored.csv")
@@ -505,7 +556,16 @@ def test_classes_alone_are_learned_where_there_are_no_scores(
     with pytest.raises(ValueError, match="one column 'fold', got none"):
         evaluate(tmp_path / "model", tables["pairs"], fold_column="fold", splits=["line"], progress=False)
     with pytest.raises(ValueError, match="triples that the model was not fitted to, got none"):
-        evaluate(tmp_path / "model", tables["pairs"], splits=["none"], progress=False)
+        evaluate(tmp_path / "model", some["pairs"], splits=["none"], progress=False)
+    # The network's other output, which nothing taught, is no prediction of scores.
+    monkeypatch.setattr(synergy_baselines, "_TREES", 10)
+    monkeypatch.setattr(synergy_baselines, "_ROUNDS", 20)
+    judged = tmp_path / "judged"
+    found = evaluate(tmp_path / "model", tables["pairs"], output=judged, splits=["none"], progress=False)
+    assert found.counts == {"pair": 12}
+    assert all(np.isnan(figures[RMSE]) for figures in found.model["pair"].values())
+    assert {entry.name for entry in judged.iterdir()} == {"report.html", "report.md", "report.json"}
+    assert "predicted scores" not in (judged / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -550,6 +610,7 @@ def test_versions_of_lines_are_as_wide_and_differ_in_what_they_say(fitted: Path)
     own = np.arange(5)
     found = {version: vectors(version, model.known, own, 0).numpy() for version in VERSIONS}
     assert len({each.shape for each in found.values()}) == 1
+    assert len({each.tobytes() for each in found.values()}) == len(VERSIONS)
     # Each line has the embedding of another one.
     ours, other = found[OURS], found[SHUFFLED]
     np.testing.assert_array_equal(np.sort(ours, axis=0), np.sort(other, axis=0))
@@ -633,6 +694,34 @@ def test_ways_without_a_network_are_fitted_to_what_is_not_held_out(
     assert found.model["pair"][LINEAR][RMSE] == pytest.approx(error(~test, test))
     expected = [error(~test, test) for test in Folds.made(LINE, model.codes, 2, 0).test]
     assert found.compared["line"].figures[LINEAR][RMSE] == pytest.approx(expected)
+
+
+def test_in_folds_of_lines_components_are_those_of_lines_that_are_trained_on(
+    evaluation: tuple[SynergyEvaluation, Path], fitted: Path
+) -> None:
+    found = evaluation[0].compared["line"].figures
+    model = SynergyModel.load(fitted)
+    codes, scores = model.codes, model.scores
+    folds = Folds.made(LINE, codes, 2, 0)
+    train, test = folds.train[0], folds.test[0]
+
+    def error(predicted: Any) -> float:
+        return float(np.sqrt(np.mean((predicted - scores[test]) ** 2)))
+
+    keys, lines = maccs_keys(model.drugs.smiles), vectors(RAW, model.known, np.unique(codes[train, 2]), 0).numpy()
+    rows = np.concatenate([keys[codes[:, 0]] + keys[codes[:, 1]], lines[codes[:, 2]]], 1)
+    forest = RandomForestRegressor(10, max_features="sqrt", random_state=0).fit(rows[train], scores[train])
+    assert found[FOREST][RMSE][0] == pytest.approx(error(forest.predict(rows[test])))
+
+    learned, validation = validation_of(LINE, codes, train, 0)
+    raw = vectors(RAW, model.known, np.unique(codes[learned, 2]), 0)
+    module, _ = synergy_training.fit_network(
+        synergy_training.Examples(codes, scores, model.classes, model.graphs, raw), learned, validation,
+        synergy_training.Schedule(2, EPOCHS, 0), device=torch.device("cpu"), work=None, progress=False, name="raw",
+        desc="raw",
+    )  # fmt: skip
+    again = synergy_training.predicted(module, model.graphs, raw, codes[test])[0]
+    assert found[NETWORK[RAW]][RMSE][0] == pytest.approx(error(again))
 
 
 def test_an_evaluation_that_was_broken_off_goes_on_without_what_is_finished(
